@@ -127,7 +127,8 @@ def forward(
 class Targets:
     """Who is in the batch: `counts[i]` (classes,) says how often sample i bears each label.
 
-    `unit` is one copy's weight in the loss (`Problem.unit`), `error` how far the counts were from integers before rounding.
+    `unit` is one copy's weight in the loss (`Problem.unit`), `error` how far the counts were from integers before they
+    were rounded.
     """
 
     counts: Float[Tensor, "s classes"]

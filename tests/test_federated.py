@@ -101,7 +101,7 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_file_round_trip(tmp_path, dtype):
     tensors = {"a.weight": torch.randn(3, 4).to(dtype), "b": torch.zeros(0)}
-    update = SharedUpdate(tensors, "sum", 7, (1, 2, 2), 1, 0.1, "squared_error")
+    update = SharedUpdate(tensors, "sum", 7, (1, 2, 2), 1, 0.1, loss="squared_error")
     update.save(tmp_path / "update.safetensors")
     again = SharedUpdate.load(tmp_path / "update.safetensors")
     assert again.gradients.keys() == update.gradients.keys()

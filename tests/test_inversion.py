@@ -107,7 +107,7 @@ def test_without_bias_inputs_come_up_to_scale_and_uncertified():
 
 def test_another_loss_gives_the_images_without_labels_or_certificate():
     x, y = batch(6, 50)
-    model = fcnn((50,), 100, 3, 10)
+    model = models.fcnn((50,), 100, 3, 10)
     update = gradient(model, x, y, loss="squared_error")
     result = attack(model, update, method="sampling")
     assert evaluate(result, x).recall == 1
