@@ -91,7 +91,10 @@ def compute_device(device: str | torch.device | None) -> torch.device:
 
 
 def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]:
-    """The gradients of an update, each checked against the model's parameter of its name."""
+    """The gradients of an update, each checked against the model's parameter of its name.
+
+    Of the change of the weights by one step the gradient is what remains without the learning rate.
+    """
     if update.local_steps != 1:
         raise ValueError(f"an update of {update.local_steps} local steps is not the gradient of one batch")
     parameters = dict(model.named_parameters())
@@ -106,7 +109,8 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]
             raise ValueError(f"{name} is {dtype}: exact recovery needs float32 or float64")
         if not g.isfinite().all():
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
-    return dict(update.gradients)
+    scale = update.loss_scale * (update.learning_rate or 1.0)
+    return {name: g if scale == 1 else g / scale for name, g in update.gradients.items()}
 
 
 def _required(gradients: dict[str, Tensor], name: str) -> Tensor:
