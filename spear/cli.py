@@ -26,7 +26,7 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import nn
 
-from spear import data, inversion, paths, plots, readme, runner, runs
+from spear import data, gallery, inversion, paths, plots, readme, runner, runs
 from spear.federated import SharedUpdate, read_tensors
 
 BAR = (
@@ -67,16 +67,21 @@ def figures(
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time; they share the cores.")] = 2,
     force: Annotated[bool, typer.Option(help="Run also what has not changed.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Only show the runs, and which of them are due.")] = False,
+    pages: Annotated[bool, typer.Option("--pages", help="Only write README tables and gallery anew.")] = False,
 ) -> None:
-    """Regenerate figures and README tables: run the notebooks as notebooks/runs.yaml says, those that changed.
+    """Regenerate figures, README tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
 
     Exit status: 0 all figures are there, 1 a run failed, 2 the table or the call is wrong, 130 interrupted.
     """
     if profile not in CELL_TIMEOUTS:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(CELL_TIMEOUTS)}")
-    chosen = _chosen(runs.load(paths.notebooks() / "runs.yaml", profile), only or [])
+    table = runs.load(paths.notebooks() / "runs.yaml", profile)
+    if pages:
+        _write_pages(table)
+        return
+    chosen = _chosen(table, only or [])
     if list_:
-        _table("run", "writes", [(run.name, _due(run), " ".join(run.writes)) for run in chosen])
+        _table("run", "writes", [(run.name, _due(run), " ".join(run.captions)) for run in chosen])
         return
     outcomes: dict[str, runner.Outcome] = {}
 
@@ -89,9 +94,7 @@ def figures(
         runner.execute(chosen, jobs=jobs, cell_timeout=CELL_TIMEOUTS[profile], force=force, report=report)
     finally:
         _table("run", "seconds", [(o.run, o.status, f"{o.seconds:.1f}") for o in outcomes.values()])
-    page = paths.root() / "README.md"
-    if page.is_file():
-        paths.write({page: readme.render(page.read_text(), paths.root()).encode()})
+    _write_pages(table)
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:
         print(f"\n{outcome.run} failed: {outcome.detail}", file=sys.stderr)
@@ -104,6 +107,14 @@ def _chosen(table: tuple[runs.Run, ...], names: list[str]) -> list[runs.Run]:
         if name not in known:
             raise ValueError(f"unknown run {name!r}: use one of {', '.join(known)}")
     return [run for run in table if not names or run.name in names]
+
+
+def _write_pages(table: tuple[runs.Run, ...]) -> None:
+    page = paths.root() / "README.md"
+    contents = {paths.figures() / "README.md": gallery.render(table, paths.figures())}
+    if page.is_file():
+        contents[page] = readme.render(page.read_text(), paths.root())
+    paths.write({path: text.encode() for path, text in contents.items()})
 
 
 def _due(run: runs.Run) -> str:

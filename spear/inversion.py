@@ -214,6 +214,8 @@ def _doubt(target: Target) -> str:
         return f"{name} has no bias, so each input is known up to a positive factor only (here: unit length)"
     if target.layer.tail is None:
         return f"the outputs depend on more than {name}, by a branch around it"
+    if target.loss != "cross_entropy":
+        return f"one layer shows labels under cross-entropy alone; the client's loss is {target.loss}"
     return ""
 
 

@@ -105,6 +105,17 @@ def test_without_bias_inputs_come_up_to_scale_and_uncertified():
     assert torch.isinf(result.residuals).all()
 
 
+def test_another_loss_gives_the_images_without_labels_or_certificate():
+    x, y = batch(6, 50)
+    model = models.fcnn((50,), 100, 3, 10)
+    update = gradient(model, x, y, loss="squared_error")
+    result = attack(model, update, method="sampling")
+    assert evaluate(result, x).recall == 1
+    assert result.labels is None
+    assert not result.certified.any()
+    assert "labels under cross-entropy alone; the client's loss is squared_error" in result.reason
+
+
 def test_a_branch_around_the_layer_is_not_certified():
     class Residual(nn.Module):
         def __init__(self):
