@@ -1,4 +1,4 @@
-"""Readers of the two kinds of model file, exported programs and TorchScript archives; `spear.loading` says what is safe.
+"""Readers of the two kinds of model file, exported programs and TorchScript archives (what is safe: `spear.loading`).
 
 Both walk the file's graph of tensor operators and hand it, node by node, to `spear.rebuild`.
 """

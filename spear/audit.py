@@ -4,6 +4,8 @@ Without an update the client is simulated on a sample batch. With one, that upda
 batch comes back the defences are tried on that very batch.
 """
 
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,7 +55,7 @@ class Audit:
     `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
     attacked (None: the data), `count` the batch size of the simulations. `result` is what came back, `outcome` its
     comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
-    `seconds` is what the audit took.
+    `seconds` is what the audit took, `memory` the largest that the process has been until then, in bytes.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Audit:
     defences: tuple[Tested, ...]
     picture: tuple[int, ...]
     seconds: float
+    memory: int
 
     @property
     def status(self) -> int:
@@ -130,7 +133,14 @@ def audit(
         _defences(model, result, sample, count, options, say),
         sample.picture if options.layer is None else (target.inputs,),
         time.monotonic() - started,
+        peak_memory(),
     )
+
+
+def peak_memory() -> int:
+    """The largest resident set that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def assess(model: nn.Module) -> tuple[Risk, ...]:

@@ -12,29 +12,38 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from spear import archives
-from spear.federated import read_tensors
+from spear.federated import SharedUpdate, read_tensors
 from spear.rebuild import Rebuilt
 
 SAVE_INSTEAD = "save the model by torch.export.save or torch.jit.save"
 EXPANSION = 20  # least ratio of unpacked to packed bytes that no honest archive reaches
 
 
-def load(name: str, weights: Path | None = None) -> nn.Module:
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and the shape of one sample where its file says it."""
+
+    module: nn.Module
+    input_shape: tuple[int, ...] | None
+
+
+def load(name: str, weights: Path | None = None) -> Loaded:
     """The model behind `name`: a file, or PACKAGE.MODULE:FACTORY; `weights`, safetensors, replace its parameters.
 
     The factory is called without arguments; the working directory is importable. Raises `FileNotFoundError` where
     there is no such file, and `ValueError`, in one line, for whatever else is wrong.
     """
-    model = factory(name) if ":" in name and not Path(name).exists() else read(Path(name))
+    model = Loaded(factory(name), None) if ":" in name and not Path(name).exists() else read(Path(name))
     if weights is not None:
         tensors, _ = read_tensors(weights)
         try:
-            model.load_state_dict(tensors, assign=True)  # assign: in the precision of the file
+            model.module.load_state_dict(tensors, assign=True)  # assign: in the precision of the file
         except RuntimeError as error:
             raise ValueError(f"{weights}: {error}") from error
     return model
@@ -55,7 +64,7 @@ def factory(name: str) -> nn.Module:
     return model
 
 
-def read(path: Path) -> Rebuilt:
+def read(path: Path) -> Loaded:
     """The model of a TorchScript archive or an exported program, rebuilt from its graph (see the module's docstring).
 
     Raises as `load` does: for a pickle, a file that is damaged or of another kind, and a model that cannot be rebuilt.
@@ -63,7 +72,8 @@ def read(path: Path) -> Rebuilt:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return _reader(path)(path)
+        rebuilt = _reader(path)(path)
+        return Loaded(rebuilt.module, rebuilt.input_shape)
     except Exception as error:  # a damaged file may fail anywhere in the readers
         detail = " ".join(str(error).split())[:200]
         why = detail if isinstance(error, ValueError) else f"damaged, or not as torch writes it ({detail})"
@@ -87,3 +97,20 @@ def _reader(path: Path) -> Callable[[Path], Rebuilt]:
         raise ValueError("exported by a torch before 2.9, with pickled weights: export it again")
     kind = "a pickle, which could run code when it is loaded" if "data.pkl" in names else "an archive of another kind"
     raise ValueError(f"{kind}; {SAVE_INSTEAD}")
+
+
+def difference(model: nn.Module, before: Path, after: Path, learning_rate: float | int) -> SharedUpdate:
+    """The gradient behind one step of SGD, (before - after) / learning rate, from two safetensors files of weights.
+
+    Entries that are no parameters of the model (running statistics) are left out. Raises `ValueError` for a learning
+    rate that is not positive, and for files that differ in a parameter's name or shape.
+    """
+    if not learning_rate > 0:
+        raise ValueError(f"a learning rate is positive, not {learning_rate}")
+    (old, _), (new, _) = read_tensors(before), read_tensors(after)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name in names:
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (old, new)]
+        if None in shapes or shapes[0] != shapes[1]:
+            raise ValueError(f"{name} has shape {shapes[0]} in {before} and {shapes[1]} in {after}")
+    return SharedUpdate({name: (old[name] - new[name]) / learning_rate for name in names})

@@ -17,13 +17,14 @@ RELUS = {"relu", "relu_"}
 DROPOUTS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}
 SAME = {"alias", "clone", "detach"}
 TRAINING = {"batch_norm": 5, "instance_norm": 5}  # which argument says that the batch's own statistics are used
-ALLOWED = frozenset(
-    "_convolution conv1d conv2d conv3d conv_transpose2d linear matmul mm addmm bmm t transpose permute "
-    "batch_norm instance_norm layer_norm group_norm native_layer_norm max_pool1d max_pool2d avg_pool2d "
-    "adaptive_avg_pool2d adaptive_max_pool2d gelu silu elu leaky_relu prelu sigmoid tanh softplus hardtanh hardswish "
-    "hardsigmoid mish relu6 softmax log_softmax add sub mul div neg exp mean sum pad constant_pad_nd cat stack squeeze "
-    "unsqueeze select slice expand scaled_dot_product_attention embedding upsample_nearest2d".split()
-)
+OPERATORS = """
+    _convolution conv1d conv2d conv3d conv_transpose2d linear matmul mm addmm bmm t transpose permute
+    batch_norm instance_norm layer_norm group_norm native_layer_norm max_pool1d max_pool2d avg_pool2d
+    adaptive_avg_pool2d adaptive_max_pool2d gelu silu elu leaky_relu prelu sigmoid tanh softplus hardtanh hardswish
+    hardsigmoid mish relu6 softmax log_softmax add sub mul div neg exp mean sum pad constant_pad_nd cat stack squeeze
+    unsqueeze select slice expand scaled_dot_product_attention embedding upsample_nearest2d
+"""
+ALLOWED = frozenset(OPERATORS.split())
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Rebuilt:
     that batch size becomes one to any. `input` is the graph's input, `module` the model once it is finished.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], parameters: frozenset[str], sizes: tuple[int | None, ...]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], parameters: frozenset[str], sizes: tuple[int | None, ...]
+    ) -> None:
         self.tensors, self.parameters, self.sizes = tensors, parameters, sizes
         self.root, self.graph = nn.Module(), fx.Graph()
         self.input = self.graph.placeholder("x")

@@ -11,7 +11,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib import pyplot as plt
-from torch import Tensor
 
 from spear import inversion, plots
 from spear.audit import Audit, Risk
@@ -61,6 +60,7 @@ def to_json(audit: Audit) -> str:
         "largest_batch": [asdict(reach) for reach in audit.reaches],
         "defences": [asdict(tested) | {"verdict": tested.verdict} for tested in audit.defences],
         "seconds": round(audit.seconds, 1),
+        "peak_memory_bytes": audit.memory,
     }
     return json.dumps(_finite(content), indent=2, allow_nan=False)
 
@@ -71,7 +71,7 @@ def verdict(audit: Audit) -> str:
     if not found:
         return f"Nothing was recovered from {audit.source} of {audit.count} samples."
     whole = "the whole batch" if audit.result.complete else f"a batch of {audit.result.rank}"
-    return f"{found} samples were recovered from {audit.source}, {whole}; {certified} of them are certified, beyond doubt."
+    return f"{found} samples were recovered from {audit.source}, {whole}; {certified} of them are certified."
 
 
 def certificate(audit: Audit) -> str:
@@ -80,7 +80,7 @@ def certificate(audit: Audit) -> str:
     if not certified.any():
         return "none"
     worst = float(audit.result.residuals[certified].max())
-    return f"{int(certified.sum())} samples: the server recomputed each one's own gradient to {worst:.0e}, and their sum"
+    return f"{int(certified.sum())} samples, each one's own gradient recomputed by the server to {worst:.0e}"
 
 
 def _layer(risk: Risk) -> dict[str, Any]:

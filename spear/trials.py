@@ -118,9 +118,7 @@ class Tested:
         return "does not stop it" if self.outcome.exact else "blurs"
 
 
-def compare(
-    result: inversion.Reconstruction, truth: Float[Tensor, "b *_shape"], labels: Int[Tensor, " b"]
-) -> Outcome:
+def compare(result: inversion.Reconstruction, truth: Float[Tensor, "b *_shape"], labels: Int[Tensor, " b"]) -> Outcome:
     """What an attack returned, beside the truth."""
     report = metrics.evaluate(result, truth, labels)
     recognised = int((report.psnr >= RECOGNISED).sum())
