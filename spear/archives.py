@@ -4,14 +4,16 @@ Both walk the file's graph of tensor operators and hand it, node by node, to `sp
 """
 
 import json
+import operator
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from spear.rebuild import Rebuilt, Stored, Unknown
 
@@ -21,7 +23,9 @@ SCHEMA = 8  # major version of the exported programs that are read
 SUSPECT = re.compile(rb"__setstate__|torch\.classes")
 PLAIN = ("as_int", "as_float", "as_bool", "as_string", "as_ints", "as_floats", "as_bools", "as_none")
 ONE_BATCH = "a model takes one batch and gives its logits"
-CONVERSIONS = {"prim::NumToTensor", "aten::Int"}  # of sizes, in traced graphs
+CONVERSIONS = {"prim::NumToTensor", "aten::Int", "prim::unchecked_cast"}
+# Between what the file fixes: flags, and whether a buffer is there.
+COMPARISONS = {"aten::__is__": operator.is_, "aten::__isnot__": operator.is_not, "aten::__not__": operator.not_}
 
 
 def exported(path: Path) -> Rebuilt:
@@ -102,7 +106,9 @@ def scripted(path: Path) -> Rebuilt:
         for entry in archive.namelist():
             if entry.endswith((".py", ".pkl")) and SUSPECT.search(archive.read(entry)):
                 raise ValueError("its classes run code of their own when they are loaded")
-    model = torch.jit.load(path, map_location="cpu").eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, but archives remain
+        model = torch.jit.load(path, map_location="cpu").eval()
     graph = model.inlined_graph
     this, *users = graph.inputs()
     if len(users) != 1 or len(list(graph.outputs())) != 1:
@@ -111,10 +117,7 @@ def scripted(path: Path) -> Rebuilt:
     sizes = users[0].type().sizes() if users[0].isCompleteTensor() else None
     rebuilt = Rebuilt(tensors, frozenset(dict(model.named_parameters())), tuple(sizes or ()))
     values: dict[str, Any] = {this.debugName(): Place("", model), users[0].debugName(): rebuilt.input}
-    for node in graph.nodes():
-        value = _value(rebuilt, node, [values[v.debugName()] for v in node.inputs()])
-        for output in node.outputs():
-            values[output.debugName()] = value
+    _walk(rebuilt, graph, values)
     rebuilt.finish(values[next(graph.outputs()).debugName()])
     return rebuilt
 
@@ -125,6 +128,19 @@ class Place:
 
     name: str
     module: torch.jit.ScriptModule
+
+
+def _walk(rebuilt: Rebuilt, block: torch._C.Graph | torch._C.Block, values: dict[str, Any]) -> None:
+    """Bind the output of every node of a block; of a decision that the file itself takes, only the branch taken."""
+    for node in block.nodes():
+        given = [values[v.debugName()] for v in node.inputs()]
+        outputs = [output.debugName() for output in node.outputs()]
+        if node.kind() == "prim::If" and isinstance(given[0], bool):
+            taken = list(node.blocks())[0 if given[0] else 1]
+            _walk(rebuilt, taken, values)
+            values.update(zip(outputs, [values[v.debugName()] for v in taken.outputs()], strict=True))
+        else:
+            values.update(dict.fromkeys(outputs, _value(rebuilt, node, given)))
 
 
 def _value(rebuilt: Rebuilt, node: torch._C.Node, given: list[Any]) -> Any:
@@ -139,6 +155,8 @@ def _value(rebuilt: Rebuilt, node: torch._C.Node, given: list[Any]) -> Any:
         return given
     if kind in CONVERSIONS:
         return given[0]
+    if kind in COMPARISONS and not any(isinstance(value, Unknown | fx.Node) for value in given):
+        return COMPARISONS[kind](*given)
     schema = re.match(r"aten::(\w+)(?:\.(\w+))?\(", node.schema())
     return rebuilt.call(schema[1], schema[2] or "default", given, {}) if schema else Unknown(kind)
 

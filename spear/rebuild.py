@@ -84,7 +84,10 @@ class Rebuilt:
         if name not in ALLOWED:
             return Unknown(f"aten::{name}")
         known = getattr(getattr(torch.ops.aten, name), overload)
-        return self.graph.call_function(known, self._values(arguments), dict(keywords))
+        named = [a.name for a in known._schema.arguments if a.kwarg_only]
+        first = len(known._schema.arguments) - len(named)  # TorchScript gives keywords by position too
+        keywords = {**keywords, **dict(zip(named, self._values(arguments[first:]), strict=False))}
+        return self.graph.call_function(known, self._values(arguments[:first]), keywords)
 
     def finish(self, output: Any) -> None:
         """Make the module, in evaluation mode, with every parameter of the file that its output depends on."""

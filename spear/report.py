@@ -9,10 +9,11 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
+import torch
 from jinja2 import Environment, StrictUndefined
 from matplotlib import pyplot as plt
 
-from spear import inversion, plots
+from spear import inversion, metrics, plots, trials
 from spear.audit import Audit, Risk
 
 SCHEMA = "spear.Audit/1"
@@ -34,6 +35,7 @@ def html(audit: Audit) -> str:
         expected=_expected(audit),
         widest=max(1, *(reach.largest for reach in audit.reaches)),
         colours=COLOURS,
+        recognised=f"{trials.RECOGNISED:g}",
     )
 
 
@@ -104,9 +106,15 @@ def _picture(audit: Audit) -> str | None:
     shape = audit.picture
     if not len(audit.result.inputs) or len(shape) != 3 or shape[0] not in (1, 3):
         return None
-    rows = {"recovered": audit.result.inputs[:SHOWN].reshape(-1, *shape)}
-    content = io.BytesIO()
-    figure = plots.grid(rows)
+    content, found = io.BytesIO(), audit.result.inputs
+    if audit.truth is None:
+        figure = plots.grid(found[:SHOWN].reshape(-1, *shape))
+    else:
+        truth = audit.truth[:SHOWN].reshape(-1, *shape)
+        match = metrics.evaluate(audit.result, audit.truth).match[:SHOWN]
+        beside = torch.full_like(truth, math.nan)
+        beside[match >= 0] = found[match[match >= 0]].reshape(-1, *shape).to(truth)
+        figure = plots.grid({"sent": truth, "recovered": beside})
     figure.savefig(content, format="png", metadata={"Software": None})
     plt.close(figure)
     return base64.b64encode(content.getvalue()).decode()
