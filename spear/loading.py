@@ -70,7 +70,7 @@ def read(path: Path) -> Loaded:
     Raises as `load` does: for a pickle, a file that is damaged or of another kind, and a model that cannot be rebuilt.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file, nor of the form package.module:factory")
     try:
         rebuilt = _reader(path)(path)
         return Loaded(rebuilt.module, rebuilt.input_shape)
