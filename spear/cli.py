@@ -3,9 +3,7 @@
 Every mistake of the user is one line on stderr that names the cause, and exit status 2.
 """
 
-import importlib
 import io
-import os
 import signal
 import sys
 from concurrent.futures import Executor
@@ -26,10 +24,10 @@ from rich.progress import (
 )
 from rich.table import Table
 from safetensors.torch import save
-from torch import nn
 
-from spear import cluster, data, gallery, inversion, paths, plots, readme, runner, runs
-from spear.federated import SharedUpdate, read_tensors
+from spear import cluster, data, gallery, inversion, loading, paths, plots, readme, runner, runs
+from spear.cli_audit import audit
+from spear.federated import SharedUpdate
 
 BAR = (
     TextColumn("{task.description}"),
@@ -167,15 +165,16 @@ def attack(
 ) -> None:
     """Recover the batch behind a client's update.
 
-    MODEL is PACKAGE.MODULE:FACTORY, where calling FACTORY without arguments gives the torch module; the working
-    directory is importable. UPDATE is a safetensors file of gradients by parameter name.
+    MODEL is a TorchScript or torch.export file, or PACKAGE.MODULE:FACTORY, where calling FACTORY without arguments
+    gives the torch module; the working directory is importable. UPDATE is a safetensors file of gradients by parameter
+    name.
 
     Exit status: 0 nothing was recovered, 1 something was, 2 the attack could not run.
     """
     for path in (output, picture):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path}: no such folder")
-    module, shared = _model(model, weights), SharedUpdate.load(update)
+    module, shared = loading.load(model, weights).module, SharedUpdate.load(update)
     progress = Progress(*BAR, console=stderr, transient=True, disable=not stderr.is_terminal)
     with _executor(scheduler) as executor, progress as bar:
         task = bar.add_task("sampling", total=None, proposals=0)
@@ -196,27 +195,6 @@ def attack(
     if picture is not None:
         _draw(result, picture)
     raise typer.Exit(1 if len(result.inputs) else 0)
-
-
-def _model(name: str, weights: Path | None) -> nn.Module:
-    """Call the factory; import from the working directory too."""
-    sys.path.insert(0, os.getcwd())
-    module_name, _, factory_name = name.partition(":")
-    if not module_name or not factory_name:
-        raise ValueError(f"{name!r} is not of the form package.module:factory")
-    try:
-        model = getattr(importlib.import_module(module_name), factory_name)()
-    except Exception as error:  # the user's own code may raise anything
-        raise ValueError(f"model {name}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name}: returned {type(model).__name__}, not a torch.nn.Module")
-    if weights is not None:
-        tensors, _ = read_tensors(weights)
-        try:
-            model.load_state_dict(tensors, assign=True)  # assign: in the precision of the file
-        except RuntimeError as error:
-            raise ValueError(f"{weights}: {error}") from error
-    return model
 
 
 def _print(result: inversion.Reconstruction) -> None:
@@ -243,6 +221,7 @@ def _draw(result: inversion.Reconstruction, picture: Path) -> None:
     paths.write({picture: content.getvalue()})
 
 
+app.command()(audit)
 data_app = typer.Typer(help="Data sets: which are here, download, sample packs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 Root = Annotated[Path | None, typer.Option(help="Data root; default $SPEAR_DATA or data/.")]

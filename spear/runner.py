@@ -29,6 +29,7 @@ VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
 NOT_HASHED = (  # no notebook imports them
     "__main__.py",
     "cli.py",
+    "cli_audit.py",
     "cluster.py",
     "execution.py",
     "gallery.py",

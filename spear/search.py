@@ -76,9 +76,9 @@ def search(
 
     Rounds are taken in order, whoever computes them: the result does not depend on `executor`.
     """
-    m, b = observed.L.shape
+    b = observed.L.shape[1]
     q, proposals, rounds, spent = observed.L.new_zeros(0, b), 0, 0, ""
-    q, basis, matching = choose(observed, q, max(b + 2, sparsity.threshold(m, false_rejection=false_rejection)))
+    q, basis, matching = choose(observed, q, thresholds(observed, false_rejection)[0])
     drawn = _draw(observed, false_rejection, seed, budget, device, executor)
     with closing(drawn):
         while matching < 1 and not (spent := budget.spent(proposals)):
@@ -107,8 +107,7 @@ def _draw(
     network leaves."""
     m, b = observed.L.shape
     patience = PATIENCE * theory.expected_proposals(theory.half_rates(m, b))
-    usual = max(b + 2, sparsity.threshold(m, false_rejection=false_rejection))
-    fewest = max(b + 2, min(usual, 2 * b, round(FEWEST_ZEROS * m)))
+    usual, fewest = thresholds(observed, false_rejection)
     proposals = 0
     for k, threshold in enumerate((usual, fewest)):
         options = {"threshold": threshold, "tolerance": observed.tolerance, "limit": budget.proposals}
@@ -119,6 +118,18 @@ def _draw(
                 proposals += found.count
                 if threshold > fewest and proposals > patience:
                     break
+
+
+def thresholds(observed: Observed, false_rejection: float) -> tuple[int, int]:
+    """How many zeros to ask of a direction: as many as at initialisation, and as few as a trained network leaves.
+
+    A neuron that no sample activates is a zero of every direction, true or false; a few must be left beside those.
+    """
+    m, b = observed.L.shape
+    norms = torch.linalg.vector_norm(observed.L, dim=1)
+    least = int((norms <= observed.tolerance * norms.max()).sum()) + b + 2
+    usual = max(least, sparsity.threshold(m, false_rejection=false_rejection))
+    return usual, max(least, min(usual, 2 * b, round(FEWEST_ZEROS * m)))
 
 
 def merge(
@@ -142,12 +153,16 @@ def choose(
 ) -> tuple[Float[Tensor, "j b"], Int[Tensor, " k"], float]:
     """Candidates, the best basis among them and its lambda (0 while they do not span): both greedy stages.
 
-    The last one or two columns are not sampled but solved for, and join the candidates.
+    The last one or two columns are not sampled but solved for, and join the candidates. The very last has the signs of
+    its pre-activations to determine it, where its zeros alone may not: it need only complete the pattern.
     """
     basis = _greedy(observed, q)
     b = observed.L.shape[1]
     if b - 2 <= len(basis) < b:
         last = sampling.refine(observed.L, filtering.last_columns(observed, q[basis]), tolerance=observed.tolerance)
+        whole = torch.cat([q[basis], last])
+        if len(whole) == b and filtering.matching_coefficient(observed, whole) == 1:
+            return whole, torch.arange(b, device=q.device), 1.0
         q = merge(observed, q, last, threshold)
         basis = _greedy(observed, q)
     if len(basis) < b:
