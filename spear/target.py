@@ -31,6 +31,7 @@ class Target:
     eps: float
     scale: float
     input_shape: tuple[int, ...]
+    loss: str = "cross_entropy"
 
 
 def prepare(
@@ -62,7 +63,7 @@ def prepare(
     low, observed = observe(found, gradients, batch_size, eps)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
-    return Target(found, gradients, low, observed, count, eps, scale, _input_shape(found, update))
+    return Target(found, gradients, low, observed, count, eps, scale, _input_shape(found, update), update.loss)
 
 
 def observe(layer: Layer, gradients: dict[str, Tensor], rank: int | None, eps: float) -> tuple[LowRank, Observed]:
@@ -91,7 +92,10 @@ def compute_device(device: str | torch.device | None) -> torch.device:
 
 
 def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]:
-    """The gradients of an update, each checked against the model's parameter of its name."""
+    """The gradients of an update, each checked against the model's parameter of its name.
+
+    Of the change of the weights by one step the gradient is what remains without the learning rate.
+    """
     if update.local_steps != 1:
         raise ValueError(f"an update of {update.local_steps} local steps is not the gradient of one batch")
     parameters = dict(model.named_parameters())
@@ -106,7 +110,8 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]
             raise ValueError(f"{name} is {dtype}: exact recovery needs float32 or float64")
         if not g.isfinite().all():
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
-    return dict(update.gradients)
+    scale = update.loss_scale * (update.learning_rate or 1.0)
+    return {name: g if scale == 1 else g / scale for name, g in update.gradients.items()}
 
 
 def _required(gradients: dict[str, Tensor], name: str) -> Tensor:
