@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear import filtering
+from spear import filtering, sparsity
 from spear.filtering import Observed
-from spear.search import FEWEST_ZEROS, Budget, Found, Progress, choose
+from spear.search import FEWEST_ZEROS, Budget, Found, Progress, choose, thresholds
 
 SMALL = 0.3  # times the root mean square of L q: an entry this small may be a zero
 TRIM = 0.72  # share of the small entries that the polish trusts: the smallest
 LOOSE = 30  # times the tolerance: what counts as zero before the last polish
 RIDGE = 1e-13  # keeps the Gram matrix of rows with a kernel positive definite
-CONVERGING = 0.5  # what a round of the polish must bring the residual down by
+CONVERGING = 0.5  # factor by which a round of the polish must bring the residual down, from the third on
 SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could make them)
 ALIKE = 0.95  # |cosine| of two search results that lead to the same column
 LEAST_STARTS, MOST_STARTS = 16, 64
@@ -59,9 +59,9 @@ def collect(
     number of steps. What it finds is polished and tested; every column found confines the rest. `proposals` counts
     starts.
     """
-    m, b = observed.L.shape
+    b = observed.L.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    least = max(b + SPARE, round(FEWEST_ZEROS * m)) if b > 1 else 1
+    least = thresholds(observed, sparsity.FALSE_REJECTION)[1]
     q, basis, matching = choose(observed, observed.L.new_zeros(0, b), least)
     starts, rounds, idle, steps, spent = 0, 0, 0, lengths.shortest, ""
     while matching < 1 and not (spent := budget.spent(starts)):
@@ -168,12 +168,13 @@ def polish(
     """
     q, residual, chunk = unit(q), torch.full_like(q[:, 0], math.inf), max(1, 2**24 // L.numel())
     going = torch.ones_like(residual, dtype=torch.bool)
-    for _ in range(rounds):
+    for k in range(rounds):
         for part in going.nonzero()[:, 0].split(chunk):
             r, before = (q[part] @ L.mT).abs(), residual[part]
             small = (r < SMALL * r.square().mean(1, keepdim=True).sqrt()).sum(1)
-            q[part], residual[part] = smallest_rows(L, q[part], (TRIM * small).long())
-            going[part] = (residual[part] > tolerance) & (residual[part] < CONVERGING * before)
+            count = (TRIM * small).long().clamp_min(round(FEWEST_ZEROS * len(L)))
+            q[part], residual[part] = smallest_rows(L, q[part], count)
+            going[part] = (residual[part] > tolerance) & ((residual[part] < CONVERGING * before) | (k < 2))
     exact = residual <= tolerance
     for part in exact.nonzero()[:, 0].split(chunk):
         r = (q[part] @ L.mT).abs()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,21 +17,21 @@ from spear.columns import Lengths, collect, unit
 from spear.filtering import Observed
 from spear.search import Budget, Found, Progress
 
-LENGTHS = Lengths(shortest=100, longest=900)
+LENGTHS = Lengths(shortest=100, longest=2700)
 
 Learner = Callable[..., Float[Tensor, "j b"]]
 
 
 def soft_threshold(
-    L: Float[Tensor, "m b"], q: Float[Tensor, "k b"], *, steps: int = 400, weight: float = 0.7
+    L: Float[Tensor, "m b"], q: Float[Tensor, "k b"], *, steps: int = 400, first: float = 0.7, last: float = 0.1
 ) -> Float[Tensor, "k b"]:
     """Alternating soft thresholding: s = shrink(L q), q = L^T s, scaled to unit length (Qu, Sun, Wright 2014).
 
-    `weight` is the threshold in units of the root mean square of L q. Two products of (k, m, b) a step.
+    The threshold falls from `first` to `last`, in units of the root mean square of L q. Two products of (k, m, b) a
+    step.
     """
-    threshold = weight / math.sqrt(len(L))
-    for _ in range(steps):
-        q = unit(torch.nn.functional.softshrink(q @ L.mT, threshold) @ L)
+    for weight in torch.logspace(math.log10(first), math.log10(last), steps).tolist():
+        q = unit(F.softshrink(q @ L.mT, weight / math.sqrt(len(L))) @ L)
     return q
 
 
@@ -48,7 +49,7 @@ def l4_maximise(L: Float[Tensor, "m b"], q: Float[Tensor, "k b"], *, steps: int 
 
 
 def reweighted(L: Float[Tensor, "m b"], q: Float[Tensor, "k b"], *, steps: int = 40) -> Float[Tensor, "k b"]:
-    """Iteratively reweighted least squares: q is the smallest eigenvector of L^T diag(1 / |L q|) L, as its weights move.
+    """Iteratively reweighted least squares: q becomes the smallest eigenvector of L^T diag(1 / |L q|) L.
 
     Weights are smoothed by a bound that falls from the root mean square of L q to 1e-4 of it (Daubechies, DeVore,
     Fornasier, Guentuerk 2010; for a unit vector: Tsakiris, Vidal 2018). One inverse iteration a step: k systems of b.
@@ -62,14 +63,24 @@ def reweighted(L: Float[Tensor, "m b"], q: Float[Tensor, "k b"], *, steps: int =
 
 
 def subgradient(
-    L: Float[Tensor, "m b"], q: Float[Tensor, "k b"], *, steps: int = 400, size: float = 0.5
+    L: Float[Tensor, "m b"],
+    q: Float[Tensor, "k b"],
+    *,
+    steps: int = 400,
+    first: float = 4.0,
+    last: float = 0.02,
+    spread: float = 10.0,
 ) -> Float[Tensor, "k b"]:
-    """Riemannian subgradient descent of |L q|_1 on the sphere, with steps that fall like 1 / sqrt(t) (Bai, Jiang, Sun
-    2019)."""
-    for t in range(1, steps + 1):
+    """Riemannian subgradient descent of |L q|_1 on the sphere, its steps falling geometrically (Bai, Jiang, Sun 2019).
+
+    A long first step leaves poor minima behind, a short one stays near its start and so finds more different columns:
+    the starts take theirs from `first` down to `first` / `spread`. All end with a step of `last`.
+    """
+    begin = first * spread ** -torch.linspace(0, 1, len(q), dtype=q.dtype, device=q.device)[:, None]
+    for t in range(steps):
+        size = begin * (last / begin) ** (t / max(1, steps - 1))
         slope = torch.sign(q @ L.mT) @ L / math.sqrt(len(L))
-        slope = slope - (slope * q).sum(1, keepdim=True) * q
-        q = unit(q - size / math.sqrt(t) * slope)
+        q = unit(q - size * (slope - (slope * q).sum(1, keepdim=True) * q))
     return q
 
 
@@ -79,7 +90,7 @@ def search(
     seed: int,
     progress: Callable[[Progress], None] | None = None,
     *,
-    learner: Learner = soft_threshold,
+    learner: Learner = subgradient,
     lengths: Lengths = LENGTHS,
 ) -> Found:
     """All columns of Q, found as sparse vectors in the span of L."""

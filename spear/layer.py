@@ -56,35 +56,57 @@ def search(
 def reflect(
     observed: Observed, q: Float[Tensor, "k b"], free: Float[Tensor, "b r"], *, steps: int
 ) -> Float[Tensor, "k b"]:
-    """Relaxed reflections from each start q, towards columns whose v lies in the span of `free` (orthonormal); float32.
+    """Relaxed reflections from each start q towards columns whose v lies in the span of `free`, in float32.
+
+    x = (g, z) is reflected at the coupled signs and projected on the linear spaces, where q and v are drawn together:
+    x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step.
     """
-    L, d = observed.L.float(), observed.d
-    m = len(L)
-    basis, triangle = torch.linalg.qr(observed.B @ free)  # z = B free w = basis c, c = triangle w
-    w = q @ free
+    L, m = observed.L.float(), len(observed.L)
+    basis, triangle = torch.linalg.qr(observed.B @ free)  # z = B free w = basis c with c = triangle w
     g = math.sqrt(m) * unit(q).float() @ L.mT
-    basis32, free32 = basis.float(), free.float()
-    z = math.sqrt(m) * unit(w @ triangle.mT).float() @ basis32.mT
-    gram = triangle.mT @ triangle
-    size = triangle.norm() / math.sqrt(len(gram))
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    back = torch.linalg.inv(triangle).mT
+    z = math.sqrt(m) * unit(q @ free @ triangle.mT).float() @ basis.float().mT
     for stage in SCHEDULE:
-        k, beta = stage.coupling, stage.relaxation
-        weight = k / (1 + k)
-        inverse = torch.linalg.inv(gram + weight * size**2 * eye)
-        from_z = (triangle @ inverse @ triangle.mT).float()
-        from_q = (weight * size * inverse @ triangle.mT).float()
-        to_q = (weight * size * back).float()
-        for _ in range(round(stage.share * steps)):
+        linear = couple(triangle, free, stage.coupling)
+        for _ in range(max(1, round(stage.share * steps))):
             inactive = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)) < 0
             rg, rz = torch.where(inactive, -g, g), torch.where(inactive, z, z.abs())
-            a = rg @ L
-            own = a @ free32
-            c = (rz @ basis32) @ from_z + own @ from_q
-            a = (a - own @ free32.mT) / (1 + DAMPING * k) + (c @ to_q + (1 - weight) * own) @ free32.mT
-            a *= math.sqrt(m) / a.norm(dim=1, keepdim=True)
-            c *= math.sqrt(m) / c.norm(dim=1, keepdim=True)
-            g.mul_(1 - beta / 2).sub_(rg, alpha=beta / 2).addmm_(a, L.mT, alpha=beta)
-            z.mul_(1 - beta / 2).sub_(rz, alpha=beta / 2).addmm_(c, basis32.mT, alpha=beta)
+            q, c = linear.solve(rg @ L, rz @ basis.float())
+            # P_B x is the mean of x and its reflection
+            half = stage.relaxation / 2
+            g.mul_(1 - half).sub_(rg, alpha=half).addmm_(math.sqrt(m) * unit(q), L.mT, alpha=2 * half)
+            z.mul_(1 - half).sub_(rz, alpha=half).addmm_(math.sqrt(m) * unit(c), basis.float().mT, alpha=2 * half)
     return unit(torch.where(inactive, 0, g) @ L)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The linear step: minimise |L q - r_g|^2 + |B N w - r_z|^2 + k |N^T q - t w|^2, and draw q towards the span of N.
+
+    With k' = k / (1 + k) and orthonormal L: w = (N^T B^T B N + k' t^2)^-1 (N^T B^T r_z + k' t N^T L^T r_g), and the
+    part of q in N is (N^T L^T r_g + k t w) / (1 + k). The matrices below map rows of coordinates; c = triangle w.
+    """
+
+    free: Float[Tensor, "b r"]
+    from_z: Float[Tensor, "r r"]
+    from_q: Float[Tensor, "r r"]
+    to_q: Float[Tensor, "r r"]
+    kept: float
+    rest: float
+
+    def solve(
+        self, a: Float[Tensor, "k b"], e: Float[Tensor, "k r"]
+    ) -> tuple[Float[Tensor, "k b"], Float[Tensor, "k r"]]:
+        """q and c for a = L^T r_g and e = basis^T r_z."""
+        own = a @ self.free
+        c = e @ self.from_z + own @ self.from_q
+        return self.rest * a + (c @ self.to_q + (self.kept - self.rest) * own) @ self.free.mT, c
+
+
+def couple(triangle: Float[Tensor, "r r"], free: Float[Tensor, "b r"], k: float) -> Coupling:
+    """The linear step at coupling k: `triangle` is that of a QR decomposition of B N."""
+    eye = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
+    t, weight = float(triangle.norm()) / math.sqrt(len(eye)), k / (1 + k)
+    inverse = torch.linalg.inv(triangle.mT @ triangle + weight * t**2 * eye)
+    to_q = weight * t * torch.linalg.inv(triangle).mT
+    maps = (triangle @ inverse @ triangle.mT, weight * t * inverse @ triangle.mT, to_q)
+    return Coupling(free.float(), *(each.float() for each in maps), 1 - weight, 1 / (1 + DAMPING * k))
