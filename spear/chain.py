@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
@@ -22,7 +23,7 @@ class Problem:
     `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
     `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
     `precision` is the unit roundoff of the gradients as they were sent (they are held in float64),
-    `input_shape` the shape of one sample, where it is not a vector.
+    `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`.
     """
 
     weights: tuple[Float[Tensor, "_out _in"], ...]
@@ -33,6 +34,7 @@ class Problem:
     reduction: Literal["mean", "sum"] = "mean"
     precision: float = 2.0**-53
     input_shape: tuple[int, ...] | None = None
+    loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
         if len(self.weights) < 2:
@@ -53,8 +55,29 @@ class Problem:
         return len(self.weights) - 2
 
     @property
-    def classes(self) -> int:
+    def outputs(self) -> int:
         return self.weights[-1].shape[0]
+
+    @property
+    def classes(self) -> int:
+        """How many labels there are: one for each output, two where there is one output."""
+        return max(self.outputs, 2)
+
+    def unit(self, size: int) -> float:
+        """dLoss/dlogits of one copy of a sample over (`activate(logits)` - one-hot label), in a batch of `size`."""
+        one = 2.0 if self.loss == "squared_error" else 1.0
+        outputs = 1 if self.loss == "cross_entropy" else self.outputs
+        return one if self.reduction == "sum" else one / (size * outputs)
+
+    def activate(self, logits: Float[Tensor, "*s outputs"]) -> Float[Tensor, "*s outputs"]:
+        """What the loss compares with the one-hot label: softmax, sigmoid, or the outputs themselves."""
+        if self.loss == "squared_error":
+            return logits
+        return logits.softmax(-1) if self.loss == "cross_entropy" else logits.sigmoid()
+
+    def one_hot(self, labels: Int[Tensor, " s"]) -> Float[Tensor, "s outputs"]:
+        """The outputs that the loss wants for these labels."""
+        return F.one_hot(labels, self.classes)[:, -self.outputs :].to(self.weights[-1])
 
     def augmented(self, k: int) -> Float[Tensor, "out in1"]:
         """[dL/dW_k | dL/dbeta_k] = sum_i delta_i [input_i; 1]ᵀ, without the last column where there is no bias."""
@@ -92,7 +115,7 @@ class Passes:
 
 def forward(
     problem: Problem, inputs: Float[Tensor, "s n"]
-) -> tuple[list[Float[Tensor, "s _in"]], Float[Tensor, "s classes"]]:
+) -> tuple[list[Float[Tensor, "s _in"]], Float[Tensor, "s outputs"]]:
     """Inputs of every layer, and the logits."""
     states = [inputs]
     for k in range(problem.last + 1):
@@ -104,7 +127,8 @@ def forward(
 class Targets:
     """Who is in the batch: `counts[i]` (classes,) says how often sample i bears each label.
 
-    `unit` is one copy's weight in the loss, `error` how far the counts were from integers before rounding.
+    `unit` is one copy's weight in the loss (`Problem.unit`), `error` how far the counts were from integers before they
+    were rounded.
     """
 
     counts: Float[Tensor, "s classes"]
@@ -115,18 +139,18 @@ class Targets:
     def copies(self) -> Float[Tensor, " s"]:
         return self.counts.sum(1)
 
-    def errors(self, probabilities: Float[Tensor, "s classes"]) -> Float[Tensor, "s classes"]:
-        """dLoss/dlogits of each sample, its copies added up."""
-        return self.unit * (self.copies[:, None] * probabilities - self.counts)
+    def errors(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
+        """dLoss/dlogits of each sample, its copies added up, from `Problem.activate` of its logits."""
+        return self.unit * (self.copies[:, None] * activated - self.counts[:, -activated.shape[1] :])
 
     def __len__(self) -> int:
         return len(self.counts)
 
 
 def passes(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets) -> Passes:
-    """Every layer's inputs and back-propagated vectors, for the cross-entropy of the samples with their labels."""
+    """Every layer's inputs and back-propagated vectors, for the loss of the samples with their labels."""
     states, logits = forward(problem, inputs)
-    deltas = [targets.errors(logits.softmax(1))]
+    deltas = [targets.errors(problem.activate(logits))]
     for k in range(problem.last, -1, -1):
         deltas.insert(0, (deltas[0] @ problem.weights[k + 1]) * (states[k + 1] > 0))
     return Passes(tuple(states), tuple(deltas))
@@ -164,4 +188,5 @@ def open_problem(
         update.reduction,
         precision,
         input_shape(layers[0].name, layers[0].linear.in_features, update),
+        update.loss,
     )

@@ -3,9 +3,7 @@
 Every mistake of the user is one line on stderr that names the cause, and exit status 2.
 """
 
-import importlib
 import io
-import os
 import signal
 import sys
 from pathlib import Path
@@ -24,10 +22,10 @@ from rich.progress import (
 )
 from rich.table import Table
 from safetensors.torch import save
-from torch import nn
 
-from spear import data, inversion, paths, plots, readme, runner, runs
-from spear.federated import SharedUpdate, read_tensors
+from spear import data, gallery, inversion, loading, paths, plots, readme, runner, runs
+from spear.cli_audit import audit
+from spear.federated import SharedUpdate
 
 BAR = (
     TextColumn("{task.description}"),
@@ -67,16 +65,21 @@ def figures(
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time; they share the cores.")] = 2,
     force: Annotated[bool, typer.Option(help="Run also what has not changed.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Only show the runs, and which of them are due.")] = False,
+    pages: Annotated[bool, typer.Option("--pages", help="Only write README tables and gallery anew.")] = False,
 ) -> None:
-    """Regenerate figures and README tables: run the notebooks as notebooks/runs.yaml says, those that changed.
+    """Regenerate figures, README tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
 
     Exit status: 0 all figures are there, 1 a run failed, 2 the table or the call is wrong, 130 interrupted.
     """
     if profile not in CELL_TIMEOUTS:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(CELL_TIMEOUTS)}")
-    chosen = _chosen(runs.load(paths.notebooks() / "runs.yaml", profile), only or [])
+    table = runs.load(paths.notebooks() / "runs.yaml", profile)
+    if pages:
+        _write_pages(table)
+        return
+    chosen = _chosen(table, only or [])
     if list_:
-        _table("run", "writes", [(run.name, _due(run), " ".join(run.writes)) for run in chosen])
+        _table("run", "writes", [(run.name, _due(run), " ".join(run.captions)) for run in chosen])
         return
     outcomes: dict[str, runner.Outcome] = {}
 
@@ -89,9 +92,7 @@ def figures(
         runner.execute(chosen, jobs=jobs, cell_timeout=CELL_TIMEOUTS[profile], force=force, report=report)
     finally:
         _table("run", "seconds", [(o.run, o.status, f"{o.seconds:.1f}") for o in outcomes.values()])
-    page = paths.root() / "README.md"
-    if page.is_file():
-        paths.write({page: readme.render(page.read_text(), paths.root()).encode()})
+    _write_pages(table)
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:
         print(f"\n{outcome.run} failed: {outcome.detail}", file=sys.stderr)
@@ -104,6 +105,14 @@ def _chosen(table: tuple[runs.Run, ...], names: list[str]) -> list[runs.Run]:
         if name not in known:
             raise ValueError(f"unknown run {name!r}: use one of {', '.join(known)}")
     return [run for run in table if not names or run.name in names]
+
+
+def _write_pages(table: tuple[runs.Run, ...]) -> None:
+    page = paths.root() / "README.md"
+    contents = {paths.figures() / "README.md": gallery.render(table, paths.figures())}
+    if page.is_file():
+        contents[page] = readme.render(page.read_text(), paths.root())
+    paths.write({path: text.encode() for path, text in contents.items()})
 
 
 def _due(run: runs.Run) -> str:
@@ -132,15 +141,16 @@ def attack(
 ) -> None:
     """Recover the batch behind a client's update.
 
-    MODEL is PACKAGE.MODULE:FACTORY, where calling FACTORY without arguments gives the torch module; the working
-    directory is importable. UPDATE is a safetensors file of gradients by parameter name.
+    MODEL is a TorchScript or torch.export file, or PACKAGE.MODULE:FACTORY, where calling FACTORY without arguments
+    gives the torch module; the working directory is importable. UPDATE is a safetensors file of gradients by parameter
+    name.
 
     Exit status: 0 nothing was recovered, 1 something was, 2 the attack could not run.
     """
     for path in (output, picture):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path}: no such folder")
-    module, shared = _model(model, weights), SharedUpdate.load(update)
+    module, shared = loading.load(model, weights).module, SharedUpdate.load(update)
     with Progress(*BAR, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("sampling", total=None, proposals=0)
         result = inversion.attack(
@@ -159,27 +169,6 @@ def attack(
     if picture is not None:
         _draw(result, picture)
     raise typer.Exit(1 if len(result.inputs) else 0)
-
-
-def _model(name: str, weights: Path | None) -> nn.Module:
-    """Call the factory; import from the working directory too."""
-    sys.path.insert(0, os.getcwd())
-    module_name, _, factory_name = name.partition(":")
-    if not module_name or not factory_name:
-        raise ValueError(f"{name!r} is not of the form package.module:factory")
-    try:
-        model = getattr(importlib.import_module(module_name), factory_name)()
-    except Exception as error:  # the user's own code may raise anything
-        raise ValueError(f"model {name}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name}: returned {type(model).__name__}, not a torch.nn.Module")
-    if weights is not None:
-        tensors, _ = read_tensors(weights)
-        try:
-            model.load_state_dict(tensors, assign=True)  # assign: in the precision of the file
-        except RuntimeError as error:
-            raise ValueError(f"{weights}: {error}") from error
-    return model
 
 
 def _print(result: inversion.Reconstruction) -> None:
@@ -206,6 +195,7 @@ def _draw(result: inversion.Reconstruction, picture: Path) -> None:
     paths.write({picture: content.getvalue()})
 
 
+app.command()(audit)
 data_app = typer.Typer(help="Data sets: which are here, download, sample packs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 Root = Annotated[Path | None, typer.Option(help="Data root; default $SPEAR_DATA or data/.")]

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FORMAT = "spear.SharedUpdate/1"
+LOSSES = ("cross_entropy", "binary_cross_entropy", "squared_error")
 TUPLES = {"input_shape", "clients"}  # lists, in a file's metadata
 PRUNINGS = (None, "random", "top-k")
 RANDOM_IN_TRAINING = (
@@ -31,8 +32,9 @@ class SharedUpdate:
 
     `gradients` maps each parameter's name to the gradient of the loss, in the parameter's shape: tensors, or NumPy
     arrays (a gradient computed in another framework), which become tensors. `reduction` is how the loss joins the
-    samples (`"mean"` or `"sum"` of cross-entropies). `count` is the number of samples and `input_shape` the shape of
-    one sample, each `None` where it is not disclosed.
+    samples (`"mean"` or `"sum"`); `loss` is one of `LOSSES`: all but the first compare the outputs (through
+    a sigmoid, or as they are) with the one-hot label, or with the label 0 or 1 where there is one output. `count` is
+    the number of samples and `input_shape` the shape of one sample, each `None` where it is not disclosed.
 
     Local training (FedAvg): `learning_rate` is `None` for a gradient; where it is given, `gradients` holds the change
     of the weights, theta_before - theta_after, by `local_steps` steps of SGD with `momentum` on `mini_batch` samples
@@ -59,12 +61,14 @@ class SharedUpdate:
     pruning: str | None = None
     bits: int | None = None
     loss_scale: float | int = 1.0
+    loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
         if not self.gradients:
             raise ValueError("an update needs at least one gradient")
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"unknown reduction {self.reduction!r}: use 'mean' or 'sum'")
+        _check_loss(self.loss)
         if self.pruning not in PRUNINGS:
             raise ValueError(f"unknown pruning {self.pruning!r}: use 'random' or 'top-k'")
         if not self.loss_scale > 0:
@@ -121,30 +125,50 @@ def gradient(
     labels: Int[Tensor, " labels"],
     *,
     reduction: str = "mean",
+    loss: str = "cross_entropy",
 ) -> SharedUpdate:
-    """The update of a FedSGD client: gradients of the cross-entropy of one batch by every parameter.
+    """The update of a FedSGD client: gradients of the loss of one batch by every parameter.
 
     `inputs` holds one sample per row, in the dtype of the model; `labels` the class of each sample. The model is left
     unchanged, its `.grad` fields included.
 
-    Raises `ValueError` for an unknown reduction, for batch normalisation or dropout in training mode (the gradient of
-    a sample would depend on the other samples, or on chance: call `model.eval()` first), for inputs and labels of
-    unequal length, and for a label that the model has no output for.
+    Raises `ValueError` for an unknown reduction or loss, for batch normalisation or dropout in training mode (the
+    gradient of a sample would depend on the other samples, or on chance: call `model.eval()` first), for inputs and
+    labels of unequal length, and for a label that the model has no output for.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction {reduction!r}: use 'mean' or 'sum'")
+    _check_loss(loss)
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} inputs but {len(labels)} labels")
     _refuse_training_mode(model)
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     logits = model(inputs)
-    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+    most = 2 if logits.shape[1] == 1 and loss != "cross_entropy" else logits.shape[1]
+    if int(labels.min()) < 0 or int(labels.max()) >= most:
         span = f"{int(labels.min())} to {int(labels.max())}"
         raise ValueError(f"labels run from {span}; the model has {logits.shape[1]} outputs")
-    loss = F.cross_entropy(logits, labels, reduction=reduction)
-    values = torch.autograd.grad(loss, parameters, allow_unused=True)
+    value = batch_loss(logits, labels, loss, reduction)
+    values = torch.autograd.grad(value, parameters, allow_unused=True)
     found = {n: g for n, g in zip(names, values, strict=True) if g is not None}
-    return SharedUpdate(found, reduction, len(inputs), tuple(inputs.shape[1:]))
+    return SharedUpdate(found, reduction, len(inputs), tuple(inputs.shape[1:]), loss=loss)
+
+
+def batch_loss(
+    logits: Float[Tensor, "b outputs"], labels: Int[Tensor, " b"], loss: str, reduction: str
+) -> Float[Tensor, ""]:
+    """One of `LOSSES` of a batch; "mean" is that over samples and, but for cross-entropy, over outputs."""
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits, labels, reduction=reduction)
+    outputs = logits.shape[1]
+    wanted = F.one_hot(labels, max(outputs, 2))[:, -outputs:].to(logits)
+    compare = F.mse_loss if loss == "squared_error" else F.binary_cross_entropy_with_logits
+    return compare(logits, wanted, reduction=reduction)
+
+
+def _check_loss(loss: str) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
 
 
 def _refuse_training_mode(model: nn.Module) -> None:

@@ -118,7 +118,7 @@ def open_spaces(problem: Problem, L: Float[Tensor, "m b"], R: Float[Tensor, "b n
     singular = R.norm(dim=1)
     rows = R / singular[:, None]
     lift = problem.affine(problem.last) @ rows.T
-    return Spaces(L, singular, rows, lift, problem.weights[-1], phase.contrasts(problem.classes, L))
+    return Spaces(L, singular, rows, lift, problem.weights[-1], phase.contrasts(problem.outputs, problem.loss, L))
 
 
 def _refusal(problem: Problem, spaces: Spaces, gap: float) -> str | None:
@@ -173,7 +173,7 @@ def sureness(problem: Problem) -> float:
 
 def unit_weight(problem: Problem, rank: int) -> float:
     """One sample's weight in the loss; where the batch size is unknown, that of a batch without repetitions."""
-    return 1.0 if problem.reduction == "sum" else 1 / (problem.batch_size or rank)
+    return problem.unit(problem.batch_size or rank)
 
 
 def certain_singles(problem: Problem, run: Run, lows: list[LowRank]) -> Peeled:

@@ -12,27 +12,26 @@ from spear.chain import Problem, Targets, passes
 PositiveRule = Callable[[Tensor], Tensor]
 
 
-def decode(problem: Problem, errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "s classes"]) -> Targets:
-    """Labels and copies of every sample from dLoss/dlogits: k p - errors / unit is a vector of k integer counts.
+def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"]) -> Targets:
+    """Labels and copies of every sample from dLoss/dlogits: k a - errors / unit is a vector of k integer counts.
 
-    One image may be in the batch several times, with different labels. The batch size is the given one, or the smallest
-    that makes all counts integers which add up to it.
+    Here a is `problem.activate` of the logits. One image may be in the batch several times, with different labels. The
+    batch size is the given one, or the smallest that makes all counts integers which add up to it; fewer than a given
+    one are found where the others' gradients are below rounding.
     """
-    rank, options = len(errors), []
-    if problem.reduction == "sum":
-        sizes = [None]
-    else:
-        sizes = [problem.batch_size] if problem.batch_size else range(rank, 2 * rank + 2)
-    for size in sizes:
-        spare = (problem.batch_size or size or rank + 8) - rank
-        counts, off = _counts(errors if size is None else errors * size, probabilities, max(spare, 0) + 1)
-        off = off if size is None else off + abs(float(counts.sum()) - size)
-        options.append(Targets(counts, 1.0 if size is None else 1 / size, off))
-        if off < 1e-4:
+    rank, known = len(errors), problem.batch_size
+    options = []
+    for size in [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2):
+        unit = problem.unit(size)
+        spare = max((known or size) - rank, 0) if problem.reduction == "mean" or known else 8
+        counts, off = _counts(errors / unit, activated, spare + 1)
+        total = float(counts.sum())
+        excess = abs(total - size) if not known and problem.reduction == "mean" else max(total - (known or total), 0)
+        options.append(Targets(counts, unit, off + excess))
+        if options[-1].error < 1e-4:
             break
-    if min(t.error for t in options) >= 1e-4:
-        unit = 1.0 if problem.reduction == "sum" else 1 / (problem.batch_size or rank)
-        options.append(_smoothed(errors, probabilities, unit))
+    if min(t.error for t in options) >= 1e-4 and problem.loss == "cross_entropy":
+        options.append(_smoothed(errors, activated, problem.unit(known or rank)))
     return min(options, key=lambda t: t.error)
 
 
@@ -51,13 +50,20 @@ def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "
 
 
 def _counts(
-    errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "s classes"], most: int
+    errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"], most: int
 ) -> tuple[Float[Tensor, "s classes"], float]:
-    """Per sample the smallest k up to `most` whose counts are integers, or nearest to that; the largest distance."""
-    k = torch.arange(1, most + 1, dtype=probabilities.dtype, device=probabilities.device)[:, None, None]
-    raw = k * probabilities - errors
+    """Per sample the smallest k up to `most` whose counts are integers, or nearest to that; the largest distance.
+
+    With one output, the count of the label 1 is read off, and that of 0 is the rest.
+    """
+    k = torch.arange(1, most + 1, dtype=activated.dtype, device=activated.device)[:, None, None]
+    raw = k * activated - errors
     counts = raw.round().clamp_min(0)
-    off = (raw - counts).abs().amax(2) + (counts.sum(2) - k[:, :, 0]).abs()
+    if raw.shape[2] == 1:
+        counts = counts.minimum(k)
+    off = (raw - counts).abs().amax(2)
+    counts = torch.cat([k - counts, counts], 2) if raw.shape[2] == 1 else counts
+    off = off + (counts.sum(2) - k[:, :, 0]).abs()
     fine = off < 1e-4
     best = torch.where(fine.any(0), fine.double().argmax(0), off.argmin(0))
     sample = torch.arange(len(errors), device=errors.device)
@@ -74,7 +80,7 @@ def solve(deltas: Float[Tensor, "s m"], total: Float[Tensor, "m n"]) -> Float[Te
 
 
 def activations(
-    problem: Problem, rows: Float[Tensor, "s in1"], mask: Bool[Tensor, "s m"], d: Float[Tensor, "s classes"]
+    problem: Problem, rows: Float[Tensor, "s in1"], mask: Bool[Tensor, "s m"], d: Float[Tensor, "s outputs"]
 ):
     """Split rows = scale * [y; 1] of the last hidden layer into y (s, in) and scale (s,).
 
@@ -97,7 +103,7 @@ def descend(
     problem: Problem,
     rows: Float[Tensor, "s in1"],
     mask: Bool[Tensor, "s m"],
-    d: Float[Tensor, "s classes"],
+    d: Float[Tensor, "s outputs"],
     *,
     positive: PositiveRule,
 ) -> tuple[Float[Tensor, "s n"], Targets]:
@@ -109,10 +115,10 @@ def descend(
     top = problem.last
     y, scale = activations(problem, rows, mask, d)
     logits = lambda y: problem.apply(top + 1, problem.apply(top, y) * mask)  # noqa: E731
-    targets = decode(problem, d * scale[:, None], logits(y).softmax(1))
+    targets = decode(problem, d * scale[:, None], problem.activate(logits(y)))
     errors, shift = d * scale[:, None], float("inf")
     for _ in range(4):
-        renewed = targets.errors(logits(y).softmax(1))
+        renewed = targets.errors(problem.activate(logits(y)))
         y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.augmented(top))[:, : y.shape[1]]
         last, shift = shift, float(((y_new - y).norm(dim=1) / y.norm(dim=1)).max())
         if shift > last / 2 or shift < 1e-15:

@@ -4,7 +4,7 @@
 
 with ⟨s_k, t_i / S⟩ = [k = i], so that solved t_i confine the remaining s_k. h_i = W_outᵀ d_i lies in a space of
 C - 1 dimensions (d_i = p_i - e_c sums to zero), and in a fresh network it is known to a few per cent once the class
-is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, classes).
+is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, outputs).
 """
 
 from dataclasses import dataclass, replace
@@ -29,8 +29,8 @@ class Spaces:
     singular: Float[Tensor, " b"]
     rows: Float[Tensor, "b n1"]
     lift: Float[Tensor, "m b"]
-    head: Float[Tensor, "classes m"]
-    contrasts: Float[Tensor, "classes free"]
+    head: Float[Tensor, "outputs m"]
+    contrasts: Float[Tensor, "outputs free"]
 
     @property
     def rank(self) -> int:
@@ -42,12 +42,10 @@ class Spaces:
         return self.head.T @ self.contrasts
 
 
-def contrasts(classes: int, like: Tensor) -> Float[Tensor, "classes free"]:
-    """Orthonormal basis of the vectors of sum zero: every p - e_c is one. With one output, that output."""
-    if classes == 1:
-        return torch.ones(1, 1, dtype=like.dtype, device=like.device)
-    eye = torch.eye(classes, dtype=like.dtype, device=like.device)
-    return torch.linalg.qr(eye - 1 / classes)[0][:, : classes - 1]
+def contrasts(outputs: int, loss: str, like: Tensor) -> Float[Tensor, "outputs free"]:
+    """Orthonormal basis of the possible d: under cross-entropy p - e_c sums to zero, else every vector is one."""
+    eye = torch.eye(outputs, dtype=like.dtype, device=like.device)
+    return torch.linalg.qr(eye - 1 / outputs)[0][:, : outputs - 1] if loss == "cross_entropy" else eye
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Solved:
     """Gradient directions found so far, one row each: unit t, d to the same scale, mask D of the active units."""
 
     t: Float[Tensor, "f b"]
-    d: Float[Tensor, "f classes"]
+    d: Float[Tensor, "f outputs"]
     mask: Bool[Tensor, "f m"]
 
     @classmethod
@@ -193,7 +191,7 @@ class Exact:
     """
 
     t: Float[Tensor, "k b"]
-    d: Float[Tensor, "k classes"]
+    d: Float[Tensor, "k outputs"]
     sine: Float[Tensor, " k"]
     second: Float[Tensor, " k"]
     mask: Bool[Tensor, "k m"]
@@ -227,7 +225,7 @@ def exact_step(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) ->
     return Exact(t / norm, d / norm, sines[:, 0], second, mask, settled)
 
 
-def _sign(d: Float[Tensor, "k classes"]) -> Float[Tensor, " k"]:
+def _sign(d: Float[Tensor, "k outputs"]) -> Float[Tensor, " k"]:
     """Orientation that makes the largest entry of d, the label's, negative."""
     return -torch.sign(d.gather(1, d.abs().argmax(1, keepdim=True))[:, 0])
 

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
@@ -44,7 +43,7 @@ class Run:
         self.gone_rows = spaces.rows[:0]
         self.tolerances = Tolerances(accept=min(max(1e-7, 10 / gap), 1e-3))
         self.starts = self.rounds = self.idle = 0
-        self.prior = prior_probabilities(problem)
+        self.prior = prior_outputs(problem)
         self.shares = {False: (1.0, 0), True: (0.002 if self.crowded else 0.05, 0)}
         self.low = spaces.basis.float()
         self.heads = torch.linalg.qr(spaces.head_space)[0].float()
@@ -71,7 +70,7 @@ class Run:
             found = self._search(free)
         self.solved = self.solved.join(found, room=self.left)
         self.idle = 0 if self.left < before else self.idle + 1
-        if len(self.solved) >= 20:
+        if len(self.solved) >= 20 and self.problem.loss == "cross_entropy":
             self.prior = mean_probabilities(self.solved, self.prior)
         if self.problem.last and self.left and len(self.solved) and self.crowded:
             self._dismiss()
@@ -159,8 +158,8 @@ class Run:
         labels = self.guess(plan.starts)
         p = self.prior.expand(plan.starts, -1)
         if plan.free:
-            p = torch.where(self._coins(plan.starts), self._dirichlet(plan.starts), p)
-        h = phase.normalise((p - F.one_hot(labels, len(self.prior))) @ self.spaces.head)
+            p = torch.where(self._coins(plan.starts), self._sharp(plan.starts), p)
+        h = phase.normalise((p - self.problem.one_hot(labels)) @ self.spaces.head)
         partner, triangle = torch.linalg.qr(self.spaces.lift @ free)
         a = torch.randn(plan.starts, free.shape[1], generator=self.generator, dtype=torch.float64).to(free)
         if self.problem.biases[self.problem.last] is not None:
@@ -173,11 +172,10 @@ class Run:
     def _coins(self, count: int) -> Bool[Tensor, "k 1"]:
         return (torch.rand(count, 1, generator=self.generator) < 0.5).to(self.prior.device)
 
-    def _dirichlet(self, count: int) -> Float[Tensor, "k classes"]:
-        """Softmax vectors as a sharpened network makes them: Dirichlet(0.3), by normalised Gamma variates."""
-        shape = torch.full((count, len(self.prior)), 0.3, dtype=torch.float64)
-        draws = torch._standard_gamma(shape, generator=self.generator).clamp_min(1e-12)
-        return (draws / draws.sum(1, keepdim=True)).to(self.prior)
+    def _sharp(self, count: int) -> Float[Tensor, "k outputs"]:
+        """Outputs as a trained network makes them: of logits a few units apart."""
+        logits = torch.randn(count, len(self.prior), generator=self.generator, dtype=torch.float64)
+        return self.problem.activate(3 * logits).to(self.prior)
 
     def guess(self, count: int) -> Int[Tensor, " k"]:
         """A class for every start, by the label counts that the output bias discloses; all in turn near the end."""
@@ -190,10 +188,10 @@ class Run:
         return torch.multinomial(need, count, replacement=True, generator=self.generator).to(self.prior.device)
 
 
-def prior_probabilities(problem: Problem) -> Float[Tensor, " classes"]:
-    """The softmax of a fresh network: that of its output bias."""
+def prior_outputs(problem: Problem) -> Float[Tensor, " outputs"]:
+    """What the loss sees of a fresh network, whatever the input: its output bias, activated."""
     bias = problem.biases[-1]
-    return torch.full_like(problem.weights[-1][:, 0], 1 / problem.classes) if bias is None else bias.softmax(0)
+    return problem.activate(torch.zeros_like(problem.weights[-1][:, 0]) if bias is None else bias)
 
 
 def mean_probabilities(solved: Solved, prior: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:
@@ -204,10 +202,14 @@ def mean_probabilities(solved: Solved, prior: Float[Tensor, " classes"]) -> Floa
     return p / p.sum()
 
 
-def label_counts(problem: Problem, prior: Float[Tensor, " classes"], rank: int) -> Float[Tensor, " classes"]:
-    """How often each label occurs, from the output bias gradient, mean p - mean one-hot; all alike without one."""
+def label_counts(problem: Problem, prior: Float[Tensor, " outputs"], rank: int) -> Float[Tensor, " classes"]:
+    """How often each label occurs, from the output bias gradient, the sum of activated outputs less the one-hot labels.
+
+    All alike without one.
+    """
     size = problem.batch_size or rank
     gradient = problem.bias_gradients[-1]
     if gradient is None:
-        return torch.full_like(prior, size / problem.classes)
-    return (size * prior - gradient * (size if problem.reduction == "mean" else 1)).clamp_min(0)
+        return prior.new_full((problem.classes,), size / problem.classes)
+    counts = size * prior - gradient / problem.unit(size)
+    return (torch.cat([size - counts, counts]) if problem.outputs == 1 else counts).clamp_min(0)

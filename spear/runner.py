@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -24,12 +25,12 @@ from typing import Literal
 import nbformat
 import yaml
 
-from spear import data, paths
-from spear.runs import Run
+from spear import data, gallery, paths
+from spear.runs import Run, parameters
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
-NOT_HASHED = ("__main__.py", "cli.py", "readme.py", "runs.py", "runner.py")  # no notebook imports them
+NOT_HASHED = ("__main__.py", "cli.py", "gallery.py", "readme.py", "runs.py", "runner.py")  # no notebook imports them
 KERNEL_START = 120  # seconds
 
 
@@ -101,6 +102,12 @@ def fingerprint(run: Run) -> str:
     return _digest(json.dumps(parts, sort_keys=True).encode())
 
 
+def data_sets(values: Mapping[str, object]) -> list[str]:
+    """The data sets that are named among a notebook's parameters and are at hand."""
+    named = [name for value in values.values() for name in (value if isinstance(value, list) else [value])]
+    return [name for name in dict.fromkeys(named) if name in data.names() and data.available(name)]
+
+
 class _Job:
     """A run in progress: one papermill process at a time, at most two in all."""
 
@@ -145,10 +152,24 @@ class _Job:
         if problem:
             return Outcome(self.run.name, "failed", seconds, problem)
         contents = {name: (self.figures / name).read_bytes() for name in self.run.files}
+        for stem in self.run.captions:
+            contents[f"{stem}.png"] = self.stamped(stem, contents)
         paths.write({paths.figures() / name: content for name, content in contents.items()})
         figures = {name: _digest(content) for name, content in contents.items()}
         paths.write({_record(self.run): json.dumps({"fingerprint": self.fingerprint, "figures": figures}).encode()})
         return Outcome(self.run.name, "done", seconds)
+
+    def stamped(self, stem: str, contents: Mapping[str, bytes]) -> bytes:
+        """The picture with its origin inside, of today; of its day where it is published already, with its numbers."""
+        values = parameters(self.run.notebook) | dict(self.run.parameters)
+        origin = gallery.Origin(self.run.profile, values, data_sets(values), date.today().isoformat())
+        numbers, picture = (paths.figures() / f"{stem}{suffix}" for suffix in (".csv", ".png"))
+        if picture.is_file() and numbers.is_file() and numbers.read_bytes() == contents[numbers.name]:
+            before = gallery.origin(picture)
+            same = before and gallery.stamped(contents[picture.name], replace(origin, date=before.date))
+            if same == picture.read_bytes():
+                return same
+        return gallery.stamped(contents[picture.name], origin)
 
     def wrong_figures(self) -> str:
         """What the notebook wrote otherwise than the table declares, in words."""

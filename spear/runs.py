@@ -8,7 +8,8 @@ The file is a list of runs::
         quick: {}
         paper: {seeds: 100}
         test: {seeds: 2}
-      writes: [04_sampling-counts]             # figures: a PNG and a CSV of this stem each
+      writes:                                  # figures, a PNG and a CSV of this stem each, and their captions
+        04_sampling-counts: Submatrices drawn until every column was met, measured and predicted.
 
 Papermill itself only warns of a parameter that the notebook does not have, and YAML drops a repeated key without a
 word; here each is an error that names it.
@@ -29,17 +30,21 @@ KEYS = ("name", "notebook", "profiles", "writes")
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a notebook: the values its parameters cell is overridden with, and the figures it writes."""
+    """One execution of a notebook: the values its parameters cell is overridden with, and the figures it writes.
+
+    `captions` maps the stem of each figure to its caption.
+    """
 
     name: str
     notebook: Path
+    profile: str
     parameters: Mapping[str, object]
-    writes: tuple[str, ...]
+    captions: Mapping[str, str]
 
     @property
     def files(self) -> tuple[str, ...]:
         """File names of the figures and of their numbers."""
-        return tuple(f"{stem}{suffix}" for stem in self.writes for suffix in (".csv", ".png"))
+        return tuple(f"{stem}{suffix}" for stem in self.captions for suffix in (".csv", ".png"))
 
 
 def load(table: Path, profile: str) -> tuple[Run, ...]:
@@ -48,7 +53,7 @@ def load(table: Path, profile: str) -> tuple[Run, ...]:
     `table` is the YAML file; notebooks are looked up in its folder. Raises `FileNotFoundError` without the file and
     `ValueError`, naming the run and the culprit, for: a profile, notebook, parameter or key that does not exist, a
     missing or repeated key, a repeated name, a value of another type than the notebook's own, and a figure that is
-    declared twice or not named after its notebook.
+    declared twice, not named after its notebook or without a caption.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(PROFILES)}")
@@ -58,7 +63,7 @@ def load(table: Path, profile: str) -> tuple[Run, ...]:
     _refuse_repeats("run name", (entry["name"] for entry in entries), table)
     _refuse_repeats("figure", (stem for entry in entries for stem in entry["writes"]), table)
     return tuple(
-        Run(entry["name"], table.parent / entry["notebook"], entry["profiles"][profile], tuple(entry["writes"]))
+        Run(entry["name"], table.parent / entry["notebook"], profile, entry["profiles"][profile], entry["writes"])
         for entry in entries
     )
 
@@ -134,9 +139,11 @@ def _check_profiles(profiles: object, notebook: Path, where: str) -> None:
 
 
 def _check_figures(writes: object, notebook: Path, where: str) -> None:
-    if not isinstance(writes, list):
-        raise ValueError(f"{where}: writes is not a list of figures; write [] for none")
-    for stem in writes:
+    if not isinstance(writes, dict):
+        raise ValueError(f"{where}: writes is not a mapping of figures to captions; write {{}} for none")
+    for stem, caption in writes.items():
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"{where}: figure {stem!r} has no caption")
         if not str(stem).startswith(f"{notebook.stem}-"):
             raise ValueError(f"{where}: figure {stem!r} is not named '{notebook.stem}-...' after its notebook")
 

@@ -31,6 +31,7 @@ class Target:
     eps: float
     scale: float
     input_shape: tuple[int, ...]
+    loss: str = "cross_entropy"
 
 
 def prepare(
@@ -62,7 +63,7 @@ def prepare(
     low, observed = observe(found, gradients, batch_size, eps)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
-    return Target(found, gradients, low, observed, count, eps, scale, _input_shape(found, update))
+    return Target(found, gradients, low, observed, count, eps, scale, _input_shape(found, update), update.loss)
 
 
 def observe(layer: Layer, gradients: dict[str, Tensor], rank: int | None, eps: float) -> tuple[LowRank, Observed]:

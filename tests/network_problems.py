@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from spear.chain import Problem
+from spear.federated import batch_loss
 from spear.network import Recovery
 
 DTYPE = torch.float64
@@ -60,15 +61,19 @@ def case(
     dtype: torch.dtype = DTYPE,
     known: bool = True,
     smoothing: float = 0.0,
+    loss: str = "cross_entropy",
 ) -> Case:
     """One batch's gradient by autograd, computed in `dtype`; `known` tells the attacker the batch size."""
     generator = Generator().manual_seed(seed)
     layers = initialise(sizes, init, generator)
     x = torch.randn(batch, sizes[0], generator=generator, dtype=DTYPE) if inputs is None else inputs
-    y = torch.randint(sizes[-1], (len(x),), generator=generator) if labels is None else labels
+    y = torch.randint(max(sizes[-1], 2), (len(x),), generator=generator) if labels is None else labels
     live = [(w.to(dtype).requires_grad_(), c.to(dtype).requires_grad_() if bias else None) for w, c in layers]
-    loss = F.cross_entropy(logits(live, x.to(dtype)), y, reduction=reduction, label_smoothing=smoothing)
-    flat = torch.autograd.grad(loss, [t for layer in live for t in layer if t is not None])
+    out = logits(live, x.to(dtype))
+    value = batch_loss(out, y, loss, reduction)
+    if smoothing:
+        value = F.cross_entropy(out, y, reduction=reduction, label_smoothing=smoothing)
+    flat = torch.autograd.grad(value, [t for layer in live for t in layer if t is not None])
     gradients = [g.to(DTYPE) for g in flat]
     problem = Problem(
         tuple(w.detach().to(DTYPE) for w, _ in live),
@@ -78,6 +83,7 @@ def case(
         len(x) if known else None,
         reduction,
         torch.finfo(dtype).eps / 2,
+        loss=loss,
     )
     return Case(problem, x, y)
 

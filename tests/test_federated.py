@@ -37,6 +37,33 @@ def test_sum_is_count_times_mean():
         torch.testing.assert_close(total[name], 5 * mean[name])
 
 
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error"])
+def test_losses_against_one_hot_labels(loss, reduction, outputs):
+    inputs, labels = batch(5, 12, max(outputs, 2))
+    model = models.fcnn((12,), 9, 2, outputs)
+    update = gradient(model, inputs, labels, reduction=reduction, loss=loss)
+    assert update.loss == loss
+    found = model(inputs)
+    wanted = labels[:, None].double() if outputs == 1 else F.one_hot(labels, outputs).double()
+    if loss == "squared_error":
+        each = (found - wanted) ** 2
+    else:
+        each = -wanted * found.sigmoid().log() - (1 - wanted) * (1 - found.sigmoid()).log()
+    (each.mean() if reduction == "mean" else each.sum()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(update.gradients[name], parameter.grad)
+
+
+def test_an_unknown_loss_lists_the_known_ones():
+    inputs, labels = batch(5, 12)
+    with pytest.raises(ValueError, match="unknown loss 'hinge': use one of cross_entropy, binary_cross_entropy"):
+        gradient(models.fcnn((12,), 9, 2, 10), inputs, labels, loss="hinge")
+    with pytest.raises(ValueError, match="unknown loss 'hinge'"):
+        SharedUpdate({"a": torch.ones(2)}, loss="hinge")
+
+
 def test_any_module_and_frozen_parameters():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)).double()
     model[0].weight.requires_grad_(False)
@@ -73,13 +100,14 @@ def test_bad_input(change, message):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_file_round_trip(tmp_path, dtype):
-    update = SharedUpdate({"a.weight": torch.randn(3, 4).to(dtype), "b": torch.zeros(0)}, "sum", 7, (1, 2, 2), 1, 0.1)
+    tensors = {"a.weight": torch.randn(3, 4).to(dtype), "b": torch.zeros(0)}
+    update = SharedUpdate(tensors, "sum", 7, (1, 2, 2), 1, 0.1, loss="squared_error")
     update.save(tmp_path / "update.safetensors")
     again = SharedUpdate.load(tmp_path / "update.safetensors")
     assert again.gradients.keys() == update.gradients.keys()
     assert all(torch.equal(again.gradients[k], update.gradients[k]) for k in update.gradients)
-    disclosed = ("reduction", "count", "input_shape", "local_steps", "learning_rate")
-    assert [getattr(again, name) for name in disclosed] == ["sum", 7, (1, 2, 2), 1, 0.1]
+    disclosed = ("reduction", "count", "input_shape", "local_steps", "learning_rate", "loss")
+    assert [getattr(again, name) for name in disclosed] == ["sum", 7, (1, 2, 2), 1, 0.1, "squared_error"]
 
 
 def test_arrays_of_another_framework():

@@ -26,12 +26,13 @@ fails = False
 """
 BODY = """\
 import os, pathlib, time
+import PIL.Image
 folder = pathlib.Path(os.environ["SPEAR_FIGURES"])
 _ = (folder / f"{STEM}-plot.csv").write_text(f"{text} {os.environ['OMP_NUM_THREADS']} {os.getpid()}")
 while wait:
     time.sleep(0.1)
 assert not fails, "this one fails"
-_ = (folder / f"{STEM}-plot.png").write_bytes(b"picture")
+PIL.Image.new("L", (count, 1)).save(folder / f"{STEM}-plot.png")
 """
 
 
@@ -50,7 +51,8 @@ class Project:
         metadata = {"kernelspec": {"name": kernel, "display_name": kernel, "language": "python"}}
         nbformat.write(new_notebook(cells=cells, metadata=metadata), self.notebook(stem))
         profiles = {"quick": {}, "paper": {}, "test": {}}
-        entry = {"name": stem, "notebook": f"{stem}.ipynb", "profiles": profiles, "writes": [f"{stem}-plot"]}
+        writes = {f"{stem}-plot": "A picture."}
+        entry = {"name": stem, "notebook": f"{stem}.ipynb", "profiles": profiles, "writes": writes}
         self.entries.append(entry | changes)
         self.write()
 
@@ -125,9 +127,10 @@ def _quick(**values: object) -> dict:
         ({"profiles": {"quick": {}, "paper": {}}}, "profile 'test' is missing"),
         ({"profiles": {"quick": None, "paper": {}, "test": {}}}, "profile 'quick' is not a mapping"),
         ({"profiles": []}, "profiles is not a mapping"),
-        ({"writes": "00_tiny-plot"}, "writes is not a list"),
-        ({"writes": ["plot"]}, "figure 'plot' is not named '00_tiny-...' after its notebook"),
-        ({"writes": ["00_tiny-plot", "00_tiny-plot"]}, "figure '00_tiny-plot' appears twice"),
+        ({"writes": ["00_tiny-plot"]}, "writes is not a mapping of figures to captions"),
+        ({"writes": {"00_tiny-plot": " "}}, "figure '00_tiny-plot' has no caption"),
+        ({"writes": {"00_tiny-plot": None}}, "figure '00_tiny-plot' has no caption"),
+        ({"writes": {"plot": "A picture."}}, "figure 'plot' is not named '00_tiny-...' after its notebook"),
         ({"name": "../tiny"}, "run '../tiny': a name is made of letters"),
     ],
 )
@@ -246,7 +249,7 @@ def test_a_failure_shows_its_cell_and_leaves_the_rest_alone(project: Project) ->
 
 
 def test_figures_other_than_declared_are_an_error(project: Project) -> None:
-    project.add("00_tiny", writes=["00_tiny-other"])
+    project.add("00_tiny", writes={"00_tiny-other": "A picture."})
     outcome = project.execute()["00_tiny"]
     assert outcome.status == "failed"
     assert "runs.yaml declares 00_tiny-other.png, which was not written" in outcome.detail
