@@ -6,7 +6,7 @@ likelihood refines them together. Nothing here is certified: each sample carries
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from spear.chain import Problem, Targets, passes
-from spear.likelihood import Estimate, Noisy, measure, refine
+from spear.likelihood import Estimate, Noisy, measure, refine, sample_weights
 from spear.lowrank import LowRank, rank_under_noise
 from spear.projection import Factors, ascend, distinct, exact_step
 
 SAME = 0.97  # cosine of two pre-activation vectors under noise that are one sample's
+FITS = 1.15  # a residual that many times larger than expected is no noise
+ROUNDING = 1e-12  # error of the linear algebra here, relative to the first singular value
+CLEAN = 1e-14  # noise per entry, relative to the largest, that is rounding
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,15 @@ def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None 
     """
     m, n = int(J.any(1).sum()), int(J.any(0).sum())
     s, L = _left(J)
-    rank = rank_under_noise(s[: min(m, n)], (m, n), sigma)
-    energy = s.pow(2).sum()
+    bound = min(most or len(s), m - 1, n - 1)
+    within = lambda rank: max(1, min(rank, bound))  # noqa: E731
+    rank = within(rank_under_noise(s[: min(m, n)], (m, n), sigma))
+    rounding = ROUNDING * float(s[0]) / (m * n) ** 0.5
     for _ in range(10):
-        rank = max(1, min(rank, most or len(s), min(m, n) - 1))
-        rest = float((energy - s[:rank].pow(2).sum()).clamp_min(0))
-        seen = (rest / ((m - rank) * (n - rank))) ** 0.5
-        again = rank_under_noise(s, (m, n), 1.02 * (seen if sigma is None else sigma))
-        if again == rank or (most is not None and again >= most == rank):
+        seen = max(float(s[rank:].norm()) / ((m - rank) * (n - rank)) ** 0.5, rounding)
+        before, rank = rank, within(rank_under_noise(s, (m, n), 1.02 * (seen if sigma is None else sigma)))
+        if rank == before:
             break
-        rank = again
     low = LowRank(rank, L[:, :rank], L[:, :rank].mT @ J, float(s[rank - 1] / s[rank].clamp_min(1e-300)), float(s[rank]))
     return low, seen if sigma is None else sigma
 
@@ -67,17 +69,26 @@ def _left(J: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " k"], Float[Tensor, "
     return s, torch.linalg.qr(J @ U / s.clamp_min(1e-300 + 1e-12 * s[0]))[0]
 
 
-def open_noisy(problem: Problem, *, count: int | None, sigma: float | None, weighted: bool, clip: bool) -> Noisy:
+def open_noisy(problem: Problem, *, sigma: float | None, weighted: bool) -> Noisy:
     """The noisy problem behind gradients: spaces of every hidden layer, noise levels, weights of the samples.
 
-    `sigma` is the noise per entry where it is disclosed, `weighted` says that samples may have weights of their own,
-    `clip` that these are at most the common one.
+    `sigma` is the noise per entry where it is disclosed, `weighted` says that samples were clipped, and so have
+    weights of their own, at most the common one.
     """
+    count = problem.batch_size
+    if not all(bool(g.any()) for g in problem.weight_gradients):
+        raise ValueError("a gradient has rank 0: it is zero everywhere")
     found = [level(problem.augmented(k), sigma, count) for k in range(problem.last + 1)]
-    unit = 1.0 if problem.reduction == "sum" else 1 / (count or found[0][0].rank)
-    most = unit if clip else float("inf")
+    unit = problem.unit(count or found[0][0].rank)
     lows, sigmas = zip(*found, strict=True)
-    return Noisy(problem, lows, sigmas, None if weighted else unit, unit, most)
+    return Noisy(problem, lows, sigmas, None if weighted else unit, unit)
+
+
+def is_visible(noisy: Noisy) -> bool:
+    """Whether what the samples leave of the first gradient looks like noise: above rounding, its spectrum short."""
+    low, sigma, J = noisy.lows[0], noisy.sigmas[0], noisy.problem.augmented(0)
+    edge = sigma * (J.shape[0] ** 0.5 + J.shape[1] ** 0.5)
+    return sigma > CLEAN * float(J.abs().max()) and low.noise < 1.5 * edge < 1.5 * low.smallest
 
 
 def recover(
@@ -96,16 +107,23 @@ def recover(
     reason = _refusal(noisy)
     if reason:
         return Denoised(None, noisy.rank, noisy.sigmas[0], reason, 0, 0)
-    estimate = None
+    inputs = noisy.problem.weights[0].new_zeros(0, noisy.problem.weights[0].shape[1])
     enough = lambda used: time.perf_counter() - begin > seconds or used >= starts  # noqa: E731
+    estimate = None
     while trials < outer and not (trials and enough(used)):
-        new, used = candidates(noisy, estimate, used=used, enough=enough, generator=generator)
-        trials += 1
-        inputs = new if estimate is None else torch.cat([estimate.inputs, new])
-        estimate = _supported(noisy, inputs) if len(inputs) else None
-        if estimate is not None and len(estimate.labels) == noisy.rank:
-            break
-    return Denoised(estimate, noisy.rank, noisy.sigmas[0], _reason(noisy, estimate), used, trials)
+        new, used = candidates(noisy, inputs, used=used, enough=enough, generator=generator)
+        inputs, trials = torch.cat([inputs, new]), trials + 1
+        if len(inputs) == noisy.rank:
+            estimate = _supported(noisy, inputs)
+            if estimate is not None and len(estimate.labels) == noisy.rank:
+                break
+            inputs = inputs[:0] if estimate is None else estimate.inputs
+    if len(inputs) and len(inputs) < noisy.rank:
+        estimate = _supported(noisy, inputs)
+    reason = _reason(noisy, estimate)
+    if estimate is not None and estimate.fit > FITS * estimate.expected_fit:
+        estimate, reason = None, f"{reason}: what was found does not explain the update"
+    return Denoised(estimate, noisy.rank, noisy.sigmas[0], reason, used, trials)
 
 
 def _refusal(noisy: Noisy) -> str:
@@ -130,13 +148,13 @@ def _reason(noisy: Noisy, estimate: Estimate | None) -> str:
 
 def candidates(
     noisy: Noisy,
-    known: Estimate | None,
+    known: Float[Tensor, "s n"],
     *,
     used: int,
     enough: Callable[[int], bool],
     generator: Generator,
     rounds: int = 8,
-) -> tuple[Float[Tensor, "s n"], int]:
+) -> tuple[Float[Tensor, "k n"], int]:
     """Inputs that fit the first two gradients, less the known samples, as the noise lets them; and the starts so far.
 
     Each round starts away from what was found; two that find nothing end the search.
@@ -199,17 +217,17 @@ def _inputs(
     return rows[:, :-1] / rows[:, -1:].clamp_min(1e-4 * float(rows.abs().max()) if len(rows) else 0)
 
 
-def _without(noisy: Noisy, known: Estimate | None) -> tuple[Factors, Factors]:
+def _without(noisy: Noisy, known: Float[Tensor, "s n"]) -> tuple[Factors, Factors]:
     """The first two gradients less the known samples' own."""
-    factors = Factors.of(noisy.lows[0]), Factors.of(noisy.lows[1])
-    if known is None:
-        return factors
+    first, second = Factors.of(noisy.lows[0]), Factors.of(noisy.lows[1])
+    if not len(known):
+        return first, second
     problem = noisy.problem
-    counts = F.one_hot(known.labels, problem.classes).to(known.inputs)
-    run = passes(problem, known.inputs, Targets(counts, 1.0, 0.0))
-    deltas = known.deltas, run.deltas[1] * known.weights[:, None]
-    first, second = (f.without(deltas[k], problem.extend(k, run.inputs[k])) for k, f in enumerate(factors))
-    return first, second
+    counts = F.one_hot(label(noisy, known), problem.classes).to(known)
+    run = passes(problem, known, Targets(counts, 1.0, 0.0))
+    weights = sample_weights(noisy, known, list(run.deltas))[:, None]
+    own = [(weights * run.deltas[k], problem.extend(k, run.inputs[k])) for k in (0, 1)]
+    return first.without(*own[0]), second.without(*own[1])
 
 
 def _each_label(problem: Problem, inputs: Float[Tensor, "s n"]) -> Iterator[Float[Tensor, "s m"]]:
@@ -234,18 +252,29 @@ def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
 
 
 def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Estimate | None:
-    """The refined samples whose measured gradient has the direction and size of their own; none: `None`."""
-    for _ in range(2):
-        estimate = refine(noisy, inputs, label(noisy, inputs))
-        inputs = estimate.inputs
-    for _ in range(3):
-        seen, own = estimate.measured, estimate.deltas
-        scale = (seen * own).sum(1) / own.pow(2).sum(1)
-        good = (F.cosine_similarity(seen, own) > 0.6) & ((scale - 1).abs() < 0.35) & (estimate.error < 0.5)
-        good &= estimate.inputs.isfinite().all(1)
-        if bool(good.all()):
-            return estimate
-        if not bool(good.any()):
-            return None
+    """The refined samples whose measured gradient has the direction and size of their own; none: `None`.
+
+    Where samples are missing, the others are known less well than the noise alone would allow: by how far they moved.
+    """
+    raw, estimate = inputs, refine(noisy, inputs, label(noisy, inputs))
+    estimate = refine(noisy, estimate.inputs, label(noisy, estimate.inputs))
+    for _ in range(4):
+        good = _is_good(estimate)
+        if bool(good.all()) or not bool(good.any()):
+            break
+        raw = raw[good]
         estimate = refine(noisy, estimate.inputs[good], estimate.labels[good])
-    return None
+    if not bool(good.all()):
+        return None
+    if len(raw) < noisy.rank:
+        moved = (estimate.inputs - raw).norm(dim=1) / raw.norm(dim=1)
+        estimate = replace(estimate, error=torch.hypot(estimate.error, moved))
+        estimate = estimate.only(_is_good(estimate))
+    return estimate if len(estimate.labels) else None
+
+
+def _is_good(estimate: Estimate) -> Bool[Tensor, " s"]:
+    seen, own = estimate.measured, estimate.deltas
+    scale = (seen * own).sum(1) / own.pow(2).sum(1)
+    alike = (F.cosine_similarity(seen, own) > 0.6) & ((scale - 1).abs() < 0.35)
+    return alike & (estimate.error < 0.5) & estimate.inputs.isfinite().all(1)

@@ -6,11 +6,11 @@ tell. So each unit of each sample is decided by the sum of two log-likelihood ra
 the inputs' present error, and its own gradient, measured in the update of its layer. Samples are rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spear.chain import Problem, Targets, forward, passes
@@ -21,15 +21,13 @@ from spear.lowrank import LowRank
 class Noisy:
     """A problem whose gradients carry noise: `sigmas[k]` per entry of hidden layer k's gradient, factorised at `lows`.
 
-    `weight` is the weight of every sample in the loss, or `None` where each sample has its own, at most `most` and
-    about `typical`.
+    `weight` is the weight of every sample in the loss, or `None` where each sample has its own, at most `most`.
     """
 
     problem: Problem
     lows: tuple[LowRank, ...]
     sigmas: tuple[float, ...]
     weight: float | None
-    typical: float
     most: float
 
     @property
@@ -56,6 +54,16 @@ class Estimate:
     fit: float
     expected_fit: float
 
+    def only(self, good: Bool[Tensor, " s"]) -> "Estimate":
+        """The samples that are `good`."""
+        each = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x[good] for name, x in each.items() if isinstance(x, Tensor)})
+
+    @property
+    def residuals(self) -> Float[Tensor, " s"]:
+        """The relative distance of each sample's measured vector to its own."""
+        return (self.measured - self.deltas).norm(dim=1) / self.deltas.norm(dim=1)
+
 
 def refine(
     noisy: Noisy, inputs: Float[Tensor, "s n"], labels: Int[Tensor, " s"], *, rounds: int = 15, tolerance: float = 1e-9
@@ -79,7 +87,8 @@ def refine(
         inputs = new
         if bool((moved < tolerance * new.norm(dim=1)).all()):
             break
-    return _conclude(noisy, labels, *best[1:])
+    settled = moved / inputs.norm(dim=1)
+    return _conclude(noisy, labels, *best[1:], settled)
 
 
 def _conclude(
@@ -88,10 +97,12 @@ def _conclude(
     deltas: list[Float[Tensor, "s _m"]],
     weights: Float[Tensor, " s"],
     parts: list[Float[Tensor, "_m _n"]],
+    settled: Float[Tensor, " s"],
 ) -> Estimate:
     """The inputs by least squares with each row weighted by its own noise, and the error that this leaves.
 
-    Rounding makes noise that differs from row to row, so the rows' variances are those of the residual.
+    Rounding makes noise that differs from row to row, so the rows' variances are those of the residual. To the error
+    that noise makes comes `settled`, how far the last round still moved each input.
     """
     J, T = parts[0], deltas[0] * weights[:, None]
     n, share = noisy.problem.weights[0].shape[1], 1 - noisy.rank / T.shape[1]
@@ -107,7 +118,7 @@ def _conclude(
     each = (inverse.pow(2) * seen).sum(1).sqrt() * n**0.5 / inputs.norm(dim=1)
     measured = measure(noisy.problem, 0, J, inputs)[0]
     fit = float(rest.norm()) / J.numel() ** 0.5 / noisy.sigmas[0]
-    error = torch.hypot(each, weight_error(noisy, deltas, weights))
+    error = torch.hypot(torch.hypot(each, weight_error(noisy, deltas, weights)), settled)
     return Estimate(inputs, labels, weights, T, error, measured, fit, share**0.5)
 
 
@@ -164,7 +175,7 @@ def _backward(
     for k in range(1, problem.last + 1):
         below = spreads[-1].pow(2).mean(1, keepdim=True).sqrt()
         spreads.append(below * 0.5**0.5 * problem.weights[k].norm(dim=1))
-    deltas = [logits.softmax(1) - F.one_hot(labels, problem.classes).to(logits)]
+    deltas = [problem.activate(logits) - problem.one_hot(labels)]
     for k in range(problem.last, -1, -1):
         active = deltas[0] @ problem.weights[k + 1]
         seen, size = measure(problem, k, parts[k], states[k])
@@ -199,7 +210,7 @@ def sample_weights(
     else:
         gram, right = _normal_equations(noisy.problem, deltas)
         weights = torch.linalg.solve(gram, right)
-    return weights.clamp(0.02 * noisy.typical, noisy.most)
+    return weights.clamp(0.02 * noisy.most, noisy.most)
 
 
 def weight_error(
