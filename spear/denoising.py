@@ -21,7 +21,6 @@ from spear.projection import Factors, ascend, distinct, exact_step
 SAME = 0.97  # cosine of two pre-activation vectors under noise that are one sample's
 FITS = 1.15  # a residual that many times larger than expected is no noise
 ROUNDING = 1e-12  # error of the linear algebra here, relative to the first singular value
-CLEAN = 1e-14  # noise per entry, relative to the largest, that is rounding
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,9 @@ def open_noisy(problem: Problem, *, sigma: float | None, weighted: bool) -> Nois
 def is_visible(noisy: Noisy) -> bool:
     """Whether what the samples leave of the first gradient looks like noise: above rounding, its spectrum short."""
     low, sigma, J = noisy.lows[0], noisy.sigmas[0], noisy.problem.augmented(0)
+    rounding = max(30 * noisy.problem.precision, 10 * ROUNDING) * float(J.norm()) / J.numel() ** 0.5
     edge = sigma * (J.shape[0] ** 0.5 + J.shape[1] ** 0.5)
-    return sigma > CLEAN * float(J.abs().max()) and low.noise < 1.5 * edge < 1.5 * low.smallest
+    return sigma > rounding and low.noise < 1.5 * edge < 1.5 * low.smallest
 
 
 def recover(
