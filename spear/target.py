@@ -2,16 +2,17 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
 from spear.filtering import Observed
-from spear.lowrank import LowRank, augment, decompose
+from spear.lowrank import LowRank, augment, decompose, rank_under_noise
 from spear.tracing import Layer, find_layer
 
+MOST_UNDER_NOISE = 0.4  # of the smaller side: the share of a gradient's singular values that may rise above noise
 PRECISIONS = (torch.float32, torch.float64)
 
 
@@ -80,6 +81,27 @@ def observe(layer: Layer, gradients: dict[str, Tensor], rank: int | None, eps: f
     d = None if linear.bias is None else low.R[:, n]
     tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / low.smallest), 1e-2)
     return low, Observed(low.L, low.R[:, :n], B, d, tolerance)
+
+
+def under_noise(target: Target) -> Target | None:
+    """The same layer seen at the rank that rises above noise, entries of G counting as zero under the noise's size.
+
+    The noise level is estimated from the singular values beyond the rank. `None` where no rank rises, or where what
+    rises is too much of the layer to be told from noise.
+    """
+    linear, name = target.layer.linear, target.layer.name
+    dW = target.gradients[f"{name}.weight"]
+    J = dW if linear.bias is None else augment(dW, target.gradients[f"{name}.bias"])
+    m, n = J.shape
+    s = torch.linalg.svdvals(J)
+    rank = rank_under_noise(s, (m, n))
+    if not 0 < rank <= MOST_UNDER_NOISE * min(m, n):
+        return None
+    low, observed = observe(target.layer, target.gradients, rank, target.eps)
+    # Each entry of L = J V S^-1 carries noise sigma / s: four deviations, relative to a column of G of m entries.
+    sigma = low.noise / (math.sqrt(m) + math.sqrt(n))
+    tolerance = min(4 * sigma * math.sqrt(m) / low.smallest, 0.3)
+    return replace(target, low=low, observed=replace(observed, tolerance=tolerance))
 
 
 def compute_device(device: str | torch.device | None) -> torch.device:
