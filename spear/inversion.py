@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from spear import network, theory
+from spear import dictionary, network, theory
+from spear import layer as layers
 from spear.certificate import certify, recover_labels
 from spear.chain import Problem, open_problem
 from spear.federated import SharedUpdate
@@ -19,7 +21,8 @@ from spear.lowrank import MIN_GAP
 from spear.search import Budget, Found, Progress, search
 from spear.target import Target, prepare
 
-METHODS = ("auto", "sampling", "network")
+METHODS = ("auto", "sampling", "dictionary", "layer", "network")
+Search = Callable[..., Found]
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
 
@@ -71,14 +74,16 @@ def attack(
 ) -> Reconstruction:
     """Recover the batch behind a client's update (SPEAR, Algorithm 1, and beyond it).
 
-    `method` is `"sampling"`, SPEAR as published, from one linear layer that a ReLU follows; `"network"`, which uses
-    every layer of a fully connected network (batches of hundreds); or `"auto"`, the strongest method whose
-    preconditions hold, and the next where it ends without the whole batch. `layer` names the linear layer that is
-    sampled, the default being the first whose input is the data up to reshaping. `batch_size` is read off the
-    gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that sampling tests, starts of
-    the network method) bound each search: an exhausted budget gives an incomplete result that says so. Without either,
-    a batch too large for any budget is declined at once. `false_rejection` is the chance at which the sparsity filter
-    may reject a true direction. The result depends on `seed`, not on the device. `progress` is called after each round.
+    `method` says how much is used. Of one linear layer that a ReLU follows: `"sampling"`, SPEAR as published;
+    `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
+    of up to a fifth of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
+    `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
+    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping.
+    `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
+    sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
+    so. Without either, sampling declines a batch too large for any budget at once. `false_rejection` is the chance at
+    which sampling's sparsity filter may reject a true direction. The result depends on `seed`, not on the device.
+    `progress` is called after each round.
     `executor` computes the rounds of sampling, which otherwise run in threads: with one of a cluster, for example
     `distributed.Client(ADDRESS).get_executor()`, many machines share one large batch, and the result is the same.
 
@@ -91,17 +96,39 @@ def attack(
     if method == "network" and layer is not None:
         raise ValueError(f"method 'network' uses every layer: layer={layer!r} cannot be chosen")
     budget = Budget(time.monotonic(), time_limit, max_proposals)
-    options = (budget, seed, progress)
+    sampling = partial(search, false_rejection=false_rejection, device=device, executor=executor)
+    searches = {"sampling": sampling, "dictionary": dictionary.search, "layer": layers.search}
     if method == "network":
-        result = _network(open_problem(model, update, batch_size=batch_size, device=device), *options)
+        problem = open_problem(model, update, batch_size=batch_size, device=device)
+        result = _network(problem, budget, seed, progress)
     else:
         target = prepare(model, update, layer=layer, batch_size=batch_size, device=device)
-        problem = _chain(model, update, batch_size, device) if method == "auto" and layer is None else None
-        result = None if problem is None else _network(problem, *options)
-        if result is None or not (result.complete or _hopeless(target, budget, AFFORDABLE)):
-            where = {"device": device, "executor": executor}
-            result = _larger(result, _sampling(target, *options, false_rejection=false_rejection, **where))
+        if method == "auto":
+            problem = _chain(model, update, batch_size, device) if layer is None else None
+            result = _strongest(target, problem, searches, budget, seed, progress)
+        else:
+            result = _one_layer(target, searches[method], method, budget, seed, progress)
     return replace(result, stats=replace(result.stats, seconds=time.monotonic() - budget.started))
+
+
+def _strongest(
+    target: Target,
+    problem: Problem | None,
+    searches: dict[str, Search],
+    budget: Budget,
+    seed: int,
+    progress: Callable[[Progress], None] | None,
+) -> Reconstruction:
+    """Method after method until one recovers the whole batch: every layer, one layer coupled, sampling."""
+    result = None if problem is None else _network(problem, budget, seed, progress)
+    for method in ("layer", "sampling"):
+        if result is not None and result.complete:
+            break
+        if method == "sampling" and result is not None and _hopeless(target, budget, AFFORDABLE):
+            break
+        following = _one_layer(target, searches[method], method, budget, seed, progress)
+        result = following if result is None else _larger(result, following)
+    return result
 
 
 def _chain(
@@ -114,35 +141,31 @@ def _chain(
         return None
 
 
-def _larger(first: Reconstruction | None, second: Reconstruction) -> Reconstruction:
+def _larger(first: Reconstruction, second: Reconstruction) -> Reconstruction:
     """The result with more certified samples, then with more samples; both reasons where neither has any."""
-    if first is None:
-        return second
     if not len(first.inputs) and not len(second.inputs):
-        return replace(first, reason=f"network: {first.reason}; sampling: {second.reason}")
+        return replace(first, reason=f"{first.reason}; {second.reason}")
     return max(second, first, key=lambda r: (r.complete, int(r.certified.sum()), len(r.inputs)))
 
 
-def _sampling(
+def _one_layer(
     target: Target,
+    search: Search,
+    method: str,
     budget: Budget,
     seed: int,
     progress: Callable[[Progress], None] | None,
-    *,
-    false_rejection: float,
-    device: str | torch.device | None,
-    executor: Executor | None,
 ) -> Reconstruction:
-    """SPEAR's attack on one layer."""
+    """The attack on one layer, by any search for the columns of its Q."""
     budget = replace(budget, started=time.monotonic())
-    obstacle = _obstacle(target, budget)
+    obstacle = _obstacle(target, method, budget)
     if obstacle:
         return _nothing(target, obstacle, Stats(0.0))
-    found = search(target.observed, budget, false_rejection, seed, device, progress, executor)
+    found = search(target.observed, budget=budget, seed=seed, progress=progress)
     stats = Stats(time.monotonic() - budget.started, found.proposals, found.rounds)
     if found.matching < 1:
         reached = f"{len(found.basis)} of {target.low.rank} directions, matching coefficient {found.matching:.6f}"
-        return _nothing(target, f"{found.spent}: {reached}", stats)
+        return _nothing(target, f"{method}: {found.spent}: {reached}", stats)
     return _reconstruct(target, found, stats)
 
 
@@ -171,14 +194,14 @@ def _network(
     return Reconstruction(inputs, label, found.stats.rank, *evidence)
 
 
-def _obstacle(target: Target, budget: Budget) -> str:
+def _obstacle(target: Target, method: str, budget: Budget) -> str:
     """Why a search would be pointless, in words; empty where it may succeed."""
     low, (m, b), name = target.low, target.observed.L.shape, target.layer.name
     if low.gap < MIN_GAP:
         return f"the gradient of {name} shows no rank: no gap among its {low.rank} singular values"
     if b >= m or b > target.observed.R.shape[1]:
         return f"a batch of rank {b} needs a layer wider than {b} with as many inputs; {name} is {m} wide"
-    if _hopeless(target, budget, HOPELESS):
+    if method == "sampling" and _hopeless(target, budget, HOPELESS):
         expected = theory.expected_proposals(theory.half_rates(m, b))
         return f"a batch of {b} needs about {expected:.0e} proposals at width {m}: set a budget to try all the same"
     return ""
