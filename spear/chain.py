@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
+from spear.lowrank import LowRank, decompose
 from spear.target import check_gradients, compute_device, input_shape
 from spear.tracing import chain
 
@@ -86,6 +87,10 @@ class Problem:
             if self.biases[k] is None
             else join(self.weight_gradients[k], self.bias_gradients[k])
         )
+
+    def factors(self, k: int, rank: int | None = None) -> LowRank:
+        """The factorised gradient of layer k, its rank counted down to the rounding with which it was sent."""
+        return decompose(self.augmented(k), rank, eps=2 * self.precision)
 
     def affine(self, k: int) -> Float[Tensor, "out in1"]:
         """[W_k | beta_k], the map from [input; 1] to pre-activations, in the columns of `augmented(k)`."""

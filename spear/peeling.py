@@ -1,6 +1,6 @@
 """From gradient directions down to inputs: labels, one least squares a layer, and what certifies the samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,21 +16,25 @@ def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Floa
     """Labels and copies of every sample from dLoss/dlogits: k a - errors / unit is a vector of k integer counts.
 
     Here a is `problem.activate` of the logits. One image may be in the batch several times, with different labels. The
-    batch size is the given one, or the smallest that makes all counts integers which add up to it; fewer than a given
-    one are found where the others' gradients are below rounding.
+    batch size is the given one; or the smallest that makes all counts integers which add up to it, or else to less:
+    samples are missing where their gradients are below rounding.
     """
     rank, known = len(errors), problem.batch_size
-    options = []
-    for size in [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2):
-        unit = problem.unit(size)
-        spare = max((known or size) - rank, 0) if problem.reduction == "mean" or known else 8
-        counts, off = _counts(errors / unit, activated, spare + 1)
-        total = float(counts.sum())
-        excess = abs(total - size) if not known and problem.reduction == "mean" else max(total - (known or total), 0)
-        options.append(Targets(counts, unit, off + excess))
-        if options[-1].error < 1e-4:
-            break
-    if min(t.error for t in options) >= 1e-4 and problem.loss == "cross_entropy":
+    sizes = [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2)
+    best, partial = None, None
+    for size in sizes:
+        spare = 8 if problem.reduction == "sum" and not known else max(size - rank, 0)
+        counts, off = _counts(errors / problem.unit(size), activated, spare + 1)
+        excess = float(counts.sum()) - (size if known or problem.reduction == "mean" else float(counts.sum()))
+        targets = Targets(counts, problem.unit(size), off + max(excess, 0.0))
+        if targets.error < 1e-4 and excess == 0:
+            return targets
+        partial = targets if partial is None and targets.error < 1e-4 else partial
+        best = targets if best is None or targets.error < best.error else best
+    if partial is not None:
+        return partial
+    options = [best]
+    if problem.loss == "cross_entropy":
         options.append(_smoothed(errors, activated, problem.unit(known or rank)))
     return min(options, key=lambda t: t.error)
 
@@ -106,11 +110,13 @@ def descend(
     d: Float[Tensor, "s outputs"],
     *,
     positive: PositiveRule,
+    spans: Sequence[Float[Tensor, "_out _rank"]] | None = None,
 ) -> tuple[Float[Tensor, "s n"], Targets]:
     """From all samples' [y; 1] (up to scale), masks and d at the last hidden layer to inputs and labels.
 
     One least squares a layer: the gradient of a layer is the back-propagated vectors times its inputs.
-    `positive` tells the positive activations from the rounding around zero.
+    `positive` tells the positive activations from the rounding around zero. With `spans`, orthonormal bases of the
+    column spaces of the gradients, masks are corrected until the back-propagated vectors lie in them.
     """
     top = problem.last
     y, scale = activations(problem, rows, mask, d)
@@ -126,9 +132,24 @@ def descend(
         y, errors = y_new, renewed
     deltas = (errors @ problem.weights[top + 1]) * mask
     for k in range(top - 1, -1, -1):
-        deltas = (deltas @ problem.weights[k + 1]) * positive(y)
+        h = deltas @ problem.weights[k + 1]
+        deltas = h * (positive(y) if spans is None else corrected(positive(y), h, spans[k]))
         y = solve(deltas, problem.augmented(k))[:, : problem.weights[k].shape[1]]
     return y, targets
+
+
+def corrected(
+    mask: Bool[Tensor, "s m"], h: Float[Tensor, "s m"], span: Float[Tensor, "m r"], *, rounds: int = 4
+) -> Bool[Tensor, "s m"]:
+    """Masks near `mask` whose D ∘ h lie nearest to the span: what its projection says of each entry, 0 or h_j."""
+    best, least = mask, torch.full_like(h[:, 0], float("inf"))
+    for _ in range(rounds):
+        u = mask * h
+        inside = u @ span @ span.T
+        sine = (u - inside).norm(dim=1) / u.norm(dim=1).clamp_min(1e-300)
+        best = torch.where((sine < least)[:, None], mask, best)
+        least, mask = torch.minimum(sine, least), (2 * inside - h) * h > 0
+    return best
 
 
 def above_noise(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:

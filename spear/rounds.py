@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from spear import phase, single
 from spear.chain import Problem
-from spear.lowrank import decompose
+from spear.lowrank import LowRank
 from spear.phase import Iterate, Solved, Spaces, Tolerances
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
@@ -36,18 +36,18 @@ class Run:
     coordinates of the `whole` spaces.
     """
 
-    def __init__(self, problem: Problem, spaces: Spaces, gap: float, generator: Generator) -> None:
+    def __init__(self, problem: Problem, spaces: Spaces, noise: float, generator: Generator) -> None:
         self.problem, self.generator = problem, generator
         self.whole = self.spaces = spaces
         self.solved = self.gone = Solved.none(spaces)
         self.gone_rows = spaces.rows[:0]
-        self.tolerances = Tolerances(accept=min(max(1e-7, 10 / gap), 1e-3))
+        self.tolerances = Tolerances(accept=1e-7 if problem.precision < 1e-12 else 1e-3, noise=noise)
         self.starts = self.rounds = self.idle = 0
         self.prior = prior_outputs(problem)
         self.shares = {False: (1.0, 0), True: (0.002 if self.crowded else 0.05, 0)}
         self.low = spaces.basis.float()
         self.heads = torch.linalg.qr(spaces.head_space)[0].float()
-        self.below: Float[Tensor, "m b"] | None = None
+        self.below: LowRank | None = None
 
     @property
     def left(self) -> int:
@@ -61,6 +61,11 @@ class Run:
         here = Solved(phase.normalise(self.solved.t @ back), self.solved.d, self.solved.mask)
         return self.gone.join(here, room=self.whole.rank)
 
+    def join(self, found: Solved) -> Solved:
+        """The solved directions and those of `found` that differ from them by more than noise."""
+        blur = 20 * self.tolerances.noise / float(self.spaces.singular[-1])
+        return self.solved.join(found, room=self.left, cosine=1 - min(max(1e-9, blur**2), 1e-5))
+
     def round(self) -> None:
         """One round: the tail by linear programming where it is due, else a search with the kind that did best last."""
         before, free = self.left, phase.complement(self.spaces, self.solved)
@@ -68,7 +73,7 @@ class Run:
         found = self._tail(free)
         if not len(found):
             found = self._search(free)
-        self.solved = self.solved.join(found, room=self.left)
+        self.solved = self.join(found)
         self.idle = 0 if self.left < before else self.idle + 1
         if len(self.solved) >= 20 and self.problem.loss == "cross_entropy":
             self.prior = mean_probabilities(self.solved, self.prior)
@@ -96,9 +101,9 @@ class Run:
     def determined(self, *, starts: int) -> tuple[Int[Tensor, " g"], Float[Tensor, "g b"]]:
         """Which of the `solved` have activations that the layer below determines, and their s."""
         if self.below is None:
-            self.below = decompose(self.problem.augmented(self.problem.last - 1)).L
+            self.below = self.problem.factors(self.problem.last - 1)
         h = single.vectors_below(self.problem, self.solved)
-        index, mask = single.masks_below(h, self.below, self.tolerances, starts=starts, generator=self.generator)
+        index, mask = single.masks_below(h, self.below.L, self.tolerances, starts=starts, generator=self.generator)
         inputs = self.spaces.rows[:, : h.shape[1]]
         sure, s = single.activation_coordinates(self.spaces, self.solved, inputs, index, mask, self.tolerances)
         return index[sure], s[sure]
@@ -148,7 +153,7 @@ class Run:
             end = phase.search(start, self.low, steps=plan.steps, partner=partner, weight=plan.weight, head=head)
         found = phase.refine(self.spaces, end, head=head, tolerances=self.tolerances)
         self.starts += plan.starts
-        fresh = len(self.solved.join(found, room=self.left)) - len(self.solved)
+        fresh = len(self.join(found)) - len(self.solved)
         share = self.shares[plan.free][0] / 4 if self.crowded and not fresh else fresh / plan.starts
         self.shares[plan.free] = (share, self.rounds)
         return found

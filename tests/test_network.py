@@ -166,7 +166,7 @@ def test_an_exhausted_budget_is_an_incomplete_result():
     found = network.recover(case((60, 120, 10), 50).problem, budget=Budget(starts=1))
     assert not found.complete
     assert len(found.inputs) == 0
-    assert "gradient directions in 1 rounds" in found.reason
+    assert "gradient directions in 1 round of 75 starts" in found.reason
 
 
 @pytest.mark.parametrize("seed", range(3))
