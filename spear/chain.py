@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
@@ -133,12 +133,14 @@ class Targets:
     """Who is in the batch: `counts[i]` (classes,) says how often sample i bears each label.
 
     `unit` is one copy's weight in the loss (`Problem.unit`), `error` how far the counts were from integers before they
-    were rounded.
+    were rounded. `measured`, where it is given, is dLoss/dlogits as the gradient shows it: it stands in for that of a
+    weak sample whose input is not known well enough to compute it.
     """
 
     counts: Float[Tensor, "s classes"]
     unit: float
     error: float
+    measured: Float[Tensor, "s outputs"] | None = None
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
@@ -146,7 +148,21 @@ class Targets:
 
     def errors(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
         """dLoss/dlogits of each sample, its copies added up, from `Problem.activate` of its logits."""
+        own = self._own(activated)
+        return own if self.measured is None else torch.where(self.agree(activated)[:, None], own, self.measured)
+
+    def agree(self, activated: Float[Tensor, "s outputs"]) -> Bool[Tensor, " s"]:
+        """Whose dLoss/dlogits is, to a per cent, what the gradient shows."""
+        if self.measured is None:
+            return torch.ones(len(activated), dtype=torch.bool, device=activated.device)
+        return (self._own(activated) - self.measured).norm(dim=1) < 0.01 * self.measured.norm(dim=1)
+
+    def _own(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
         return self.unit * (self.copies[:, None] * activated - self.counts[:, -activated.shape[1] :])
+
+    def __getitem__(self, index: Tensor) -> "Targets":
+        measured = None if self.measured is None else self.measured[index]
+        return Targets(self.counts[index], self.unit, self.error, measured)
 
     def __len__(self) -> int:
         return len(self.counts)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 MIN_GAP = 1e3
 OVERSAMPLING = 8
-VISIBLE = 1e3  # singular values above this many roundings of the largest belong to the batch
+VISIBLE = 1e2  # singular values above this many roundings of the largest belong to the batch
 
 
 @dataclass(frozen=True)

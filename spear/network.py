@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear import phase, single
+from spear import classes, phase, single
 from spear.chain import Problem, Targets, forward, passes
 from spear.lowrank import LowRank
 from spear.peeling import Check, PositiveRule, above_gap, above_noise, activations, check, descend, solve
@@ -89,7 +89,8 @@ def recover(
     low = problem.factors(problem.last, rank)
     spaces = open_spaces(problem, low.L, low.R)
     refusal = _refusal(problem, spaces, low)
-    run = Run(problem, spaces, low.noise, generator)
+    restricted = classes.too_many(problem, spaces, MARGIN)
+    run = Run(problem, spaces, low.noise, generator, restricted=restricted)
     while refusal is None and run.left:
         run.round()
         stats = figures(run, low, begin)
@@ -102,7 +103,8 @@ def recover(
     stats = figures(run, low, begin)
     result = _nothing(problem, refusal or searched(stats), stats)
     if refusal is None and len(run.found):
-        whole = conclude(problem, spaces, run.found, stats)
+        solved = classes.sharpen(problem, spaces, run.found) if restricted and not run.left else run.found
+        whole = conclude(problem, spaces, solved, stats)
         result = _more(whole, result) if run.left else whole
     if refusal or (run.left and len(result.inputs) < max(stats.found, 1)):
         result = _more(conclude_partly(problem, run, stats, refusal, budget), result)
@@ -153,9 +155,8 @@ def _refusal(problem: Problem, spaces: Spaces, low: LowRank) -> str | None:
         k = widths.index(min(widths))
         needed = f"every hidden layer at least {rank + MARGIN} wide"
         return f"a batch of rank {rank} needs {needed}; layer {k + 1} has {widths[k]}"
-    if live < rank + problem.classes + MARGIN:
-        needed = f"{rank + problem.classes + MARGIN} live units in the last hidden layer"
-        return f"a batch of rank {rank} with {problem.classes} classes needs {needed}; {live} are"
+    if live < rank + (2 if problem.loss == "cross_entropy" else problem.outputs) + MARGIN:
+        return f"a batch of rank {rank} leaves too few live units in the last hidden layer: {live}"
     if problem.biases[problem.last] is None and problem.loss != "cross_entropy":
         return f"without biases the scale of an image shows in the softmax alone; the loss is {problem.loss}"
     return None
@@ -219,17 +220,16 @@ def certain_singles(problem: Problem, run: Run, lows: list[LowRank]) -> Peeled:
 def conclude(problem: Problem, spaces: Spaces, solved: Solved, stats: Stats) -> Recovery:
     """From all directions to samples: certified where they explain every layer's gradient."""
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
-    results = []
-    for positive, spans in masks_by(problem):
+    sane = plausible(problem, rows, solved)
+    rows, solved, results = rows[sane], solved[sane], []
+    for positive, spans in masks_by(problem) if len(solved) else ():
         inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
         same = consistent(problem, spaces, solved, inputs, targets)
-        kept = Targets(targets.counts[same], targets.unit, targets.error)
-        results.append(
-            judge(problem, inputs[same], kept, stats) if len(kept) else _nothing(problem, searched(stats), stats)
-        )
-        if results[-1].complete:
+        if same.any():
+            results.append(judge(problem, inputs[same], targets[same], stats))
+        if results and results[-1].complete:
             break
-    return max(results, key=lambda r: len(r.inputs))
+    return max(results, key=lambda r: len(r.inputs), default=_nothing(problem, searched(stats), stats))
 
 
 def masks_by(problem: Problem) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:
@@ -238,6 +238,15 @@ def masks_by(problem: Problem) -> Iterator[tuple[PositiveRule, list[Tensor] | No
     if problem.last:
         yield above_gap, None
         yield above_gap, [problem.factors(k).L for k in range(problem.last)]
+
+
+def plausible(problem: Problem, rows: Float[Tensor, "s in1"], solved: Solved) -> Bool[Tensor, " s"]:
+    """Whose dLoss/dlogits is no larger than its loss can make it: a direction of mere noise has any size."""
+    if problem.loss == "squared_error":
+        return rows.isfinite().all(1)
+    scale = activations(problem, rows, solved.mask, solved.d)[1]
+    copies = 1 if problem.reduction == "mean" else problem.batch_size or 2 * len(rows)
+    return (solved.d * scale[:, None]).abs().amax(1) < 1.01 * problem.unit(1) * copies
 
 
 def consistent(
@@ -251,7 +260,7 @@ def consistent(
 def judge(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets, stats: Stats) -> Recovery:
     """The whole batch held against the update, after corrections that rounding allows."""
     final, inputs = best_check(problem, inputs, targets)
-    certified = certify(final, targets, problem.precision)
+    certified = certify(problem, final, targets)
     sure = certified.nonzero()[:, 0]  # an image that the evidence does not support is never returned
     copies = int(targets.counts[sure].sum().round())
     size = problem.batch_size or (round(problem.unit(1) / targets.unit) if problem.reduction == "mean" else copies)
@@ -261,15 +270,17 @@ def judge(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets, stat
     return Recovery(inputs[sure], targets.counts[sure], final.inputs[sure], certified[sure], good, reason, stats)
 
 
-def certify(final: Check, targets: Targets, precision: float) -> Bool[Tensor, " s"]:
+def certify(problem: Problem, final: Check, targets: Targets) -> Bool[Tensor, " s"]:
     """Which samples of a batch that explains every layer's gradient are exact to 1e-6 (1e-3 for gradients in float32).
 
     Two images closer than e and with equal masks look like two copies of their mean, up to e squared: copies are held
-    to that.
+    to that. Where the batch size is not known, pairs of such images look like one of each: then every layer is.
     """
-    limit = 1e-6 if precision < 1e-12 else 1e-3
-    allowed = torch.where(targets.copies > 1.5, limit**2 / 10, limit / 2)
-    layer = max(1e-9, 100 * precision) if bool((targets.copies < 1.5).all()) else limit**2 / 10
+    limit = 1e-6 if problem.precision < 1e-12 else 1e-3
+    copied = targets.copies > 1.5
+    unsure = bool(copied.any()) or (problem.batch_size is None and problem.reduction == "mean")
+    layer = limit**2 / 10 if unsure else max(1e-9, 100 * problem.precision)
+    allowed = torch.where(copied, limit**2 / 10, limit / 2)
     return (final.inputs < allowed) & (max(final.layers) < layer) & (targets.error < 1e-4)
 
 

@@ -1,7 +1,7 @@
 """From gradient directions down to inputs: labels, one least squares a layer, and what certifies the samples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -121,8 +121,8 @@ def descend(
     top = problem.last
     y, scale = activations(problem, rows, mask, d)
     logits = lambda y: problem.apply(top + 1, problem.apply(top, y) * mask)  # noqa: E731
-    targets = decode(problem, d * scale[:, None], problem.activate(logits(y)))
     errors, shift = d * scale[:, None], float("inf")
+    targets = replace(decode(problem, errors, problem.activate(logits(y))), measured=errors)
     for _ in range(4):
         renewed = targets.errors(problem.activate(logits(y)))
         y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.augmented(top))[:, : y.shape[1]]
@@ -185,7 +185,8 @@ def check(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets) -> t
 
     What is left of the first layer's gradient, seen through the pseudo-inverse of its back-propagated vectors, is the
     error that it allows in each input (its component in their span, and the mean effect of the rest as noise): a sample
-    with a weak gradient is held to the same relative error as a strong one.
+    with a weak gradient is held to the same relative error as a strong one. Infinite for one whose own dLoss/dlogits is
+    not the measured one.
     """
     run = passes(problem, inputs, targets)
     totals = [problem.augmented(k) for k in range(len(run.inputs))]
@@ -195,4 +196,6 @@ def check(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets) -> t
     step = inverse @ rests[0]
     noise = inverse.norm(dim=1) * rests[0].norm() / len(rests[0]) ** 0.5
     error = (step.norm(dim=1) + noise) / problem.extend(0, inputs).norm(dim=1)
+    logits = problem.apply(problem.last + 1, run.inputs[-1])
+    error = torch.where(targets.agree(problem.activate(logits)), error, float("inf"))
     return Check(layers, error), inputs + step[:, : inputs.shape[1]]

@@ -187,8 +187,8 @@ def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[T
 class Exact:
     """Outcome of the exact step for each mask: t, d, the sine to span(U) and the next larger one.
 
-    `mask` is what t itself implies, `settled` whether that was the mask it came from. `lever` is |t / S|, by which noise
-    in the gradient turns t out of span(U).
+    `mask` is what t itself implies, `settled` whether that was the mask it came from. `lever` is |t / S|, by which
+    noise in the gradient turns t out of span(U).
     """
 
     t: Float[Tensor, "k b"]

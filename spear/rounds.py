@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear import phase, single
+from spear import classes, phase, single
 from spear.chain import Problem
 from spear.lowrank import LowRank
 from spear.phase import Iterate, Solved, Spaces, Tolerances
@@ -36,7 +36,9 @@ class Run:
     coordinates of the `whole` spaces.
     """
 
-    def __init__(self, problem: Problem, spaces: Spaces, noise: float, generator: Generator) -> None:
+    def __init__(
+        self, problem: Problem, spaces: Spaces, noise: float, generator: Generator, *, restricted: bool = False
+    ) -> None:
         self.problem, self.generator = problem, generator
         self.whole = self.spaces = spaces
         self.solved = self.gone = Solved.none(spaces)
@@ -44,6 +46,9 @@ class Run:
         self.tolerances = Tolerances(accept=1e-7 if problem.precision < 1e-12 else 1e-3, noise=noise)
         self.starts = self.rounds = self.idle = 0
         self.prior = prior_outputs(problem)
+        self.restricted = restricted
+        if restricted:
+            self.prior = classes.mean_softmax(problem, self.prior, spaces.rank)
         self.shares = {False: (1.0, 0), True: (0.002 if self.crowded else 0.05, 0)}
         self.low = spaces.basis.float()
         self.heads = torch.linalg.qr(spaces.head_space)[0].float()
@@ -63,6 +68,8 @@ class Run:
 
     def join(self, found: Solved) -> Solved:
         """The solved directions and those of `found` that differ from them by more than noise."""
+        if self.restricted:
+            return self.solved.join(found, room=self.left, cosine=1 - 1e-2)
         blur = 20 * self.tolerances.noise / float(self.spaces.singular[-1])
         return self.solved.join(found, room=self.left, cosine=1 - min(max(1e-9, blur**2), 1e-5))
 
@@ -70,12 +77,12 @@ class Run:
         """One round: the tail by linear programming where it is due, else a search with the kind that did best last."""
         before, free = self.left, phase.complement(self.spaces, self.solved)
         self.rounds += 1
-        found = self._tail(free)
+        found = Solved.none(self.spaces) if self.restricted else self._tail(free)
         if not len(found):
             found = self._search(free)
         self.solved = self.join(found)
         self.idle = 0 if self.left < before else self.idle + 1
-        if len(self.solved) >= 20 and self.problem.loss == "cross_entropy":
+        if len(self.solved) >= 20 and self.problem.loss == "cross_entropy" and not self.restricted:
             self.prior = mean_probabilities(self.solved, self.prior)
         if self.problem.last and self.left and len(self.solved) and self.crowded:
             self._dismiss()
@@ -84,7 +91,7 @@ class Run:
     def crowded(self) -> bool:
         """Whether the batch is so large for the width that samples had better leave the problem."""
         m, b = self.spaces.basis.shape
-        return b > HARD * m
+        return b > HARD * m and not self.restricted
 
     def _dismiss(self) -> None:
         """Let the solved samples whose activations the layer below determines leave the problem."""
@@ -130,7 +137,7 @@ class Run:
     def plan(self) -> Plan:
         """How to search: cheap while many are left, then with the partner, and longer after every idle round."""
         m, b = self.spaces.basis.shape
-        free = max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
+        free = not self.restricted and max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
         starts = int(min(128 if b < 0.3 * m else 256, max(32, 1.5 * self.left)))
         if self.left <= 16 and self.problem.classes <= 20:
             starts = max(starts, 2 * self.problem.classes)
@@ -151,7 +158,10 @@ class Run:
         else:
             partner = partner if plan.weight else None
             end = phase.search(start, self.low, steps=plan.steps, partner=partner, weight=plan.weight, head=head)
-        found = phase.refine(self.spaces, end, head=head, tolerances=self.tolerances)
+        if self.restricted:
+            found = classes.settle(self.spaces, end, labels, self.prior, self.problem)
+        else:
+            found = phase.refine(self.spaces, end, head=head, tolerances=self.tolerances)
         self.starts += plan.starts
         fresh = len(self.join(found)) - len(self.solved)
         share = self.shares[plan.free][0] / 4 if self.crowded and not fresh else fresh / plan.starts
@@ -184,12 +194,12 @@ class Run:
 
     def guess(self, count: int) -> Int[Tensor, " k"]:
         """A class for every start, by the label counts that the output bias discloses; all in turn near the end."""
-        classes = self.problem.classes
-        if self.left <= 16 and classes <= 20:
-            return torch.arange(count, device=self.prior.device) % classes
-        have = torch.bincount(torch.cat([self.gone.labels, self.solved.labels]), minlength=classes)
+        number = self.problem.classes
+        if self.left <= 16 and number <= 20:
+            return torch.arange(count, device=self.prior.device) % number
+        have = torch.bincount(torch.cat([self.gone.labels, self.solved.labels]), minlength=number)
         need = label_counts(self.problem, self.prior, self.whole.rank) - have
-        need = need.clamp_min(0.3 if classes <= 20 else 0.02).cpu()
+        need = need.clamp_min(0.3 if number <= 20 else 0.02).cpu()
         return torch.multinomial(need, count, replacement=True, generator=self.generator).to(self.prior.device)
 
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from spear import phase
 from spear.chain import Problem, Targets, passes
 from spear.lowrank import LowRank
+from spear.peeling import above_gap
 from spear.phase import Iterate, Solved, Spaces, Tolerances
 
 SPARE_ROWS = 10
@@ -175,7 +176,7 @@ def down(
     for k in range(problem.last - 1, -1, -1):
         rows = lows[k].R / lows[k].R.norm(dim=1, keepdim=True)
         lift = problem.affine(k) @ rows.T
-        active = y > 1e-9 * y.amax(1, keepdim=True)
+        active = above_gap(y)
         determined &= active.sum(1) >= len(rows) + SPARE_ROWS
         s = torch.stack(
             [torch.linalg.lstsq(lift[on], z[on], driver="gelsd").solution for on, z in zip(active, y, strict=True)]
