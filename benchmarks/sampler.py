@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spear import data, federated, filtering, lowrank, models, sampling, sparsity, tableau, theory
+from spear import data, federated, filtering, lowrank, models, parallel, sampling, sparsity, tableau, theory
 
 WIDTH, DEPTH = 400, 6
 CPU = torch.device("cpu")
@@ -115,13 +115,11 @@ def walks(problem: Problem, seed: int, period: int) -> Iterator[Batch]:
 
 def threaded(work: Callable[[range], Batch], start: int, step: int) -> Iterator[Batch]:
     """Rounds `start`, `start` + `step`, ..., as many at a time as there are threads."""
-    workers = torch.get_num_threads()
-    while True:
-        found = sampling.in_threads(
-            work, [range(start + step * i, start + step * i + 1) for i in range(workers)], workers
-        )
-        yield sum(count for count, _ in found), torch.cat([q for _, q in found])
-        start += step * workers
+
+    def numbered(index: int) -> Batch:
+        return work(range(start + step * index, start + step * index + 1))
+
+    return parallel.in_order(numbered, ahead=torch.get_num_threads())
 
 
 def sparse(problem: Problem, q: Tensor) -> Tensor:

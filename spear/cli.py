@@ -3,11 +3,11 @@
 Every mistake of the user is one line on stderr that names the cause, and exit status 2.
 """
 
-import importlib
 import io
-import os
 import signal
 import sys
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -24,10 +24,10 @@ from rich.progress import (
 )
 from rich.table import Table
 from safetensors.torch import save
-from torch import nn
 
-from spear import data, inversion, paths, plots, readme, runner, runs
-from spear.federated import SharedUpdate, read_tensors
+from spear import cluster, data, gallery, inversion, loading, paths, plots, readme, runner, runs
+from spear.cli_audit import audit
+from spear.federated import SharedUpdate
 
 BAR = (
     TextColumn("{task.description}"),
@@ -63,35 +63,34 @@ def _fail(message: str) -> NoReturn:
 @app.command()
 def figures(
     profile: Annotated[str, typer.Option(help="quick (minutes, offline) or paper (hours, full size).")] = "quick",
+    dataset: Annotated[str | None, typer.Option(help="Data set for every notebook that has one to choose.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Name of a run; may be given again.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time; they share the cores.")] = 2,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers run them.")] = None,
     force: Annotated[bool, typer.Option(help="Run also what has not changed.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Only show the runs, and which of them are due.")] = False,
+    pages: Annotated[bool, typer.Option("--pages", help="Only write README tables and gallery anew.")] = False,
 ) -> None:
-    """Regenerate figures and README tables: run the notebooks as notebooks/runs.yaml says, those that changed.
+    """Regenerate figures, README tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
+
+    Figures go to figures/, those of the profile paper to figures/paper/, those of a chosen data set to a folder named
+    after both, which git ignores. With a scheduler, one notebook runs in each thread of its workers, whose machines
+    must share this folder.
 
     Exit status: 0 all figures are there, 1 a run failed, 2 the table or the call is wrong, 130 interrupted.
     """
     if profile not in CELL_TIMEOUTS:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(CELL_TIMEOUTS)}")
-    chosen = _chosen(runs.load(paths.notebooks() / "runs.yaml", profile), only or [])
+    if dataset is not None:
+        data.classes(dataset)  # says what is wrong with it
+    table = runs.load(paths.notebooks() / "runs.yaml", profile, dataset)
+    chosen = _chosen(table, only or [])
     if list_:
-        _table("run", "writes", [(run.name, _due(run), " ".join(run.writes)) for run in chosen])
+        _table("run", "writes", [(run.name, _due(run), " ".join(run.captions)) for run in chosen])
         return
-    outcomes: dict[str, runner.Outcome] = {}
-
-    def report(outcome: runner.Outcome) -> None:
-        outcomes[outcome.run] = outcome
-        console.print(f"{outcome.run}: {outcome.status}", highlight=False)
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        runner.execute(chosen, jobs=jobs, cell_timeout=CELL_TIMEOUTS[profile], force=force, report=report)
-    finally:
-        _table("run", "seconds", [(o.run, o.status, f"{o.seconds:.1f}") for o in outcomes.values()])
-    page = paths.root() / "README.md"
-    if page.is_file():
-        paths.write({page: readme.render(page.read_text(), paths.root()).encode()})
+    with _executor(scheduler) as executor:
+        outcomes = {} if pages else _execute(chosen, jobs, CELL_TIMEOUTS[profile], executor, force)
+    _write_pages(table)
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:
         print(f"\n{outcome.run} failed: {outcome.detail}", file=sys.stderr)
@@ -104,6 +103,39 @@ def _chosen(table: tuple[runs.Run, ...], names: list[str]) -> list[runs.Run]:
         if name not in known:
             raise ValueError(f"unknown run {name!r}: use one of {', '.join(known)}")
     return [run for run in table if not names or run.name in names]
+
+
+def _executor(scheduler: str | None) -> AbstractContextManager[Executor | None]:
+    return nullcontext() if scheduler is None else cluster.connect(scheduler)
+
+
+def _execute(
+    chosen: list[runs.Run], jobs: int, cell_timeout: int, executor: Executor | None, force: bool
+) -> dict[str, runner.Outcome]:
+    """Execute runs and show how they come along; SIGTERM ends them as Ctrl-C does."""
+    outcomes: dict[str, runner.Outcome] = {}
+
+    def report(outcome: runner.Outcome) -> None:
+        outcomes[outcome.run] = outcome
+        console.print(f"{outcome.run}: {outcome.status}", highlight=False)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = {"jobs": jobs, "cell_timeout": cell_timeout, "executor": executor, "force": force}
+    try:
+        runner.execute(chosen, **options, report=report)
+    finally:
+        shown = [outcomes[run.name] for run in chosen if run.name in outcomes]
+        _table("run", "seconds", [(o.run, o.status, f"{o.seconds:.1f}") for o in shown])
+    return outcomes
+
+
+def _write_pages(table: tuple[runs.Run, ...]) -> None:
+    """Write README tables and the gallery beside the figures of these runs anew."""
+    folder, page = paths.figures() / table[0].variant, paths.root() / "README.md"
+    contents = {folder / "README.md": gallery.render(table, folder)}
+    if page.is_file():
+        contents[page] = readme.render(page.read_text(), paths.root())
+    paths.write({path: text.encode() for path, text in contents.items()})
 
 
 def _due(run: runs.Run) -> str:
@@ -127,21 +159,24 @@ def attack(
     batch_size: Annotated[int | None, typer.Option(help="Default: read off the gradient's rank.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default cpu.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers sample.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the recovered samples here, safetensors.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the recovered images here, PNG.")] = None,
 ) -> None:
     """Recover the batch behind a client's update.
 
-    MODEL is PACKAGE.MODULE:FACTORY, where calling FACTORY without arguments gives the torch module; the working
-    directory is importable. UPDATE is a safetensors file of gradients by parameter name.
+    MODEL is a TorchScript or torch.export file, or PACKAGE.MODULE:FACTORY, where calling FACTORY without arguments
+    gives the torch module; the working directory is importable. UPDATE is a safetensors file of gradients by parameter
+    name.
 
     Exit status: 0 nothing was recovered, 1 something was, 2 the attack could not run.
     """
     for path in (output, picture):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path}: no such folder")
-    module, shared = _model(model, weights), SharedUpdate.load(update)
-    with Progress(*BAR, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+    module, shared = loading.load(model, weights).module, SharedUpdate.load(update)
+    progress = Progress(*BAR, console=stderr, transient=True, disable=not stderr.is_terminal)
+    with _executor(scheduler) as executor, progress as bar:
         task = bar.add_task("sampling", total=None, proposals=0)
         result = inversion.attack(
             module,
@@ -152,6 +187,7 @@ def attack(
             time_limit=time_limit,
             device=device,
             progress=lambda p: bar.update(task, completed=p.found, total=p.rank, proposals=p.proposals),
+            executor=executor,
         )
     _print(result)
     if output is not None:
@@ -159,27 +195,6 @@ def attack(
     if picture is not None:
         _draw(result, picture)
     raise typer.Exit(1 if len(result.inputs) else 0)
-
-
-def _model(name: str, weights: Path | None) -> nn.Module:
-    """Call the factory; import from the working directory too."""
-    sys.path.insert(0, os.getcwd())
-    module_name, _, factory_name = name.partition(":")
-    if not module_name or not factory_name:
-        raise ValueError(f"{name!r} is not of the form package.module:factory")
-    try:
-        model = getattr(importlib.import_module(module_name), factory_name)()
-    except Exception as error:  # the user's own code may raise anything
-        raise ValueError(f"model {name}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name}: returned {type(model).__name__}, not a torch.nn.Module")
-    if weights is not None:
-        tensors, _ = read_tensors(weights)
-        try:
-            model.load_state_dict(tensors, assign=True)  # assign: in the precision of the file
-        except RuntimeError as error:
-            raise ValueError(f"{weights}: {error}") from error
-    return model
 
 
 def _print(result: inversion.Reconstruction) -> None:
@@ -206,6 +221,7 @@ def _draw(result: inversion.Reconstruction, picture: Path) -> None:
     paths.write({picture: content.getvalue()})
 
 
+app.command()(audit)
 data_app = typer.Typer(help="Data sets: which are here, download, sample packs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 Root = Annotated[Path | None, typer.Option(help="Data root; default $SPEAR_DATA or data/.")]

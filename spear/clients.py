@@ -131,7 +131,10 @@ def private(
     if clip <= 0 or noise_multiplier < 0:
         raise ValueError(f"clip {clip} must be positive and the noise multiplier {noise_multiplier} not negative")
     gradient(model, inputs[:1], labels[:1])  # refuses what no single gradient describes
-    local = _opacus("grad_sample").GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+    local = copy.deepcopy(model)
+    for module in local.modules():  # Opacus listens to modules in training mode only, and only those with parameters
+        module.training |= any(True for _ in module.parameters(recurse=False))
+    local = _opacus("grad_sample").GradSampleModule(local, loss_reduction="sum")
     optimizer = _opacus("optimizers").DPOptimizer(
         torch.optim.SGD(local.parameters(), lr=1.0),
         noise_multiplier=noise_multiplier,

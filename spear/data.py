@@ -105,6 +105,11 @@ def classes(name: str, *, root: Path | str | None = None) -> tuple[str, ...]:
     return _source(name, root).classes
 
 
+def count(name: str, *, root: Path | str | None = None) -> int:
+    """How many samples of the data set are here. Raises as `load` does."""
+    return len(_source(name, root).labels)
+
+
 def mean(name: str, *, root: Path | str | None = None) -> Float64[Tensor, " C"]:
     """Mean that normalisation subtracts, for each channel (or table entry), with pixels in [0, 1]."""
     return torch.tensor(_data_set(name, root).mean, dtype=torch.float64)

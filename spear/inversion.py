@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,7 @@ def attack(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: Callable[[Progress], None] | None = None,
+    executor: Executor | None = None,
 ) -> Reconstruction:
     """Recover the batch behind a client's update (SPEAR, Algorithm 1, and beyond it).
 
@@ -77,6 +79,8 @@ def attack(
     the network method) bound each search: an exhausted budget gives an incomplete result that says so. Without either,
     a batch too large for any budget is declined at once. `false_rejection` is the chance at which the sparsity filter
     may reject a true direction. The result depends on `seed`, not on the device. `progress` is called after each round.
+    `executor` computes the rounds of sampling, which otherwise run in threads: with one of a cluster, for example
+    `distributed.Client(ADDRESS).get_executor()`, many machines share one large batch, and the result is the same.
 
     Raises `ValueError` for a method or a layer that does not exist, a layer that no ReLU follows, a model that cannot
     be traced, gradients that are missing, of another shape than the weights, not finite, of half precision or zero
@@ -95,7 +99,8 @@ def attack(
         problem = _chain(model, update, batch_size, device) if method == "auto" and layer is None else None
         result = None if problem is None else _network(problem, *options)
         if result is None or not (result.complete or _hopeless(target, budget, AFFORDABLE)):
-            result = _larger(result, _sampling(target, *options, false_rejection=false_rejection, device=device))
+            where = {"device": device, "executor": executor}
+            result = _larger(result, _sampling(target, *options, false_rejection=false_rejection, **where))
     return replace(result, stats=replace(result.stats, seconds=time.monotonic() - budget.started))
 
 
@@ -126,13 +131,14 @@ def _sampling(
     *,
     false_rejection: float,
     device: str | torch.device | None,
+    executor: Executor | None,
 ) -> Reconstruction:
     """SPEAR's attack on one layer."""
     budget = replace(budget, started=time.monotonic())
     obstacle = _obstacle(target, budget)
     if obstacle:
         return _nothing(target, obstacle, Stats(0.0))
-    found = search(target.observed, budget, false_rejection, seed, device, progress)
+    found = search(target.observed, budget, false_rejection, seed, device, progress, executor)
     stats = Stats(time.monotonic() - budget.started, found.proposals, found.rounds)
     if found.matching < 1:
         reached = f"{len(found.basis)} of {target.low.rank} directions, matching coefficient {found.matching:.6f}"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
-from skimage.metrics import peak_signal_noise_ratio
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from spear import sampling
@@ -16,6 +16,7 @@ from spear.inversion import Reconstruction
 PSNR_CAP = 200.0
 RECOVERED = {torch.float64: 1e-6}
 RECOVERED_BELOW = 1e-3
+WINDOW = 7  # side of the squares over which SSIM averages, in pixels
 MET = 1 - 1e-8  # |cosine| between a proposal and the true direction that it is
 
 
@@ -24,15 +25,17 @@ class Evaluation:
     """A reconstruction against the truth, under the one-to-one matching of least total error.
 
     Per true sample: `match` (b,) is the index of the returned sample (-1 where none), `relative_error` (b,) = |guess -
-    truth| / |truth| (infinite where none), `psnr` (b,) in dB, capped at 200 (0 where none), `recovered` (b,) whether
-    the relative error is under 1e-6 (1e-3 for inputs below float64). Over the batch: `recall` is the share recovered,
-    `precision` the share of certified samples that are true (1 where none is certified), `label_accuracy` the share of
-    the batch whose label was returned right.
+    truth| / |truth| (infinite where none), `psnr` (b,) in dB, capped at 200 (0 where none), `ssim` (b,) the structural
+    similarity, 1 for equal images (0 where none; NaN for what is not an image (C, H, W) of at least 7 x 7 pixels),
+    `recovered` (b,) whether the relative error is under 1e-6 (1e-3 for inputs below float64). Over the batch: `recall`
+    is the share recovered, `precision` the share of certified samples that are true (1 where none is certified),
+    `label_accuracy` the share of the batch whose label was returned right.
     """
 
     match: Int[Tensor, " b"]
     relative_error: Float[Tensor, " b"]
     psnr: Float[Tensor, " b"]
+    ssim: Float[Tensor, " b"]
     recovered: Bool[Tensor, " b"]
     recall: float
     precision: float
@@ -48,8 +51,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare what an attack returned with the batch that was attacked.
 
-    `data_range` is the peak-to-peak range of the inputs for the PSNR; the default is that of the true batch. Without
-    `labels` the label accuracy is 0.
+    `data_range` is the peak-to-peak range of the inputs for PSNR and SSIM; the default is that of the true batch.
+    Without `labels` the label accuracy is 0.
 
     Raises `ValueError` for inputs of another size than the reconstruction's.
     """
@@ -67,10 +70,12 @@ def evaluate(
     recovered = relative < RECOVERED.get(inputs.dtype, RECOVERED_BELOW)
     certified = reconstruction.certified.cpu()
     true_certified = certified[match[recovered]].sum()
+    peak = float(truth.max() - truth.min()) if data_range is None else data_range
     return Evaluation(
         match=match,
         relative_error=relative,
-        psnr=_psnr(truth, guess, match, data_range),
+        psnr=_psnr(truth, guess, match, peak),
+        ssim=_ssim(truth, guess, match, peak, tuple(inputs.shape[1:])),
         recovered=recovered,
         recall=float(recovered.double().mean()),
         precision=float(true_certified / certified.sum()) if certified.any() else 1.0,
@@ -79,15 +84,31 @@ def evaluate(
 
 
 def _psnr(
-    truth: Float[Tensor, "b n"], guess: Float[Tensor, "k n"], match: Int[Tensor, " b"], data_range: float | int | None
+    truth: Float[Tensor, "b n"], guess: Float[Tensor, "k n"], match: Int[Tensor, " b"], peak: float | int
 ) -> Float[Tensor, " b"]:
-    peak = float(truth.max() - truth.min()) if data_range is None else data_range
     psnr = torch.zeros(len(truth), dtype=torch.float64)
     with np.errstate(divide="ignore"):  # an exact match is infinitely good
         for row in (match >= 0).nonzero()[:, 0].tolist():
             pair = truth[row].numpy(), guess[match[row]].numpy()
             psnr[row] = min(PSNR_CAP, peak_signal_noise_ratio(*pair, data_range=peak))
     return psnr
+
+
+def _ssim(
+    truth: Float[Tensor, "b n"],
+    guess: Float[Tensor, "k n"],
+    match: Int[Tensor, " b"],
+    peak: float | int,
+    shape: tuple[int, ...],
+) -> Float[Tensor, " b"]:
+    """Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004), over squares of equal weight, mean of channels."""
+    if len(shape) != 3 or min(shape[1:]) < WINDOW:
+        return torch.full((len(truth),), torch.nan, dtype=torch.float64)
+    ssim = torch.zeros(len(truth), dtype=torch.float64)
+    for row in (match >= 0).nonzero()[:, 0].tolist():
+        pair = (image.reshape(shape).numpy() for image in (truth[row], guess[match[row]]))
+        ssim[row] = structural_similarity(*pair, data_range=peak, channel_axis=0, win_size=WINDOW)
+    return ssim
 
 
 def _label_accuracy(

@@ -15,14 +15,15 @@ def fcnn(
     classes: int,
     *,
     bias: bool = True,
+    activation: type[nn.Module] = nn.ReLU,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> nn.Sequential:
     """A fully connected ReLU network in torch's default initialisation.
 
     `depth` counts linear layers `fc1`, ..., `fc{depth}` (2 = one hidden layer); all but the last are followed by a ReLU
-    and have `width` outputs. `input_shape` is the shape of one sample, without the batch dimension; inputs are
-    flattened. Weights depend on `seed` alone: torch's global generator is left as it was.
+    (or another `activation`) and have `width` outputs. `input_shape` is the shape of one sample, without the batch
+    dimension; inputs are flattened. Weights depend on `seed` alone: torch's global generator is left as it was.
 
     Raises `ValueError` for a depth under 1, or a width, class count or input shape that is not positive.
     """
@@ -37,5 +38,5 @@ def fcnn(
         for k in range(depth):
             layers[f"fc{k + 1}"] = nn.Linear(sizes[k], sizes[k + 1], bias=bias, dtype=dtype)
             if k < depth - 1:
-                layers[f"relu{k + 1}"] = nn.ReLU()
+                layers[f"{activation.__name__.lower()}{k + 1}"] = activation()
     return nn.Sequential(layers)

@@ -8,7 +8,8 @@ The file is a list of runs::
         quick: {}
         paper: {seeds: 100}
         test: {seeds: 2}
-      writes: [04_sampling-counts]             # figures: a PNG and a CSV of this stem each
+      writes:                                  # figures, a PNG and a CSV of this stem each, and their captions
+        04_sampling-counts: Submatrices drawn until every column was met, measured and predicted.
 
 Papermill itself only warns of a parameter that the notebook does not have, and YAML drops a repeated key without a
 word; here each is an error that names it.
@@ -29,26 +30,37 @@ KEYS = ("name", "notebook", "profiles", "writes")
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a notebook: the values its parameters cell is overridden with, and the figures it writes."""
+    """One execution of a notebook: the values its parameters cell is overridden with, and the figures it writes.
+
+    `captions` maps the stem of each figure to its caption, `dataset` is what `load` was asked for.
+    """
 
     name: str
     notebook: Path
+    profile: str
     parameters: Mapping[str, object]
-    writes: tuple[str, ...]
+    captions: Mapping[str, str]
+    dataset: str | None = None
+
+    @property
+    def variant(self) -> str:
+        """Folder of its figures, under that of all: of its own for another profile than quick, or another data set."""
+        return f"{self.profile}-{self.dataset}" if self.dataset else "" if self.profile == "quick" else self.profile
 
     @property
     def files(self) -> tuple[str, ...]:
         """File names of the figures and of their numbers."""
-        return tuple(f"{stem}{suffix}" for stem in self.writes for suffix in (".csv", ".png"))
+        return tuple(f"{stem}{suffix}" for stem in self.captions for suffix in (".csv", ".png"))
 
 
-def load(table: Path, profile: str) -> tuple[Run, ...]:
+def load(table: Path, profile: str, dataset: str | None = None) -> tuple[Run, ...]:
     """The runs of one profile, in the order of the table; every profile is checked, not only this one.
 
-    `table` is the YAML file; notebooks are looked up in its folder. Raises `FileNotFoundError` without the file and
+    `table` is the YAML file; notebooks are looked up in its folder. With a `dataset`, those runs whose notebook has a
+    parameter of this name, which it overrides. Raises `FileNotFoundError` without the file and
     `ValueError`, naming the run and the culprit, for: a profile, notebook, parameter or key that does not exist, a
     missing or repeated key, a repeated name, a value of another type than the notebook's own, and a figure that is
-    declared twice or not named after its notebook.
+    declared twice, not named after its notebook or without a caption.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(PROFILES)}")
@@ -57,10 +69,15 @@ def load(table: Path, profile: str) -> tuple[Run, ...]:
         _check_entry(entry, table)
     _refuse_repeats("run name", (entry["name"] for entry in entries), table)
     _refuse_repeats("figure", (stem for entry in entries for stem in entry["writes"]), table)
-    return tuple(
-        Run(entry["name"], table.parent / entry["notebook"], entry["profiles"][profile], tuple(entry["writes"]))
+    chosen = {} if dataset is None else {"dataset": dataset}
+    found = tuple(
+        Run(entry["name"], notebook, profile, entry["profiles"][profile] | chosen, entry["writes"], dataset)
         for entry in entries
+        if chosen.keys() <= parameters(notebook := table.parent / entry["notebook"]).keys()
     )
+    if not found:
+        raise ValueError(f"{table}: no notebook has a parameter 'dataset'")
+    return found
 
 
 def parameters(notebook: Path) -> dict[str, object]:
@@ -134,9 +151,11 @@ def _check_profiles(profiles: object, notebook: Path, where: str) -> None:
 
 
 def _check_figures(writes: object, notebook: Path, where: str) -> None:
-    if not isinstance(writes, list):
-        raise ValueError(f"{where}: writes is not a list of figures; write [] for none")
-    for stem in writes:
+    if not isinstance(writes, dict):
+        raise ValueError(f"{where}: writes is not a mapping of figures to captions; write {{}} for none")
+    for stem, caption in writes.items():
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"{where}: figure {stem!r} has no caption")
         if not str(stem).startswith(f"{notebook.stem}-"):
             raise ValueError(f"{where}: figure {stem!r} is not named '{notebook.stem}-...' after its notebook")
 

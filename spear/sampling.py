@@ -5,10 +5,11 @@ kernels without computing them (`spear.tableau`). Work comes in rounds, independ
 Directions are rows here: `q` (h, b) holds h unit vectors, each a candidate for a column of Q.
 """
 
+import functools
 import math
-import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear import tableau
+from spear import parallel, tableau
 
 SAME_DIRECTION = 1 - 1e-7
 LOOSE = 30  # times the tolerance: the zeros that a direction may have before it is polished
@@ -27,6 +28,7 @@ CANDIDATES = 64  # directions that are polished or compared at once
 HELD_OUT = 12  # rows on which the kernels of blocks are tested first
 CHAIN_MEMORY = 2**23  # bytes that the chains of a round keep busy: what a cache holds
 STEPS = 64  # pivots of each chain in a round
+AHEAD = 64  # rounds that an executor is given before their turn
 SHARES = (0.45, 0.3, 1.0)  # of the rows, that pools are drawn from, in rounds 0, 1, 2, ... cyclically
 
 
@@ -115,24 +117,30 @@ def search(
     *,
     threshold: int,
     seed: int = 0,
-    first: int = 0,
     device: str | torch.device | None = None,
     tolerance: float = 1e-7,
     limit: int | None = None,
+    until: float = math.inf,
+    executor: Executor | None = None,
     chunk_bytes: int = 2**30,
 ) -> Iterator[Proposals]:
-    """Endless proposals: rounds `first`, `first` + 1, ..., several at a time; arguments as for `round`.
+    """Proposals of rounds 0, 1, 2, ... in this order, until the clock (`time.monotonic`) shows `until`; see `round`.
 
-    On the CPU each of torch's threads works on one round; elsewhere their number doubles up to `chunk_bytes` of memory.
+    On the CPU each of torch's threads works on one round; an `executor` computes the same rounds elsewhere, to the bit.
+    On other devices several rounds are one, their number doubling up to `chunk_bytes` of memory.
     Where only `limit` kernels are asked for, fewer than walks test in a round, rounds invert blocks, one at a time.
     """
-    where, wide = _device(L, device), chunk_bytes // _round_bytes(L.shape[1])
-    count = 1 if _few(L.shape[1], limit) else _workers(where)
-    most = count if where.type == "cpu" else max(count, wide)
-    while True:
-        indices = range(first, first + count)
-        yield rounds(L, indices, threshold=threshold, seed=seed, device=device, tolerance=tolerance, limit=limit)
-        first, count = indices.stop, min(2 * count, most)
+    b = L.shape[1]
+    options = {"threshold": threshold, "seed": seed, "device": device, "tolerance": tolerance, "limit": limit}
+    work = functools.partial(_rounds_from, L.detach(), **options)
+    if executor is not None or _device(L, device).type == "cpu":
+        ahead = 1 if _few(b, limit) else AHEAD if executor else torch.get_num_threads()
+        yield from parallel.in_order(work, ahead=ahead, until=until, executor=executor)
+        return
+    first, count = 0, 1
+    while time.monotonic() < until:
+        yield work(first, count)
+        first, count = first + count, min(2 * count, max(1, chunk_bytes // _round_bytes(b)))
 
 
 def round(
@@ -165,19 +173,17 @@ def rounds(
     tolerance: float = 1e-7,
     limit: int | None = None,
 ) -> Proposals:
-    """What `round` finds for all `indices`, without repetitions: side by side on a GPU, in threads on the CPU."""
+    """What `round` finds for all `indices`, without repetitions: side by side on a GPU, one by one on the CPU."""
     exact, where = L.detach().to("cpu", torch.float64), _device(L, device)
-
-    def work(part: range) -> tuple[int, int, Tensor]:
-        count, q = _propose(exact, part, seed, where, tolerance, limit)
+    count, hits, found = 0, 0, []
+    for part in [indices[i : i + 1] for i in range(len(indices))] if where.type == "cpu" else [indices]:
+        proposed, q = _propose(exact, part, seed, where, tolerance, limit)
         q = _sparse(exact, q, threshold, LOOSE * tolerance)
         polished = refine(exact, distinct(exact, q, LOOSE * tolerance), tolerance=tolerance)
-        return count, len(q), _sparse(exact, polished, threshold, tolerance)
-
-    parts = [indices[i : i + 1] for i in range(len(indices))] if where.type == "cpu" else [indices]
-    counts, hits, found = zip(*in_threads(work, parts, _workers(where)), strict=True)
+        count, hits = count + proposed, hits + len(q)
+        found.append(_sparse(exact, polished, threshold, tolerance))
     q = distinct(exact, torch.cat(found), tolerance)
-    return Proposals(sum(counts), sum(hits), q.to(L.device), _zeros(exact, q, tolerance).sum(1).to(L.device))
+    return Proposals(count, hits, q.to(L.device), _zeros(exact, q, tolerance).sum(1).to(L.device))
 
 
 def refine(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: float = 1e-7) -> Float[Tensor, "h b"]:
@@ -259,32 +265,12 @@ def _propose(
     return sum(count for count, _ in each), torch.cat([q for _, q in each])
 
 
-def in_threads(work: Callable[[range], tuple], parts: list[range], workers: int) -> list[tuple]:
-    """`work` on each part, in several threads where there is more than one, each on one core.
-
-    One operation at a time is too short for torch's own threads: waiting for each other costs more than they save.
-    """
-    if min(workers, len(parts)) < 2:
-        return [work(part) for part in parts]
-    with ThreadPoolExecutor(workers, initializer=_alone) as pool:
-        return list(pool.map(work, parts))
-
-
-def _alone() -> None:
-    """Let torch run the operations of this thread without further threads; other threads are left as they were."""
-    default = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread, and the default for threads to come, which the next line restores
-    restore = threading.Thread(target=torch.set_num_threads, args=(default,))
-    restore.start()
-    restore.join()
+def _rounds_from(L: Float[Tensor, "m b"], first: int, count: int = 1, **options: object) -> Proposals:
+    return rounds(L, range(first, first + count), **options)
 
 
 def _device(L: Tensor, device: str | torch.device | None) -> torch.device:
     return torch.device(L.device if device is None else device)
-
-
-def _workers(device: torch.device) -> int:
-    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def _chains(b: int) -> int:

@@ -1,7 +1,10 @@
 """The search for all columns of the disaggregation matrix: SPEAR's loop of sampling, filtering and greedy choice."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +37,14 @@ class Budget:
     seconds: float | int | None
     proposals: int | None
 
+    @property
+    def until(self) -> float:
+        """What `time.monotonic` shows when the time is up."""
+        return math.inf if self.seconds is None else self.started + self.seconds
+
     def spent(self, proposals: int) -> str:
         """Which limit is reached, in words; empty while none is."""
-        if self.seconds is not None and time.monotonic() - self.started >= self.seconds:
+        if time.monotonic() >= self.until:
             return f"the time limit of {self.seconds:g} s was reached"
         if self.proposals is not None and proposals >= self.proposals:
             return f"the budget of {self.proposals:,} proposals was spent"
@@ -62,41 +70,66 @@ def search(
     seed: int,
     device: str | torch.device | None,
     progress: Callable[[Progress], None] | None,
+    executor: Executor | None = None,
 ) -> Found:
-    """Sample, filter and choose, round by round, until lambda = 1 or the budget is spent (SPEAR, Algorithm 1)."""
-    m, b = observed.L.shape
+    """Sample, filter and choose, round by round, until lambda = 1 or the budget is spent (SPEAR, Algorithm 1).
+
+    Rounds are taken in order, whoever computes them: the result does not depend on `executor`.
+    """
+    b = observed.L.shape[1]
     q, proposals, rounds, spent = observed.L.new_zeros(0, b), 0, 0, ""
-    q, basis, matching = choose(observed, q, max(b + 2, sparsity.threshold(m, false_rejection=false_rejection)))
-    drawn = _draw(observed, false_rejection, seed, device, budget.proposals)
-    while matching < 1 and not (spent := budget.spent(proposals)):
-        threshold, found = next(drawn)
-        proposals, rounds, before = proposals + found.count, rounds + 1, len(q)
-        q = merge(observed, q, found.directions, threshold)
-        if len(q) > before:
-            q, basis, matching = choose(observed, q, threshold)
-        if progress is not None:
-            progress(Progress(len(basis), b, proposals, time.monotonic() - budget.started))
+    q, basis, matching = choose(observed, q, thresholds(observed, false_rejection)[0])
+    drawn = _draw(observed, false_rejection, seed, budget, device, executor)
+    with closing(drawn):
+        while matching < 1 and not (spent := budget.spent(proposals)):
+            threshold, found = next(drawn, (0, None))
+            if found is None:  # the time was up while a round was waited for
+                continue
+            proposals, rounds, before = proposals + found.count, rounds + 1, len(q)
+            q = merge(observed, q, found.directions, threshold)
+            if len(q) > before:
+                q, basis, matching = choose(observed, q, threshold)
+            if progress is not None:
+                progress(Progress(len(basis), b, proposals, time.monotonic() - budget.started))
     return Found(q, basis, matching, proposals, rounds, spent)
 
 
 def _draw(
-    observed: Observed, false_rejection: float, seed: int, device: str | torch.device | None, limit: int | None
+    observed: Observed,
+    false_rejection: float,
+    seed: int,
+    budget: Budget,
+    device: str | torch.device | None,
+    executor: Executor | None,
 ) -> Iterator[tuple[int, sampling.Proposals]]:
-    """Endless proposals with the number of zeros asked of them: half of the rows are expected to vanish, with the usual
+    """Proposals with the number of zeros asked of them: half of the rows are expected to vanish, with the usual
     scatter, as they do at initialisation; once far more proposals were drawn than that takes, as few as a trained
     network leaves."""
     m, b = observed.L.shape
     patience = PATIENCE * theory.expected_proposals(theory.half_rates(m, b))
-    usual = max(b + 2, sparsity.threshold(m, false_rejection=false_rejection))
-    fewest = max(b + 2, min(usual, 2 * b, round(FEWEST_ZEROS * m)))
+    usual, fewest = thresholds(observed, false_rejection)
     proposals = 0
     for k, threshold in enumerate((usual, fewest)):
-        options = {"threshold": threshold, "device": device, "tolerance": observed.tolerance, "limit": limit}
-        for found in sampling.search(observed.L, seed=seed + k, **options):
-            yield threshold, found
-            proposals += found.count
-            if threshold > fewest and proposals > patience:
-                break
+        options = {"threshold": threshold, "tolerance": observed.tolerance, "limit": budget.proposals}
+        where = {"device": device, "until": budget.until, "executor": executor}
+        with closing(sampling.search(observed.L, seed=seed + k, **options, **where)) as drawn:
+            for found in drawn:
+                yield threshold, found
+                proposals += found.count
+                if threshold > fewest and proposals > patience:
+                    break
+
+
+def thresholds(observed: Observed, false_rejection: float) -> tuple[int, int]:
+    """How many zeros to ask of a direction: as many as at initialisation, and as few as a trained network leaves.
+
+    A neuron that no sample activates is a zero of every direction, true or false; a few must be left beside those.
+    """
+    m, b = observed.L.shape
+    norms = torch.linalg.vector_norm(observed.L, dim=1)
+    least = int((norms <= observed.tolerance * norms.max()).sum()) + b + 2
+    usual = max(least, sparsity.threshold(m, false_rejection=false_rejection))
+    return usual, max(least, min(usual, 2 * b, round(FEWEST_ZEROS * m)))
 
 
 def merge(
@@ -120,12 +153,16 @@ def choose(
 ) -> tuple[Float[Tensor, "j b"], Int[Tensor, " k"], float]:
     """Candidates, the best basis among them and its lambda (0 while they do not span): both greedy stages.
 
-    The last one or two columns are not sampled but solved for, and join the candidates.
+    The last one or two columns are not sampled but solved for, and join the candidates. The very last has the signs of
+    its pre-activations to determine it, where its zeros alone may not: it need only complete the pattern.
     """
     basis = _greedy(observed, q)
     b = observed.L.shape[1]
     if b - 2 <= len(basis) < b:
         last = sampling.refine(observed.L, filtering.last_columns(observed, q[basis]), tolerance=observed.tolerance)
+        whole = torch.cat([q[basis], last])
+        if len(whole) == b and filtering.matching_coefficient(observed, whole) == 1:
+            return whole, torch.arange(b, device=q.device), 1.0
         q = merge(observed, q, last, threshold)
         basis = _greedy(observed, q)
     if len(basis) < b:

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -90,7 +92,7 @@ ATTACK = ["attack", "factories:model", "update.safetensors"]
         ),
         (["attack", "factories:model", "foreign.safetensors"], "foreign.safetensors: not a complete"),
         (["attack", "factories:model", "wider.safetensors"], "has shape (61"),
-        (["attack", "factories", "update.safetensors"], "'factories' is not of the form package.module:factory"),
+        (["attack", "factories", "update.safetensors"], "factories: no such file, nor of the form package.module:"),
         (["attack", "nowhere:model", "update.safetensors"], "nowhere:model: ModuleNotFoundError"),
         (["attack", "factories:none", "update.safetensors"], "factories:none: AttributeError"),
         (["attack", "factories:broken", "update.safetensors"], "factories:broken: ZeroDivisionError: division by zero"),
@@ -103,6 +105,8 @@ ATTACK = ["attack", "factories:model", "update.safetensors"]
         ([*ATTACK, "--device", "abacus"], "device 'abacus' is not available here"),
         ([*ATTACK, "--output", "none/found.safetensors"], "none/found.safetensors: no such folder"),
         (["figures"], "runs.yaml: not a list of runs"),
+        (["figures", "--dataset", "unheard-of"], "unknown data set 'unheard-of'"),
+        (["figures", "--dataset", "mnist"], "run `spear data fetch mnist`"),
         (["figures", "--profile", "test"], "unknown profile 'test': use one of quick, paper"),
         (["data", "fetch", "unheard-of"], "unheard-of"),
     ],
@@ -125,6 +129,20 @@ def test_a_wrong_call_is_status_2(arguments: list[str], capsys: pytest.CaptureFi
 def test_python_m_spear_is_the_command_line() -> None:
     shown = subprocess.run([sys.executable, "-m", "spear", "--help"], capture_output=True, text=True, check=True)
     assert all(command in shown.stdout for command in ("figures", "attack", "data"))
+
+
+def test_the_gallery_alone_is_written_anew(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    cell = nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "notebooks" / "00_tiny.ipynb")
+    profiles = {"quick": {}, "paper": {}, "test": {}}
+    entry = {"name": "tiny", "notebook": "00_tiny.ipynb", "profiles": profiles, "writes": {"00_tiny-a": "What it is."}}
+    (folder / "notebooks" / "runs.yaml").write_text(yaml.safe_dump([entry]))
+    (folder / "figures").mkdir()
+    Image.new("L", (2, 2)).save(folder / "figures" / "00_tiny-a.png")
+    assert run("figures", "--pages") == 0
+    page = (folder / "figures" / "README.md").read_text()
+    assert "## [tiny](../notebooks/00_tiny.ipynb)" in page
+    assert "![00_tiny-a](00_tiny-a.png)\n\nWhat it is." in page
 
 
 def test_data_lists_and_packs(folder: Path, capsys: pytest.CaptureFixture) -> None:

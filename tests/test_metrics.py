@@ -106,3 +106,25 @@ def test_nothing_recovered():
 def test_sizes_must_agree():
     with pytest.raises(ValueError, match="true inputs have 6 entries, reconstructed ones 5"):
         evaluate(reconstruction(normal(2, 5)), normal(2, 6))
+
+
+def test_ssim_is_the_textbook_one():
+    truth, noise = normal(2, 3, 9, 8), 0.5 * normal(2, 3, 9, 8, seed=1)
+    result = evaluate(reconstruction(truth + noise), truth, data_range=4.0)
+    for i in range(2):
+        values = []
+        for c, h, w in itertools.product(range(3), range(9 - 6), range(8 - 6)):
+            x, y = (a[i, c, h : h + 7, w : w + 7].flatten() for a in (truth, truth + noise))
+            c1, c2 = (0.01 * 4) ** 2, (0.03 * 4) ** 2
+            covariance = torch.cov(torch.stack([x, y]))
+            means = (2 * x.mean() * y.mean() + c1) / (x.mean() ** 2 + y.mean() ** 2 + c1)
+            values.append(means * (2 * covariance[0, 1] + c2) / (covariance.trace() + c2))
+        assert float(result.ssim[i]) == pytest.approx(float(sum(values) / len(values)))
+
+
+def test_ssim_of_what_was_returned_and_of_what_is_not_an_image():
+    truth = normal(3, 1, 8, 8)
+    result = evaluate(reconstruction(truth[[2, 0]]), truth)
+    assert result.ssim.tolist() == pytest.approx([1, 0, 1])
+    assert evaluate(reconstruction(truth[:, :, :6]), truth[:, :, :6]).ssim.isnan().all()
+    assert evaluate(reconstruction(truth.flatten(1)), truth.flatten(1)).ssim.isnan().all()

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
-from spear import paths, runner, runs
+from spear import gallery, paths, runner, runs
 
 PARAMETERS = """\
 text = "a"
@@ -26,12 +29,13 @@ fails = False
 """
 BODY = """\
 import os, pathlib, time
+import PIL.Image
 folder = pathlib.Path(os.environ["SPEAR_FIGURES"])
 _ = (folder / f"{STEM}-plot.csv").write_text(f"{text} {os.environ['OMP_NUM_THREADS']} {os.getpid()}")
 while wait:
     time.sleep(0.1)
 assert not fails, "this one fails"
-_ = (folder / f"{STEM}-plot.png").write_bytes(b"picture")
+PIL.Image.new("L", (count, 1)).save(folder / f"{STEM}-plot.png")
 """
 
 
@@ -50,7 +54,8 @@ class Project:
         metadata = {"kernelspec": {"name": kernel, "display_name": kernel, "language": "python"}}
         nbformat.write(new_notebook(cells=cells, metadata=metadata), self.notebook(stem))
         profiles = {"quick": {}, "paper": {}, "test": {}}
-        entry = {"name": stem, "notebook": f"{stem}.ipynb", "profiles": profiles, "writes": [f"{stem}-plot"]}
+        writes = {f"{stem}-plot": "A picture."}
+        entry = {"name": stem, "notebook": f"{stem}.ipynb", "profiles": profiles, "writes": writes}
         self.entries.append(entry | changes)
         self.write()
 
@@ -108,6 +113,23 @@ def test_profiles_override_the_notebook(project: Project) -> None:
     assert runs.parameters(quick.notebook)["names"] == ["x", "y"]
 
 
+def test_another_profile_or_data_set_has_folders_of_its_own(project: Project) -> None:
+    project.add("00_tiny")
+    project.add("01_tiny", parameters="dataset = 'photos'\ncount = 1")
+    quick, paper = (runs.load(project.table, profile) for profile in ("quick", "paper"))
+    assert [run.variant for run in (*quick, *paper)] == ["", "", "paper", "paper"]
+    (chosen,) = runs.load(project.table, "quick", "digits")
+    assert (chosen.name, chosen.parameters, chosen.variant) == ("01_tiny", {"dataset": "digits"}, "quick-digits")
+    assert runs.load(project.table, "paper", "digits")[0].variant == "paper-digits"
+    assert runner.fingerprint(chosen) != runner.fingerprint(quick[1])
+
+
+def test_no_notebook_with_a_data_set_to_choose_is_an_error(project: Project) -> None:
+    project.add("00_tiny")
+    with pytest.raises(ValueError, match="runs.yaml: no notebook has a parameter 'dataset'"):
+        runs.load(project.table, "quick", "digits")
+
+
 def _quick(**values: object) -> dict:
     return {"profiles": {"quick": values, "paper": {}, "test": {}}}
 
@@ -125,9 +147,10 @@ def _quick(**values: object) -> dict:
         ({"profiles": {"quick": {}, "paper": {}}}, "profile 'test' is missing"),
         ({"profiles": {"quick": None, "paper": {}, "test": {}}}, "profile 'quick' is not a mapping"),
         ({"profiles": []}, "profiles is not a mapping"),
-        ({"writes": "00_tiny-plot"}, "writes is not a list"),
-        ({"writes": ["plot"]}, "figure 'plot' is not named '00_tiny-...' after its notebook"),
-        ({"writes": ["00_tiny-plot", "00_tiny-plot"]}, "figure '00_tiny-plot' appears twice"),
+        ({"writes": ["00_tiny-plot"]}, "writes is not a mapping of figures to captions"),
+        ({"writes": {"00_tiny-plot": " "}}, "figure '00_tiny-plot' has no caption"),
+        ({"writes": {"00_tiny-plot": None}}, "figure '00_tiny-plot' has no caption"),
+        ({"writes": {"plot": "A picture."}}, "figure 'plot' is not named '00_tiny-...' after its notebook"),
         ({"name": "../tiny"}, "run '../tiny': a name is made of letters"),
     ],
 )
@@ -246,7 +269,7 @@ def test_a_failure_shows_its_cell_and_leaves_the_rest_alone(project: Project) ->
 
 
 def test_figures_other_than_declared_are_an_error(project: Project) -> None:
-    project.add("00_tiny", writes=["00_tiny-other"])
+    project.add("00_tiny", writes={"00_tiny-other": "A picture."})
     outcome = project.execute()["00_tiny"]
     assert outcome.status == "failed"
     assert "runs.yaml declares 00_tiny-other.png, which was not written" in outcome.detail
@@ -278,7 +301,7 @@ def test_a_kernel_that_does_not_start_is_tried_once_more(project: Project, monke
 def test_ctrl_c_keeps_what_is_finished_and_nothing_else(project: Project) -> None:
     project.add("00_tiny")
     project.add("01_tiny", **_quick(wait=True))
-    half = project.folder / "build" / "runs" / "01_tiny" / "figures" / "01_tiny-plot.csv"
+    half = project.folder / "build" / "runs" / "quick" / "01_tiny" / "1" / "figures" / "01_tiny-plot.csv"
     command = [sys.executable, "-m", "spear", "figures", "--jobs", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -322,3 +345,30 @@ def test_an_interruption_while_publishing_leaves_no_half_figure(
     monkeypatch.undo()
     monkeypatch.chdir(project.folder)
     assert project.statuses() == ["done"]
+
+
+def test_a_figure_says_what_it_was_drawn_with_and_keeps_its_day_while_it_stays_the_same(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPEAR_DATA", str(project.folder))
+    project.add("00_tiny", parameters="dataset = 'photos'\nothers = ['digits', 'mnist']\nrate = 0.5", **_quick(rate=2))
+    (run,) = runs.load(project.table, "quick", "digits")
+    drawn, place = project.folder / "drawn", project.figure("quick-digits/00_tiny-plot.png")
+    drawn.mkdir()
+
+    def published(day: int, shade: int, number: int) -> gallery.Origin | None:
+        Image.new("L", (2, 2), shade).save(drawn / "00_tiny-plot.png")
+        (drawn / "00_tiny-plot.csv").write_text(str(number))
+        monkeypatch.setattr(runner, "date", SimpleNamespace(today=lambda: date(2026, 1, day)))
+        runner.publish(run, drawn, "made of")
+        assert (project.folder / "build" / "runs" / "quick-digits" / "00_tiny.json").is_file()
+        return gallery.origin(place)
+
+    first = published(1, 9, 9)
+    values = {"dataset": "digits", "others": ["digits", "mnist"], "rate": 2}
+    assert first == gallery.Origin("quick", values, ["digits"], "2026-01-01")
+    assert published(2, 9, 9) == first
+    assert published(3, 8, 9).date == "2026-01-03"
+    assert published(4, 8, 8).date == "2026-01-04"
+    (project.folder / "mnist.npz").touch()
+    assert published(5, 8, 8).data == ["digits", "mnist"]

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -374,20 +375,20 @@ def test_results_do_not_depend_on_which_rounds_are_computed_together(m, b):
 
 
 @pytest.mark.parametrize("b", [6, 16])
-def test_results_do_not_depend_on_threads_and_leave_their_number_alone(b):
+def test_results_do_not_depend_on_who_computes_them_and_threads_are_left_alone(b):
     L, _, _ = mixed(110, b)
-    threads, found = torch.get_num_threads(), {}
+    threads, single = torch.get_num_threads(), [sampling.round(L, index, threshold=40) for index in range(3)]
     try:
-        for count in (1, 3):
+        for count, executor in ((1, None), (3, None), (1, ThreadPoolExecutor(1)), (2, ThreadPoolExecutor(3))):
             torch.set_num_threads(count)
-            found[count] = list(itertools.islice(sampling.search(L, threshold=40), 3 // count))
+            found = list(itertools.islice(sampling.search(L, threshold=40, executor=executor), 3))
             assert torch.get_num_threads() == count
+            for one, other in zip(single, found, strict=True):
+                assert (one.count, one.hits) == (other.count, other.hits)
+                assert torch.equal(one.directions, other.directions)
+                assert torch.equal(one.zeros, other.zeros)
     finally:
         torch.set_num_threads(threads)
-    for attribute in ("count", "hits"):
-        assert sum(getattr(p, attribute) for p in found[1]) == sum(getattr(p, attribute) for p in found[3])
-    one, other = (sampling.distinct(L, torch.cat([p.directions for p in found[n]]), 1e-7) for n in (1, 3))
-    assert same(one, other)
 
 
 @pytest.mark.parametrize(("b", "limit"), [(6, 1), (6, 100), (16, 5000), (16, 10**6)])
