@@ -90,7 +90,7 @@ class Problem:
 
     def factors(self, k: int, rank: int | None = None) -> LowRank:
         """The factorised gradient of layer k, its rank counted down to the rounding with which it was sent."""
-        return decompose(self.augmented(k), rank, eps=2 * self.precision)
+        return decompose(self.augmented(k), rank, eps=2 * self.precision, expected=self.batch_size or 0)
 
     def affine(self, k: int) -> Float[Tensor, "out in1"]:
         """[W_k | beta_k], the map from [input; 1] to pre-activations, in the columns of `augmented(k)`."""

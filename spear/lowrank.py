@@ -43,12 +43,14 @@ def augment(weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"]) -> Float[Te
     return torch.cat([weight, bias[:, None]], 1)
 
 
-def decompose(J: Float[Tensor, "m n"], rank: int | None = None, *, eps: float | None = None) -> LowRank:
+def decompose(
+    J: Float[Tensor, "m n"], rank: int | None = None, *, eps: float | None = None, expected: int = 0
+) -> LowRank:
     """Factorise a gradient at its numerical rank, or at a given one (SPEAR, the low-rank theorem).
 
     A randomised range finder doubles its sketch until the rest of J is rounding: O(m n b) instead of O(m^2 n). `eps` is
     the relative rounding of J as it was sent: with it, singular values that fade into rounding without a gap are
-    counted as far as they are visible.
+    counted as far as they are visible. `expected` is a guess of the rank, which saves sketches.
 
     Raises `ValueError` for a gradient of rank 0 and for a given rank that exceeds either side of J.
     """
@@ -56,7 +58,7 @@ def decompose(J: Float[Tensor, "m n"], rank: int | None = None, *, eps: float | 
         raise ValueError(f"rank {rank} is not between 1 and {min(J.shape)}, the smaller side of the gradient")
     if not J.any():
         raise ValueError("the gradient has rank 0: it is zero everywhere")
-    basis = range_basis(J, eps=eps)
+    basis = range_basis(J, size=max(64, expected + 2 * OVERSAMPLING), eps=eps)
     compressed = basis.mT @ J
     triangle = torch.linalg.qr(compressed.mT, mode="r")[1]  # the singular values and left vectors are the triangle's
     U, s, _ = torch.linalg.svd(triangle.mT, full_matrices=False)

@@ -221,15 +221,17 @@ def conclude(problem: Problem, spaces: Spaces, solved: Solved, stats: Stats) -> 
     """From all directions to samples: certified where they explain every layer's gradient."""
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
     sane = plausible(problem, rows, solved)
-    rows, solved, results = rows[sane], solved[sane], []
+    rows, solved, best = rows[sane], solved[sane], None
     for positive, spans in masks_by(problem) if len(solved) else ():
         inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
-        same = consistent(problem, spaces, solved, inputs, targets)
-        if same.any():
-            results.append(judge(problem, inputs[same], targets[same], stats))
-        if results and results[-1].complete:
-            break
-    return max(results, key=lambda r: len(r.inputs), default=_nothing(problem, searched(stats), stats))
+        result = judge(problem, inputs, targets, stats)
+        if not result.complete:
+            same = consistent(problem, spaces, solved, inputs, targets)
+            result = _more(judge(problem, inputs[same], targets[same], stats), result) if same.any() else result
+        if result.complete:
+            return result
+        best = _more(result, best) if best else result
+    return best or _nothing(problem, searched(stats), stats)
 
 
 def masks_by(problem: Problem) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:
@@ -290,7 +292,7 @@ def best_check(
     """Correct the inputs by what the check leaves over, as long as that helps; the best check and its inputs."""
     best, corrected = check(problem, inputs, targets)
     for _ in range(rounds):
-        if best.worst < 100 * problem.precision:
+        if best.worst < 500 * problem.precision:
             break
         trial, following = check(problem, corrected, targets)
         before, after = max(best.layers), max(trial.layers)

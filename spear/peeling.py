@@ -42,14 +42,16 @@ def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Floa
 def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "s classes"], unit: float) -> Targets:
     """Single copies with label smoothing: p - errors / unit is the same small value off the label, in every sample.
 
-    A value off the label that reaches the label's own is no label: the error is then infinite.
+    A value off the label that reaches the label's own is no label, and fewer than four values are no evidence that they
+    are even (one image with two labels looks like that): the error is then infinite.
     """
     raw = probabilities - errors / unit
     label = raw.argmax(1, keepdim=True)
     off = torch.ones_like(raw).scatter(1, label, 0) > 0
     counts = torch.full_like(raw, raw[off].median().clamp_min(0))
     counts.scatter_(1, label, 1 - (raw.shape[1] - 1) * counts[:, :1])
-    even = bool((counts.amax(1) > counts.amin(1)).all() and (counts.argmax(1, keepdim=True) == label).all())
+    even = raw.shape[0] * (raw.shape[1] - 1) >= 4
+    even &= bool((counts.amax(1) > counts.amin(1)).all() and (counts.argmax(1, keepdim=True) == label).all())
     return Targets(counts, unit, float((raw - counts).abs().max()) if even else float("inf"))
 
 
@@ -127,7 +129,7 @@ def descend(
         renewed = targets.errors(problem.activate(logits(y)))
         y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.augmented(top))[:, : y.shape[1]]
         last, shift = shift, float(((y_new - y).norm(dim=1) / y.norm(dim=1)).max())
-        if shift > last / 2 or shift < 1e-15:
+        if shift > last / 2 or shift < 1e-13:
             break
         y, errors = y_new, renewed
     deltas = (errors @ problem.weights[top + 1]) * mask

@@ -157,3 +157,12 @@ def test_pairs_of_nearly_equal_images_are_not_certified_as_their_mean():
     x[1] += 1e-4
     made = case((2, 39, 2), inputs=x, labels=torch.tensor([1, 1]), known=False)
     assert not network.recover(made.problem).certified.any()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_two_nearly_equal_images_with_two_labels_are_not_one_with_a_smoothed_label(known):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 2, generator=generator, dtype=torch.float64).repeat(2, 1)
+    x[1] += 3e-3
+    made = case((2, 13, 19, 2), seed=4, inputs=x, labels=torch.tensor([0, 1]), known=known)
+    assert not network.recover(made.problem).certified.any()
