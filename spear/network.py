@@ -91,6 +91,7 @@ def recover(
     refusal = _refusal(problem, spaces, low)
     restricted = classes.too_many(problem, spaces, MARGIN)
     run = Run(problem, spaces, low.noise, generator, restricted=restricted)
+    run.until = begin + budget.seconds
     while refusal is None and run.left:
         run.round()
         stats = figures(run, low, begin)

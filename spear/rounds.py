@@ -33,8 +33,10 @@ class Run:
     """A search in progress: the directions found, and how well each kind of search did last.
 
     `spaces` shrink when samples leave the problem; `solved` are the directions in it, `gone` those that left, in the
-    coordinates of the `whole` spaces.
+    coordinates of the `whole` spaces. A search under way ends when `time.perf_counter` shows `until`.
     """
+
+    until = math.inf
 
     def __init__(
         self, problem: Problem, spaces: Spaces, noise: float, generator: Generator, *, restricted: bool = False
@@ -154,10 +156,11 @@ class Run:
         start, labels, partner = self.begin(plan, free)
         head = self.heads if plan.free else None
         if plan.evened:
-            end = phase.search_evened(start, labels, self.low, steps=plan.steps)
+            end = phase.search_evened(start, labels, self.low, steps=plan.steps, until=self.until)
         else:
             partner = partner if plan.weight else None
-            end = phase.search(start, self.low, steps=plan.steps, partner=partner, weight=plan.weight, head=head)
+            options = {"partner": partner, "weight": plan.weight, "head": head, "until": self.until}
+            end = phase.search(start, self.low, steps=plan.steps, **options)
         if self.restricted:
             found = classes.settle(self.spaces, end, labels, self.prior, self.problem)
         else:
