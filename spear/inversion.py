@@ -143,7 +143,7 @@ def _sampling(
     if found.matching < 1:
         reached = f"{len(found.basis)} of {target.low.rank} directions, matching coefficient {found.matching:.6f}"
         return _nothing(target, f"{found.spent}: {reached}", stats)
-    return _reconstruct(target, found, stats)
+    return reconstruct(target, found, stats)
 
 
 def _network(
@@ -192,7 +192,7 @@ def _hopeless(target: Target, budget: Budget, most: float) -> bool:
     return theory.expected_proposals(theory.half_rates(m, b)) > most
 
 
-def _reconstruct(target: Target, found: Found, stats: Stats) -> Reconstruction:
+def reconstruct(target: Target, found: Found, stats: Stats) -> Reconstruction:
     """The batch behind a full set of directions, with its labels and its certificate."""
     q = found.q[found.basis]
     G, X = disaggregate(target.observed, q)
