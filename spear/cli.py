@@ -6,6 +6,8 @@ Every mistake of the user is one line on stderr that names the cause, and exit s
 import io
 import signal
 import sys
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -23,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from safetensors.torch import save
 
-from spear import data, gallery, inversion, loading, paths, plots, readme, runner, runs
+from spear import cluster, data, gallery, inversion, loading, paths, plots, readme, runner, runs
 from spear.cli_audit import audit
 from spear.federated import SharedUpdate
 
@@ -61,37 +63,33 @@ def _fail(message: str) -> NoReturn:
 @app.command()
 def figures(
     profile: Annotated[str, typer.Option(help="quick (minutes, offline) or paper (hours, full size).")] = "quick",
+    dataset: Annotated[str | None, typer.Option(help="Data set for every notebook that has one to choose.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Name of a run; may be given again.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time; they share the cores.")] = 2,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers run them.")] = None,
     force: Annotated[bool, typer.Option(help="Run also what has not changed.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Only show the runs, and which of them are due.")] = False,
     pages: Annotated[bool, typer.Option("--pages", help="Only write README tables and gallery anew.")] = False,
 ) -> None:
     """Regenerate figures, README tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
 
+    Figures go to figures/, those of the profile paper to figures/paper/, those of a chosen data set to a folder named
+    after both, which git ignores. With a scheduler, one notebook runs in each thread of its workers, whose machines
+    must share this folder.
+
     Exit status: 0 all figures are there, 1 a run failed, 2 the table or the call is wrong, 130 interrupted.
     """
     if profile not in CELL_TIMEOUTS:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(CELL_TIMEOUTS)}")
-    table = runs.load(paths.notebooks() / "runs.yaml", profile)
-    if pages:
-        _write_pages(table)
-        return
+    if dataset is not None:
+        data.classes(dataset)  # says what is wrong with it
+    table = runs.load(paths.notebooks() / "runs.yaml", profile, dataset)
     chosen = _chosen(table, only or [])
     if list_:
         _table("run", "writes", [(run.name, _due(run), " ".join(run.captions)) for run in chosen])
         return
-    outcomes: dict[str, runner.Outcome] = {}
-
-    def report(outcome: runner.Outcome) -> None:
-        outcomes[outcome.run] = outcome
-        console.print(f"{outcome.run}: {outcome.status}", highlight=False)
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        runner.execute(chosen, jobs=jobs, cell_timeout=CELL_TIMEOUTS[profile], force=force, report=report)
-    finally:
-        _table("run", "seconds", [(o.run, o.status, f"{o.seconds:.1f}") for o in outcomes.values()])
+    with _executor(scheduler) as executor:
+        outcomes = {} if pages else _execute(chosen, jobs, CELL_TIMEOUTS[profile], executor, force)
     _write_pages(table)
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:
@@ -107,9 +105,34 @@ def _chosen(table: tuple[runs.Run, ...], names: list[str]) -> list[runs.Run]:
     return [run for run in table if not names or run.name in names]
 
 
+def _executor(scheduler: str | None) -> AbstractContextManager[Executor | None]:
+    return nullcontext() if scheduler is None else cluster.connect(scheduler)
+
+
+def _execute(
+    chosen: list[runs.Run], jobs: int, cell_timeout: int, executor: Executor | None, force: bool
+) -> dict[str, runner.Outcome]:
+    """Execute runs and show how they come along; SIGTERM ends them as Ctrl-C does."""
+    outcomes: dict[str, runner.Outcome] = {}
+
+    def report(outcome: runner.Outcome) -> None:
+        outcomes[outcome.run] = outcome
+        console.print(f"{outcome.run}: {outcome.status}", highlight=False)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = {"jobs": jobs, "cell_timeout": cell_timeout, "executor": executor, "force": force}
+    try:
+        runner.execute(chosen, **options, report=report)
+    finally:
+        shown = [outcomes[run.name] for run in chosen if run.name in outcomes]
+        _table("run", "seconds", [(o.run, o.status, f"{o.seconds:.1f}") for o in shown])
+    return outcomes
+
+
 def _write_pages(table: tuple[runs.Run, ...]) -> None:
-    page = paths.root() / "README.md"
-    contents = {paths.figures() / "README.md": gallery.render(table, paths.figures())}
+    """Write README tables and the gallery beside the figures of these runs anew."""
+    folder, page = paths.figures() / table[0].variant, paths.root() / "README.md"
+    contents = {folder / "README.md": gallery.render(table, folder)}
     if page.is_file():
         contents[page] = readme.render(page.read_text(), paths.root())
     paths.write({path: text.encode() for path, text in contents.items()})
@@ -136,6 +159,7 @@ def attack(
     batch_size: Annotated[int | None, typer.Option(help="Default: read off the gradient's rank.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default cpu.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers sample.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the recovered samples here, safetensors.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the recovered images here, PNG.")] = None,
 ) -> None:
@@ -151,7 +175,8 @@ def attack(
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path}: no such folder")
     module, shared = loading.load(model, weights).module, SharedUpdate.load(update)
-    with Progress(*BAR, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+    progress = Progress(*BAR, console=stderr, transient=True, disable=not stderr.is_terminal)
+    with _executor(scheduler) as executor, progress as bar:
         task = bar.add_task("sampling", total=None, proposals=0)
         result = inversion.attack(
             module,
@@ -162,6 +187,7 @@ def attack(
             time_limit=time_limit,
             device=device,
             progress=lambda p: bar.update(task, completed=p.found, total=p.rank, proposals=p.proposals),
+            executor=executor,
         )
     _print(result)
     if output is not None:

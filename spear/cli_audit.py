@@ -7,11 +7,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from spear import loading, paths, report
 from spear.audit import Audit
 from spear.audit import audit as run
-from spear.federated import SharedUpdate
+from spear.federated import SharedUpdate, read_tensors
+from spear.monitor import difference
 from spear.trials import Tested
 
 stderr = Console(stderr=True)
@@ -50,7 +52,7 @@ def audit(
     if update is not None:
         shared = SharedUpdate.load(update)
     else:
-        shared = loading.difference(loaded.module, before, after, learning_rate) if after else None
+        shared = _step(loaded.module, before, after, learning_rate) if after else None
     with stderr.status("audit") as status:
         result = run(
             loaded.module,
@@ -79,6 +81,11 @@ def _refuse_both(update: Path | None, *difference: Path | float | None) -> None:
         raise ValueError("give UPDATE, or --before, --after and --learning-rate, not both")
     if any(given) and not all(given):
         raise ValueError("the difference of two sets of weights needs --before, --after and --learning-rate")
+
+
+def _step(model: nn.Module, before: Path, after: Path, learning_rate: float) -> SharedUpdate:
+    (old, _), (new, _) = read_tensors(before), read_tensors(after)
+    return difference(model, old, new, learning_rate=learning_rate)
 
 
 def _shape(words: str | None) -> tuple[int, ...] | None:

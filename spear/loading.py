@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import nn
 
 from spear import archives
-from spear.federated import SharedUpdate, read_tensors
+from spear.federated import read_tensors
 from spear.rebuild import Rebuilt
 
 SAVE_INSTEAD = "save the model by torch.export.save or torch.jit.save"
@@ -97,20 +97,3 @@ def _reader(path: Path) -> Callable[[Path], Rebuilt]:
         raise ValueError("exported by a torch before 2.9, with pickled weights: export it again")
     kind = "a pickle, which could run code when it is loaded" if "data.pkl" in names else "an archive of another kind"
     raise ValueError(f"{kind}; {SAVE_INSTEAD}")
-
-
-def difference(model: nn.Module, before: Path, after: Path, learning_rate: float | int) -> SharedUpdate:
-    """The gradient behind one step of SGD, (before - after) / learning rate, from two safetensors files of weights.
-
-    Entries that are no parameters of the model (running statistics) are left out. Raises `ValueError` for a learning
-    rate that is not positive, and for files that differ in a parameter's name or shape.
-    """
-    if not learning_rate > 0:
-        raise ValueError(f"a learning rate is positive, not {learning_rate}")
-    (old, _), (new, _) = read_tensors(before), read_tensors(after)
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for name in names:
-        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (old, new)]
-        if None in shapes or shapes[0] != shapes[1]:
-            raise ValueError(f"{name} has shape {shapes[0]} in {before} and {shapes[1]} in {after}")
-    return SharedUpdate({name: (old[name] - new[name]) / learning_rate for name in names})

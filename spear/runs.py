@@ -32,7 +32,7 @@ KEYS = ("name", "notebook", "profiles", "writes")
 class Run:
     """One execution of a notebook: the values its parameters cell is overridden with, and the figures it writes.
 
-    `captions` maps the stem of each figure to its caption.
+    `captions` maps the stem of each figure to its caption, `dataset` is what `load` was asked for.
     """
 
     name: str
@@ -40,6 +40,12 @@ class Run:
     profile: str
     parameters: Mapping[str, object]
     captions: Mapping[str, str]
+    dataset: str | None = None
+
+    @property
+    def variant(self) -> str:
+        """Folder of its figures, under that of all: of its own for another profile than quick, or another data set."""
+        return f"{self.profile}-{self.dataset}" if self.dataset else "" if self.profile == "quick" else self.profile
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -47,10 +53,11 @@ class Run:
         return tuple(f"{stem}{suffix}" for stem in self.captions for suffix in (".csv", ".png"))
 
 
-def load(table: Path, profile: str) -> tuple[Run, ...]:
+def load(table: Path, profile: str, dataset: str | None = None) -> tuple[Run, ...]:
     """The runs of one profile, in the order of the table; every profile is checked, not only this one.
 
-    `table` is the YAML file; notebooks are looked up in its folder. Raises `FileNotFoundError` without the file and
+    `table` is the YAML file; notebooks are looked up in its folder. With a `dataset`, those runs whose notebook has a
+    parameter of this name, which it overrides. Raises `FileNotFoundError` without the file and
     `ValueError`, naming the run and the culprit, for: a profile, notebook, parameter or key that does not exist, a
     missing or repeated key, a repeated name, a value of another type than the notebook's own, and a figure that is
     declared twice, not named after its notebook or without a caption.
@@ -62,10 +69,15 @@ def load(table: Path, profile: str) -> tuple[Run, ...]:
         _check_entry(entry, table)
     _refuse_repeats("run name", (entry["name"] for entry in entries), table)
     _refuse_repeats("figure", (stem for entry in entries for stem in entry["writes"]), table)
-    return tuple(
-        Run(entry["name"], table.parent / entry["notebook"], profile, entry["profiles"][profile], entry["writes"])
+    chosen = {} if dataset is None else {"dataset": dataset}
+    found = tuple(
+        Run(entry["name"], notebook, profile, entry["profiles"][profile] | chosen, entry["writes"], dataset)
         for entry in entries
+        if chosen.keys() <= parameters(notebook := table.parent / entry["notebook"]).keys()
     )
+    if not found:
+        raise ValueError(f"{table}: no notebook has a parameter 'dataset'")
+    return found
 
 
 def parameters(notebook: Path) -> dict[str, object]:

@@ -92,7 +92,7 @@ ATTACK = ["attack", "factories:model", "update.safetensors"]
         ),
         (["attack", "factories:model", "foreign.safetensors"], "foreign.safetensors: not a complete"),
         (["attack", "factories:model", "wider.safetensors"], "has shape (61"),
-        (["attack", "factories", "update.safetensors"], "factories: no such file, nor of the form package.module:factory"),
+        (["attack", "factories", "update.safetensors"], "factories: no such file, nor of the form package.module:"),
         (["attack", "nowhere:model", "update.safetensors"], "nowhere:model: ModuleNotFoundError"),
         (["attack", "factories:none", "update.safetensors"], "factories:none: AttributeError"),
         (["attack", "factories:broken", "update.safetensors"], "factories:broken: ZeroDivisionError: division by zero"),

@@ -304,22 +304,3 @@ def test_damaged_files_are_one_clear_line(tmp_path: Path, saver: Callable) -> No
             lines.append(str(error))
     assert len(lines) > 10
     assert all(line.startswith(f"{path}: ") and "\n" not in line for line in lines)
-
-
-def test_the_difference_of_two_files_of_weights(tmp_path: Path) -> None:
-    model = models.fcnn(SHAPE, 12, 2, 4)
-    update = federated.gradient(model, batch(3, model), torch.tensor([0, 1, 3]))
-    before = {**model.state_dict(), "running": torch.zeros(2)}
-    after = before | {name: p - 0.25 * update.gradients[name] for name, p in model.named_parameters()}
-    first, second = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
-    save_file(before, first)
-    save_file({name: tensor.detach().contiguous() for name, tensor in after.items()}, second)
-    found = loading.difference(model, first, second, 0.25)
-    assert found.gradients.keys() == update.gradients.keys()
-    for name, gradient in found.gradients.items():
-        torch.testing.assert_close(gradient, update.gradients[name], atol=1e-15, rtol=0)
-    with pytest.raises(ValueError, match="a learning rate is positive, not 0"):
-        loading.difference(model, first, second, 0)
-    save_file({name: tensor for name, tensor in before.items() if name != "fc1.bias"}, second)
-    with pytest.raises(ValueError, match=r"fc1.bias has shape \(12,\) in .*before.safetensors and None in .*after"):
-        loading.difference(model, first, second, 1)

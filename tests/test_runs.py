@@ -281,7 +281,7 @@ def test_a_kernel_that_does_not_start_is_tried_once_more(project: Project, monke
 def test_ctrl_c_keeps_what_is_finished_and_nothing_else(project: Project) -> None:
     project.add("00_tiny")
     project.add("01_tiny", **_quick(wait=True))
-    half = project.folder / "build" / "runs" / "01_tiny" / "figures" / "01_tiny-plot.csv"
+    half = project.folder / "build" / "runs" / "quick" / "01_tiny" / "1" / "figures" / "01_tiny-plot.csv"
     command = [sys.executable, "-m", "spear", "figures", "--jobs", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
