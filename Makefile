@@ -1,7 +1,9 @@
 # Each target works from a bare checkout with Python 3.11 or newer and make: it creates .venv, installs into it, runs.
-PYTHON  ?= python3
-PROFILE ?= quick
-JOBS    ?= 2
+PYTHON    ?= python3
+PROFILE   ?= quick
+JOBS      ?= 2
+DATASET   ?=
+SCHEDULER ?=
 
 BIN   := .venv/bin
 READY := .venv/.installed
@@ -10,8 +12,10 @@ READY := .venv/.installed
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
-figures: $(READY)  ## run notebooks/runs.yaml: PROFILE=quick (minutes) or paper (hours), only what changed
-	$(BIN)/spear figures --profile $(PROFILE) --jobs $(JOBS)
+# PROFILE=quick (minutes) or paper (hours); DATASET=cifar10 for another data set; SCHEDULER=ADDRESS for a dask cluster.
+figures: $(READY)  ## run notebooks/runs.yaml, only what changed
+	$(BIN)/spear figures --profile $(PROFILE) --jobs $(JOBS) \
+		$(if $(DATASET),--dataset $(DATASET)) $(if $(SCHEDULER),--scheduler $(SCHEDULER))
 
 test: lint unit notebooks
 

@@ -81,6 +81,17 @@ def noisy(
     return replace(_each(update, perturbed), noise=None if relative else math.hypot(sigma, update.noise or 0.0))
 
 
+def is_perturbed(update: SharedUpdate) -> bool:
+    """Whether what the client disclosed leaves no exact gradient: noise, clipping, rounding or half precision."""
+    halves = any(g.dtype in HALVES for g in update.gradients.values())
+    return halves or bool(update.noise) or update.clip is not None or update.bits is not None
+
+
+def as_gradient(update: SharedUpdate) -> SharedUpdate:
+    """The same in float64, without the loss scale."""
+    return replace(_each(update, lambda g: g.double() / update.loss_scale), loss_scale=1.0)
+
+
 def _each(update: SharedUpdate, change: Callable[[Tensor], Tensor]) -> SharedUpdate:
     return replace(update, gradients={name: change(g) for name, g in update.gradients.items()})
 

@@ -15,6 +15,7 @@ from spear.sparsity import zero_pattern
 SAME_DIRECTION = 1 - 1e-6
 FULL_LEVERAGE = 1 - 1e-6
 CHUNK = 256
+MOST_ENTRIES = 2**24  # of the copies of L that are held at once
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,27 @@ def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: f
     if L.shape[1] == 1:
         return torch.ones_like(zero[:, 0])
     values, vectors = torch.linalg.eigh(gram(L, zero))
-    spread = vectors[:, :, 1:] / values[:, None, 1:].clamp_min(1e-300).sqrt()
-    leverage = (((L @ spread) ** 2).sum(2) * zero).amax(1)
     floor = max(1e-9, (3 * tolerance) ** 2) * values[:, -1]
-    return (values[:, 1] > floor) & (leverage <= FULL_LEVERAGE)
+    return (values[:, 1] > floor) & (_leverage(L, zero, values, vectors).amax(1) <= FULL_LEVERAGE)
+
+
+def leverage(L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"]) -> Float[Tensor, "h m"]:
+    """How much of the rank of the rows A each of them carries, l (A^T A)^+ l^T, where A has a kernel; 0 elsewhere."""
+    return _leverage(L, rows, *torch.linalg.eigh(gram(L, rows)))
+
+
+def _leverage(
+    L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"], values: Float[Tensor, "h b"], vectors: Float[Tensor, "h b b"]
+) -> Float[Tensor, "h m"]:
+    spread = vectors[:, :, 1:] / values[:, None, 1:].clamp_min(1e-300).sqrt()
+    return ((L @ spread) ** 2).sum(2) * rows
 
 
 def gram(L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"]) -> Float[Tensor, "h b b"]:
-    """L_A^T L_A for every set of rows A."""
+    """L_A^T L_A for every set of rows A: by products of L's columns where there are more sets than these."""
+    if len(rows) < L.shape[1]:
+        parts = rows.split(max(1, MOST_ENTRIES // L.numel()))
+        return torch.cat([L.mT @ (part[:, :, None] * L) for part in parts])
     products = (L[:, :, None] * L[:, None, :]).flatten(1)
     return (rows.to(L.dtype) @ products).unflatten(1, (L.shape[1], L.shape[1]))
 

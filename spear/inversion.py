@@ -5,21 +5,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from spear import network, theory
+from spear import denoising, dictionary, network, seeding, theory
+from spear import layer as layers
 from spear.certificate import certify, recover_labels
 from spear.chain import Problem, open_problem
+from spear.defences import as_gradient, is_perturbed
 from spear.federated import SharedUpdate
 from spear.filtering import disaggregate
+from spear.likelihood import Noisy
 from spear.lowrank import MIN_GAP
 from spear.search import Budget, Found, Progress, search
 from spear.target import Target, prepare
 
-METHODS = ("auto", "sampling", "network")
+METHODS = ("auto", "sampling", "guided", "dictionary", "layer", "network")
+Search = Callable[..., Found]
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
 
@@ -41,7 +46,8 @@ class Reconstruction:
     its own gradient as recovered and as recomputed from input and label (infinite without labels); `certified` (k,)
     tells which samples are beyond doubt. `rank` is the batch size that the gradient shows, `complete` whether the whole
     batch, as far as the client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in
-    words.
+    words. Under noise nothing is certified or complete; `expected_error` (k,) is then each input's expected relative
+    error |guess - truth| / |truth|, from what the server knows alone.
     """
 
     inputs: Float[Tensor, "k *input_shape"]
@@ -52,6 +58,7 @@ class Reconstruction:
     complete: bool
     reason: str
     stats: Stats
+    expected_error: Float[Tensor, " k"] | None = None
 
 
 def attack(
@@ -68,40 +75,116 @@ def attack(
     device: str | torch.device | None = None,
     progress: Callable[[Progress], None] | None = None,
     executor: Executor | None = None,
+    approximate: Float[Tensor, "k *input_shape"] | None = None,
 ) -> Reconstruction:
     """Recover the batch behind a client's update (SPEAR, Algorithm 1, and beyond it).
 
-    `method` is `"sampling"`, SPEAR as published, from one linear layer that a ReLU follows; `"network"`, which uses
-    every layer of a fully connected network (batches of hundreds); or `"auto"`, the strongest method whose
-    preconditions hold, and the next where it ends without the whole batch. `layer` names the linear layer that is
-    sampled, the default being the first whose input is the data up to reshaping. `batch_size` is read off the
-    gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that sampling tests, starts of
-    the network method) bound each search: an exhausted budget gives an incomplete result that says so. Without either,
-    a batch too large for any budget is declined at once. `false_rejection` is the chance at which the sparsity filter
-    may reject a true direction. The result depends on `seed`, not on the device. `progress` is called after each round.
+    `method` says how much is used. Of one linear layer that a ReLU follows: `"sampling"`, SPEAR as published;
+    `"guided"`, sampling where guesses of the batch point, `approximate` images or none (`spear.seeding`);
+    `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
+    of up to a fifth of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
+    `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
+    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping.
+    `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
+    sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
+    so. Without either, sampling declines a batch too large for any budget at once. Rounded, clipped or noisy gradients
+    of a fully connected network give `"auto"` and `"network"` samples with an `expected_error`, not certified.
+    `false_rejection` is the chance at which sampling's sparsity filter may reject a true direction. The result depends
+    on `seed`, not on the device. `progress` is called after each round.
     `executor` computes the rounds of sampling, which otherwise run in threads: with one of a cluster, for example
     `distributed.Client(ADDRESS).get_executor()`, many machines share one large batch, and the result is the same.
 
-    Raises `ValueError` for a method or a layer that does not exist, a layer that no ReLU follows, a model that cannot
-    be traced, gradients that are missing, of another shape than the weights, not finite, of half precision or zero
-    everywhere, and for a batch that is too large for the layer (b >= m, or b > n).
+    Raises `ValueError` for a method or a layer that does not exist, `approximate` images of another size than the
+    layer's inputs or for another method than `"guided"`, a layer that no ReLU follows, a model that cannot be traced,
+    gradients that are missing, of another shape than the weights, not finite or zero everywhere, for a batch that is
+    too large for the layer (b >= m, or b > n), and where sampling is to work on half precision.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
     if method == "network" and layer is not None:
         raise ValueError(f"method 'network' uses every layer: layer={layer!r} cannot be chosen")
+    if approximate is not None and method != "guided":
+        raise ValueError(f"approximate images guide the method 'guided', not {method!r}")
     budget = Budget(time.monotonic(), time_limit, max_proposals)
-    options = (budget, seed, progress)
-    if method == "network":
-        result = _network(open_problem(model, update, batch_size=batch_size, device=device), *options)
+    sampling = partial(search, false_rejection=false_rejection, device=device, executor=executor)
+    guided = partial(seeding.search, approximate=approximate, **sampling.keywords)
+    searches = {"sampling": sampling, "guided": guided, "dictionary": dictionary.search, "layer": layers.search}
+    if method in ("auto", "network") and layer is None and is_perturbed(update):
+        result = _denoise(model, update, batch_size, budget, seed, device)
+    elif method == "network":
+        problem = open_problem(model, update, batch_size=batch_size, device=device)
+        result = _behind_noise(_network(problem, budget, seed, progress), problem, budget, seed)
     else:
         target = prepare(model, update, layer=layer, batch_size=batch_size, device=device)
-        problem = _chain(model, update, batch_size, device) if method == "auto" and layer is None else None
-        result = None if problem is None else _network(problem, *options)
-        if result is None or not (result.complete or _hopeless(target, budget, AFFORDABLE)):
-            where = {"device": device, "executor": executor}
-            result = _larger(result, _sampling(target, *options, false_rejection=false_rejection, **where))
+        if method == "auto":
+            problem = _chain(model, update, batch_size, device) if layer is None else None
+            result = _strongest(target, problem, searches, budget, seed, progress)
+        else:
+            result = _one_layer(target, searches[method], method, budget, seed, progress)
     return replace(result, stats=replace(result.stats, seconds=time.monotonic() - budget.started))
+
+
+def _strongest(
+    target: Target,
+    problem: Problem | None,
+    searches: dict[str, Search],
+    budget: Budget,
+    seed: int,
+    progress: Callable[[Progress], None] | None,
+) -> Reconstruction:
+    """Method after method until one recovers the whole batch: every layer, one layer coupled, sampling."""
+    result = None
+    if problem is not None:
+        result = _behind_noise(_network(problem, budget, seed, progress), problem, budget, seed)
+    for method in ("layer", "sampling"):
+        if result is not None and (result.complete or result.expected_error is not None):
+            break
+        if method == "sampling" and result is not None and _hopeless(target, budget, AFFORDABLE):
+            break
+        following = _one_layer(target, searches[method], method, budget, seed, progress)
+        result = following if result is None else _larger(result, following)
+    return result
+
+
+def _denoise(
+    model: nn.Module,
+    update: SharedUpdate,
+    batch_size: int | None,
+    budget: Budget,
+    seed: int,
+    device: str | torch.device | None,
+) -> Reconstruction:
+    """What can be read from a gradient that was rounded, clipped or had noise added: nothing certified."""
+    problem = open_problem(model, as_gradient(update), batch_size=batch_size, device=device)
+    noisy = denoising.open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None)
+    return _approximate(noisy, budget, seed)
+
+
+def _behind_noise(exact: Reconstruction, problem: Problem, budget: Budget, seed: int) -> Reconstruction:
+    """What comes out of noise that the client did not disclose; where nothing does, or no noise shows, `exact`."""
+    if len(exact.inputs):
+        return exact
+    noisy = denoising.open_noisy(problem, sigma=None, weighted=False)
+    found = _approximate(noisy, budget, seed) if denoising.is_visible(noisy) else exact
+    return found if len(found.inputs) else exact
+
+
+def _approximate(noisy: Noisy, budget: Budget, seed: int) -> Reconstruction:
+    problem, generator = noisy.problem, torch.Generator().manual_seed(seed)
+    seconds = math.inf if budget.seconds is None else budget.seconds - (time.monotonic() - budget.started)
+    starts = network.Budget.starts if budget.proposals is None else budget.proposals
+    found = denoising.recover(noisy, seconds=seconds, starts=starts, generator=generator)
+    stats, estimate = Stats(0.0, found.starts, found.rounds), found.estimate
+    shape = problem.input_shape
+    if estimate is None:
+        empty = problem.weights[0].new_zeros(0)
+        return Reconstruction(
+            empty.new_zeros(0, *shape), None, found.rank, empty, empty.bool(), False, found.reason, stats
+        )
+    inputs = estimate.inputs.unflatten(1, shape).contiguous()
+    none = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+    evidence = (estimate.residuals, none, False, found.reason, stats, estimate.error)
+    return Reconstruction(inputs, estimate.labels, found.rank, *evidence)
 
 
 def _chain(
@@ -114,36 +197,32 @@ def _chain(
         return None
 
 
-def _larger(first: Reconstruction | None, second: Reconstruction) -> Reconstruction:
+def _larger(first: Reconstruction, second: Reconstruction) -> Reconstruction:
     """The result with more certified samples, then with more samples; both reasons where neither has any."""
-    if first is None:
-        return second
     if not len(first.inputs) and not len(second.inputs):
-        return replace(first, reason=f"network: {first.reason}; sampling: {second.reason}")
+        return replace(first, reason=f"{first.reason}; {second.reason}")
     return max(second, first, key=lambda r: (r.complete, int(r.certified.sum()), len(r.inputs)))
 
 
-def _sampling(
+def _one_layer(
     target: Target,
+    search: Search,
+    method: str,
     budget: Budget,
     seed: int,
     progress: Callable[[Progress], None] | None,
-    *,
-    false_rejection: float,
-    device: str | torch.device | None,
-    executor: Executor | None,
 ) -> Reconstruction:
-    """SPEAR's attack on one layer."""
+    """The attack on one layer, by any search for the columns of its Q."""
     budget = replace(budget, started=time.monotonic())
-    obstacle = _obstacle(target, budget)
+    obstacle = _obstacle(target, method, budget)
     if obstacle:
         return _nothing(target, obstacle, Stats(0.0))
-    found = search(target.observed, budget, false_rejection, seed, device, progress, executor)
+    found = search(target.observed, budget=budget, seed=seed, progress=progress)
     stats = Stats(time.monotonic() - budget.started, found.proposals, found.rounds)
     if found.matching < 1:
         reached = f"{len(found.basis)} of {target.low.rank} directions, matching coefficient {found.matching:.6f}"
-        return _nothing(target, f"{found.spent}: {reached}", stats)
-    return reconstruct(target, found, stats)
+        return _nothing(target, f"{method}: {found.spent}: {reached}", stats)
+    return _reconstruct(target, found, stats)
 
 
 def _network(
@@ -171,14 +250,14 @@ def _network(
     return Reconstruction(inputs, label, found.stats.rank, *evidence)
 
 
-def _obstacle(target: Target, budget: Budget) -> str:
+def _obstacle(target: Target, method: str, budget: Budget) -> str:
     """Why a search would be pointless, in words; empty where it may succeed."""
     low, (m, b), name = target.low, target.observed.L.shape, target.layer.name
     if low.gap < MIN_GAP:
         return f"the gradient of {name} shows no rank: no gap among its {low.rank} singular values"
     if b >= m or b > target.observed.R.shape[1]:
         return f"a batch of rank {b} needs a layer wider than {b} with as many inputs; {name} is {m} wide"
-    if _hopeless(target, budget, HOPELESS):
+    if method == "sampling" and _hopeless(target, budget, HOPELESS):
         expected = theory.expected_proposals(theory.half_rates(m, b))
         return f"a batch of {b} needs about {expected:.0e} proposals at width {m}: set a budget to try all the same"
     return ""
@@ -192,7 +271,7 @@ def _hopeless(target: Target, budget: Budget, most: float) -> bool:
     return theory.expected_proposals(theory.half_rates(m, b)) > most
 
 
-def reconstruct(target: Target, found: Found, stats: Stats) -> Reconstruction:
+def _reconstruct(target: Target, found: Found, stats: Stats) -> Reconstruction:
     """The batch behind a full set of directions, with its labels and its certificate."""
     q = found.q[found.basis]
     G, X = disaggregate(target.observed, q)

@@ -74,6 +74,15 @@ def band(
     return pd.DataFrame({"x": x, "p10": low, "median": middle, "p90": high})
 
 
+def interval(
+    axes: Axes, x: Sequence[float] | np.ndarray, table: pd.DataFrame, name: str, *, label: str | None = None
+) -> None:
+    """Draw column `name` of a table against `x`, with bars from its column `name`_low to `name`_high."""
+    middle = table[name]
+    bars = [(middle - table[f"{name}_low"]).clip(lower=0), (table[f"{name}_high"] - middle).clip(lower=0)]
+    axes.errorbar(x, middle, bars, marker="o", markersize=4, capsize=3, elinewidth=1, label=label)
+
+
 def grid(
     images: Float[Tensor, "k C H W"] | Mapping[str, Tensor],
     name: str | None = None,

@@ -12,89 +12,68 @@ prior: near initialisation q_i and v_i are nearly parallel, and samples that act
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from spear import filtering, sampling
-from spear.federated import SharedUpdate
+from spear import filtering, sampling, theory
+from spear import search as uniform
 from spear.filtering import Observed
-from spear.inversion import Reconstruction, Stats, reconstruct
-from spear.inversion import attack as sample_uniformly
-from spear.lowrank import MIN_GAP
 from spear.sampling import Proposals
 from spear.search import Budget, Found, Progress, choose, merge, thresholds
-from spear.target import Target, prepare
 
 ROUND = 1000  # proposals of a round
 IDLE = 30  # rounds without a new direction after which guesses are given up
+REACH = 1e9  # proposals up to which uniform sampling goes on from there
 BLUR = 0.5  # standard deviation of the share of a second row of L that is mixed into a guess
 FOCUS = 8  # how strongly draws favour the lowest pre-activations: 0 would be half of all rows alike
 CHUNK_BYTES = 2**27  # of submatrices in work at once
 
 
-def attack(
-    model: nn.Module,
-    update: SharedUpdate,
-    approximate: Float[Tensor, "k *input_shape"] | None = None,
-    *,
-    layer: str | None = None,
-    batch_size: int | None = None,
-    time_limit: float | int | None = None,
-    max_proposals: int | None = None,
-    false_rejection: float = 1e-9,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> Reconstruction:
-    """The batch behind a client's update from one layer, by sampling rows that guesses of the batch suggest.
-
-    `approximate` holds inputs near some of the samples, from `spear.baselines` for instance; without, or where they
-    lead nowhere, rows of the gradient's own column space serve as guesses, and once these have found nothing for long,
-    the remaining budget goes to uniform sampling. Results are certified as those of `spear.attack` are: a bad guess
-    costs time and nothing else. Other options, budgets and errors as for `spear.attack` with `method="sampling"`.
-
-    Raises `ValueError` for approximations of another size than the layer's inputs.
-    """
-    budget = Budget(time.monotonic(), time_limit, max_proposals)
-    target = prepare(model, update, layer=layer, batch_size=batch_size, device=device)
-    found = Found(target.observed.L[:0], torch.arange(0), 0.0, 0, 0, "")
-    if target.low.gap >= MIN_GAP and target.low.rank < min(len(target.observed.L), target.observed.R.shape[1] + 1):
-        found = search(target.observed, _flat(target, approximate), budget, false_rejection, seed, progress)
-    stats = Stats(time.monotonic() - budget.started, found.proposals, found.rounds)
-    if found.matching == 1:
-        return reconstruct(target, found, stats)
-    limits = {
-        "time_limit": None if time_limit is None else max(0.0, time_limit - stats.seconds),
-        "max_proposals": None if max_proposals is None else max(0, max_proposals - found.proposals),
-    }
-    options = {"layer": layer, "batch_size": batch_size, "false_rejection": false_rejection, "device": device}
-    result = sample_uniformly(model, update, method="sampling", seed=seed, progress=progress, **options, **limits)
-    led = f"guesses led to {len(found.basis)} of {target.low.rank} directions; uniform sampling: {result.reason}"
-    total = Stats(
-        stats.seconds + result.stats.seconds,
-        found.proposals + result.stats.proposals,
-        found.rounds + result.stats.rounds,
-    )
-    return replace(result, reason=led, stats=total)
-
-
 def search(
+    observed: Observed,
+    budget: Budget,
+    seed: int,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    approximate: Float[Tensor, "k *input_shape"] | None = None,
+    false_rejection: float = 1e-9,
+    device: str | torch.device | None = None,
+    executor: Executor | None = None,
+) -> Found:
+    """All columns of Q by rounds of guided proposals, filtered and chosen from as in `spear.search`.
+
+    `approximate` holds inputs near some of the samples; without, or beside them, rows of L serve as guesses. After
+    `IDLE` rounds without a new direction sampling goes on uniformly, where that is within `REACH` at all: a bad guess
+    costs time and nothing else. Raises `ValueError` for approximations of another size than the layer's inputs.
+    """
+    found = _guided(observed, _finite(observed, approximate), budget, seed, progress, false_rejection)
+    m, b = observed.L.shape
+    if found.matching == 1 or found.spent or theory.expected_proposals(theory.half_rates(m, b)) > REACH:
+        return found if found.spent else replace(found, spent=f"{IDLE} rounds of guesses found nothing new")
+    rest = None if budget.proposals is None else budget.proposals - found.proposals
+    options = {"false_rejection": false_rejection, "device": device, "executor": executor}
+    left = replace(budget, proposals=rest)
+    last = uniform.search(observed, budget=left, seed=seed, progress=progress, **options)
+    return replace(last, proposals=found.proposals + last.proposals, rounds=found.rounds + last.rounds)
+
+
+def _guided(
     observed: Observed,
     approximate: Float[Tensor, "k n"] | None,
     budget: Budget,
-    false_rejection: float,
     seed: int,
     progress: Callable[[Progress], None] | None,
+    false_rejection: float,
 ) -> Found:
-    """Rounds of guided proposals, filtered and chosen from as in `spear.search`, until lambda = 1, the budget is spent
-    or `IDLE` rounds found nothing new."""
+    """Rounds of guided proposals until lambda = 1, the budget is spent or guesses lead nowhere."""
     generator = torch.Generator(observed.L.device).manual_seed(seed)
     pool = None if approximate is None else guesses(observed, approximate)
     threshold, b = thresholds(observed, false_rejection)[0], observed.L.shape[1]
-    q, basis, matching = choose(observed, observed.L[:0], threshold)
+    q, basis, matching = choose(observed, observed.L.new_zeros(0, b), threshold)
     proposals, rounds, idle, spent = 0, 0, 0, ""
     while matching < 1 and idle < IDLE and not (spent := budget.spent(proposals)):
         found = propose(observed, pool, q[basis], ROUND, threshold=threshold, generator=generator)
@@ -183,13 +162,13 @@ def _away_from(found: Float[Tensor, "f b"], v: Float[Tensor, "p b"]) -> Float[Te
     return v - v @ basis @ basis.mT
 
 
-def _flat(target: Target, approximate: Float[Tensor, "k *input_shape"] | None) -> Float[Tensor, "f n"] | None:
+def _finite(observed: Observed, approximate: Float[Tensor, "k *input_shape"] | None) -> Float[Tensor, "f n"] | None:
     """The approximations that are finite numbers, as rows; `None` where there are none."""
     if approximate is None or not len(approximate):
         return None
-    flat, n = approximate.detach().flatten(1).to(target.observed.R), target.observed.R.shape[1]
+    flat, n = approximate.detach().flatten(1).to(observed.R), observed.R.shape[1]
     if flat.shape[1] != n:
-        raise ValueError(f"approximations have {flat.shape[1]} entries; {target.layer.name} has {n} inputs")
+        raise ValueError(f"approximations have {flat.shape[1]} entries; the layer has {n} inputs")
     finite = flat.isfinite().all(1)
     return flat[finite] if finite.any() else None
 

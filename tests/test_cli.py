@@ -105,6 +105,8 @@ ATTACK = ["attack", "factories:model", "update.safetensors"]
         ([*ATTACK, "--device", "abacus"], "device 'abacus' is not available here"),
         ([*ATTACK, "--output", "none/found.safetensors"], "none/found.safetensors: no such folder"),
         (["figures"], "runs.yaml: not a list of runs"),
+        (["figures", "--dataset", "unheard-of"], "unknown data set 'unheard-of'"),
+        (["figures", "--dataset", "mnist"], "run `spear data fetch mnist`"),
         (["figures", "--profile", "test"], "unknown profile 'test': use one of quick, paper"),
         (["data", "fetch", "unheard-of"], "unheard-of"),
     ],

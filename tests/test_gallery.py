@@ -21,11 +21,12 @@ def _png(value: int = 0, **options: object) -> bytes:
     return content.getvalue()
 
 
-def test_the_committed_gallery_is_what_the_figures_say(repository: Path) -> None:
+def test_the_committed_galleries_are_what_the_figures_say(repository: Path) -> None:
     table = runs.load(repository / "notebooks" / "runs.yaml", "quick")
     folder = repository / "figures"
     assert (folder / "README.md").read_text() == gallery.render(table, folder)
     assert {path.name for path in folder.glob("*.png")} == {f"{stem}.png" for run in table for stem in run.captions}
+    assert (folder / "paper" / "README.md").read_text() == gallery.render(table, folder / "paper")
 
 
 def test_a_stamp_is_read_back_and_leaves_the_picture_as_it_is(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
-from spear import paths, runner, runs
+from spear import gallery, paths, runner, runs
 
 PARAMETERS = """\
 text = "a"
@@ -108,6 +111,23 @@ def test_profiles_override_the_notebook(project: Project) -> None:
     assert quick.files == ("00_tiny-plot.csv", "00_tiny-plot.png")
     assert quick.notebook == project.notebook("00_tiny")
     assert runs.parameters(quick.notebook)["names"] == ["x", "y"]
+
+
+def test_another_profile_or_data_set_has_folders_of_its_own(project: Project) -> None:
+    project.add("00_tiny")
+    project.add("01_tiny", parameters="dataset = 'photos'\ncount = 1")
+    quick, paper = (runs.load(project.table, profile) for profile in ("quick", "paper"))
+    assert [run.variant for run in (*quick, *paper)] == ["", "", "paper", "paper"]
+    (chosen,) = runs.load(project.table, "quick", "digits")
+    assert (chosen.name, chosen.parameters, chosen.variant) == ("01_tiny", {"dataset": "digits"}, "quick-digits")
+    assert runs.load(project.table, "paper", "digits")[0].variant == "paper-digits"
+    assert runner.fingerprint(chosen) != runner.fingerprint(quick[1])
+
+
+def test_no_notebook_with_a_data_set_to_choose_is_an_error(project: Project) -> None:
+    project.add("00_tiny")
+    with pytest.raises(ValueError, match="runs.yaml: no notebook has a parameter 'dataset'"):
+        runs.load(project.table, "quick", "digits")
 
 
 def _quick(**values: object) -> dict:
@@ -325,3 +345,30 @@ def test_an_interruption_while_publishing_leaves_no_half_figure(
     monkeypatch.undo()
     monkeypatch.chdir(project.folder)
     assert project.statuses() == ["done"]
+
+
+def test_a_figure_says_what_it_was_drawn_with_and_keeps_its_day_while_it_stays_the_same(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPEAR_DATA", str(project.folder))
+    project.add("00_tiny", parameters="dataset = 'photos'\nothers = ['digits', 'mnist']\nrate = 0.5", **_quick(rate=2))
+    (run,) = runs.load(project.table, "quick", "digits")
+    drawn, place = project.folder / "drawn", project.figure("quick-digits/00_tiny-plot.png")
+    drawn.mkdir()
+
+    def published(day: int, shade: int, number: int) -> gallery.Origin | None:
+        Image.new("L", (2, 2), shade).save(drawn / "00_tiny-plot.png")
+        (drawn / "00_tiny-plot.csv").write_text(str(number))
+        monkeypatch.setattr(runner, "date", SimpleNamespace(today=lambda: date(2026, 1, day)))
+        runner.publish(run, drawn, "made of")
+        assert (project.folder / "build" / "runs" / "quick-digits" / "00_tiny.json").is_file()
+        return gallery.origin(place)
+
+    first = published(1, 9, 9)
+    values = {"dataset": "digits", "others": ["digits", "mnist"], "rate": 2}
+    assert first == gallery.Origin("quick", values, ["digits"], "2026-01-01")
+    assert published(2, 9, 9) == first
+    assert published(3, 8, 9).date == "2026-01-03"
+    assert published(4, 8, 8).date == "2026-01-04"
+    (project.folder / "mnist.npz").touch()
+    assert published(5, 8, 8).data == ["digits", "mnist"]

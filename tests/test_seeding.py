@@ -1,10 +1,12 @@
 """Guided sampling: guesses choose rows well, a bad guess does no harm, and what is certified is true."""
 
+import re
+
 import pytest
 import torch
 from problems import make
 
-from spear import metrics, seeding, theory
+from spear import attack, metrics, seeding, theory
 from spear.filtering import zero_rows
 from spear.search import thresholds
 
@@ -105,7 +107,7 @@ def test_proposals_are_true_directions_away_from_those_found():
 def test_a_batch_out_of_reach_of_uniform_sampling(decibels, seed):
     problem = large(seed=seed)
     guess = None if decibels is None else blurred(problem.inputs, decibels)
-    result = seeding.attack(problem.model, problem.update, guess, seed=seed)
+    result = attack(problem.model, problem.update, method="guided", approximate=guess, seed=seed)
     report = metrics.evaluate(result, problem.inputs, problem.labels)
     assert result.complete
     assert (report.recall, report.precision, report.label_accuracy) == (1, 1, 1)
@@ -125,7 +127,7 @@ def test_a_bad_guess_does_no_harm(bad, b):
         "repeated": noise[:1].repeat(3 * b, 1),
         "none": noise[:0],
     }[bad]
-    result = seeding.attack(problem.model, problem.update, guess)
+    result = attack(problem.model, problem.update, method="guided", approximate=guess)
     report = metrics.evaluate(result, problem.inputs, problem.labels)
     assert result.complete
     assert (report.recall, report.precision) == (1, 1)
@@ -134,31 +136,30 @@ def test_a_bad_guess_does_no_harm(bad, b):
 @pytest.mark.parametrize("seed", range(4))
 def test_wrong_weights_give_nothing_and_say_why(seed):
     problem, stranger = make(seed=seed), make(seed=seed + 10)
-    result = seeding.attack(stranger.model, problem.update, problem.inputs, max_proposals=40_000)
+    result = attack(stranger.model, problem.update, method="guided", approximate=problem.inputs, max_proposals=40_000)
     assert not result.certified.any()
     assert not result.complete
-    assert result.reason.startswith("guesses led to ")
     assert "the budget of" in result.reason
 
 
-def test_too_large_a_batch_is_declined_with_both_numbers():
+def test_too_large_a_batch_ends_where_guesses_do():
     problem = make(b=30, m=60, n=50)
-    result = seeding.attack(problem.model, problem.update)
+    result = attack(problem.model, problem.update, method="guided")
     assert not result.complete
-    assert "of 30 directions; uniform sampling: a batch of 30 needs about" in result.reason
+    assert re.match(r"guided: 30 rounds of guesses found nothing new: \d+ of 30 directions", result.reason)
 
 
 def test_budgets_and_progress():
     problem, seen = make(b=30, m=60, n=50), []
-    result = seeding.attack(problem.model, problem.update, max_proposals=2000, progress=seen.append)
+    result = attack(problem.model, problem.update, method="guided", max_proposals=2000, progress=seen.append)
     assert [p.proposals for p in seen] == [1000, 2000]
     assert result.stats.proposals == 2000
-    assert seeding.attack(problem.model, problem.update, time_limit=0).stats.proposals == 0
+    assert attack(problem.model, problem.update, method="guided", time_limit=0).stats.proposals == 0
 
 
 def test_without_a_bias_inputs_are_known_up_to_a_factor():
     problem = make(bias=False)
-    result = seeding.attack(problem.model, problem.update, problem.inputs)
+    result = attack(problem.model, problem.update, method="guided", approximate=problem.inputs)
     unit = problem.inputs / torch.linalg.vector_norm(problem.inputs, dim=1, keepdim=True)
     assert metrics.evaluate(result, unit).recall == 1
     assert not result.certified.any()
@@ -166,7 +167,7 @@ def test_without_a_bias_inputs_are_known_up_to_a_factor():
 
 def test_the_seed_decides():
     problem = make(b=10, m=120)
-    first, again, other = (seeding.attack(problem.model, problem.update, seed=s) for s in (3, 3, 4))
+    first, again, other = (attack(problem.model, problem.update, method="guided", seed=s) for s in (3, 3, 4))
     assert torch.equal(first.inputs, again.inputs)
     assert first.stats.proposals == again.stats.proposals
     assert not torch.equal(first.inputs, other.inputs)
@@ -174,5 +175,11 @@ def test_the_seed_decides():
 
 def test_sizes_must_agree():
     problem = make()
-    with pytest.raises(ValueError, match="approximations have 39 entries; fc1 has 40 inputs"):
-        seeding.attack(problem.model, problem.update, problem.inputs[:, :39])
+    with pytest.raises(ValueError, match="approximations have 39 entries; the layer has 40 inputs"):
+        attack(problem.model, problem.update, method="guided", approximate=problem.inputs[:, :39])
+
+
+def test_only_guided_sampling_takes_approximations():
+    problem = make()
+    with pytest.raises(ValueError, match="approximate images guide the method 'guided', not 'sampling'"):
+        attack(problem.model, problem.update, method="sampling", approximate=problem.inputs)

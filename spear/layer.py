@@ -1,0 +1,112 @@
+"""One layer, all that it knows: the zero pattern of G and the signs of Z are one and the same.
+
+    G = L Q      Z = B V, V = Q^-T      supp(G) = {Z > 0}
+
+Both sides are linear in one unknown, and the ReLU couples them row by row. At initialisation q_i and v_i are nearly
+parallel, so a start v = q = a row of L is led to a column by relaxed reflections between the two linear spaces and the
+coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q (starts, b).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spear.columns import Lengths, collect, unit
+from spear.filtering import Observed
+from spear.search import Budget, Found, Progress
+
+DAMPING = 4  # times the coupling: how strongly q is drawn away from the directions where v has nothing
+LENGTHS = Lengths(shortest=80, longest=2160)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the schedule: its share of the steps, the relaxation, and how strongly signs and q, v are coupled.
+
+    A row is inactive if z < 0 and g^2 < `trust` z^2; `coupling` is the weight of q ~ v in the linear step.
+    """
+
+    share: float
+    relaxation: float
+    trust: float
+    coupling: float
+
+
+SCHEDULE = (Stage(0.65, 1.0, 20.0, 0.1), Stage(0.2, 0.4, 10.0, 0.05), Stage(0.15, 0.4, 3.0, 0.02))
+
+
+def search(
+    observed: Observed,
+    budget: Budget,
+    seed: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> Found:
+    """All columns of Q from the layer's weights and gradient."""
+
+    def descend(q: Tensor, free: Tensor, steps: int) -> Tensor:
+        return reflect(observed, q, free, steps=steps)
+
+    return collect(observed, descend, LENGTHS, budget, seed, progress)
+
+
+def reflect(
+    observed: Observed, q: Float[Tensor, "k b"], free: Float[Tensor, "b r"], *, steps: int
+) -> Float[Tensor, "k b"]:
+    """Relaxed reflections from each start q towards columns whose v lies in the span of `free`, in float32.
+
+    x = (g, z) is reflected at the coupled signs and projected on the linear spaces, where q and v are drawn together:
+    x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step.
+    """
+    L, m = observed.L.float(), len(observed.L)
+    basis, triangle = torch.linalg.qr(observed.B @ free)  # z = B free w = basis c with c = triangle w
+    g = math.sqrt(m) * unit(q).float() @ L.mT
+    z = math.sqrt(m) * unit(q @ free @ triangle.mT).float() @ basis.float().mT
+    for stage in SCHEDULE:
+        linear = couple(triangle, free, stage.coupling)
+        for _ in range(max(1, round(stage.share * steps))):
+            inactive = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)) < 0
+            rg, rz = torch.where(inactive, -g, g), torch.where(inactive, z, z.abs())
+            q, c = linear.solve(rg @ L, rz @ basis.float())
+            # P_B x is the mean of x and its reflection
+            half = stage.relaxation / 2
+            g.mul_(1 - half).sub_(rg, alpha=half).addmm_(math.sqrt(m) * unit(q), L.mT, alpha=2 * half)
+            z.mul_(1 - half).sub_(rz, alpha=half).addmm_(math.sqrt(m) * unit(c), basis.float().mT, alpha=2 * half)
+    return unit(torch.where(inactive, 0, g) @ L)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The linear step: minimise |L q - r_g|^2 + |B N w - r_z|^2 + k |N^T q - t w|^2, and draw q towards the span of N.
+
+    With k' = k / (1 + k) and orthonormal L: w = (N^T B^T B N + k' t^2)^-1 (N^T B^T r_z + k' t N^T L^T r_g), and the
+    part of q in N is (N^T L^T r_g + k t w) / (1 + k). The matrices below map rows of coordinates; c = triangle w.
+    """
+
+    free: Float[Tensor, "b r"]
+    from_z: Float[Tensor, "r r"]
+    from_q: Float[Tensor, "r r"]
+    to_q: Float[Tensor, "r r"]
+    kept: float
+    rest: float
+
+    def solve(
+        self, a: Float[Tensor, "k b"], e: Float[Tensor, "k r"]
+    ) -> tuple[Float[Tensor, "k b"], Float[Tensor, "k r"]]:
+        """q and c for a = L^T r_g and e = basis^T r_z."""
+        own = a @ self.free
+        c = e @ self.from_z + own @ self.from_q
+        return self.rest * a + (c @ self.to_q + (self.kept - self.rest) * own) @ self.free.mT, c
+
+
+def couple(triangle: Float[Tensor, "r r"], free: Float[Tensor, "b r"], k: float) -> Coupling:
+    """The linear step at coupling k: `triangle` is that of a QR decomposition of B N."""
+    eye = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
+    t, weight = float(triangle.norm()) / math.sqrt(len(eye)), k / (1 + k)
+    inverse = torch.linalg.inv(triangle.mT @ triangle + weight * t**2 * eye)
+    to_q = weight * t * torch.linalg.inv(triangle).mT
+    maps = (triangle @ inverse @ triangle.mT, weight * t * inverse @ triangle.mT, to_q)
+    return Coupling(free.float(), *(each.float() for each in maps), 1 - weight, 1 / (1 + DAMPING * k))

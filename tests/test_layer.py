@@ -1,0 +1,176 @@
+"""One layer's columns by descent: `spear.layer`, and through the front door."""
+
+import pytest
+import torch
+from problems import batch, make
+from torch import nn
+
+from spear import layer, models
+from spear.columns import complement
+from spear.federated import gradient
+from spear.filtering import disaggregate
+from spear.inversion import attack
+from spear.metrics import evaluate
+from spear.search import Budget
+
+NO_LIMIT = Budget(0.0, None, None)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("k", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("known", [0, 3])
+def test_the_linear_step_solves_the_normal_equations(k, known):
+    """Against the minimiser of the three squares by least squares, for q in N; the rest of q is only drawn in."""
+    m, b = 50, 8
+    L, B = torch.linalg.qr(normal(m, b))[0], normal(m, b, seed=1)
+    free = complement(normal(known, b, seed=2))
+    basis, triangle = torch.linalg.qr(B @ free)
+    t = float((B @ free).norm()) / free.shape[1] ** 0.5
+    rg, rz = normal(m, seed=3), normal(m, seed=4)
+    zero = torch.zeros(free.shape[1], dtype=torch.float64)
+    r = free.shape[1]
+    rows = torch.cat(
+        [
+            torch.cat([L @ free, torch.zeros(m, r)], 1),
+            torch.cat([torch.zeros(m, r), B @ free], 1),
+            k**0.5 * torch.cat([torch.eye(r), -t * torch.eye(r)], 1),
+        ]
+    )
+    own, w = torch.linalg.lstsq(rows, torch.cat([L @ free @ free.mT @ L.mT @ rg, rz, zero])).solution.split(r)
+    q, c = layer.couple(triangle, free, k).solve((rg @ L).float()[None], (rz @ basis).float()[None])
+    torch.testing.assert_close((q @ free.float())[0].double(), own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(c[0].double(), triangle @ w, rtol=1e-4, atol=1e-4)
+    rest = (q.double() - q.double() @ free @ free.mT)[0]
+    expected = (L.mT @ rg - free @ free.mT @ L.mT @ rg) / (1 + layer.DAMPING * k)
+    torch.testing.assert_close(rest, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_column_is_a_fixed_point():
+    problem = make(8, 150, 60)
+    everything = torch.eye(8, dtype=torch.float64)
+    V = torch.linalg.inv(problem.q).mT
+    sign = torch.sign(V.mT @ problem.observed.d)
+    found = layer.reflect(problem.observed, problem.q * sign[:, None], everything, steps=100)
+    print((found.double() @ problem.q.mT).abs().amax(1))
+    assert ((found.double() @ problem.q.mT).abs().amax(1) > 0.98).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_starts_at_once_are_each_start_alone(seed):
+    problem = make(10, 120, 60, seed=seed)
+    starts, free = problem.observed.L[:5], complement(problem.q[:2])
+    together = layer.reflect(problem.observed, starts, free, steps=40)
+    alone = torch.cat([layer.reflect(problem.observed, q[None], free, steps=40) for q in starts])
+    assert ((together * alone).sum(1) > 0.99).all()
+
+
+@pytest.mark.parametrize(("b", "m"), [(1, 20), (2, 20), (3, 40), (12, 150), (40, 300)])
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_all_columns(b, m, depth, seed):
+    problem = make(b, m, 80, depth, seed=seed)
+    found = layer.search(problem.observed, NO_LIMIT, seed)
+    assert found.matching == 1, found.spent
+    _, X = disaggregate(problem.observed, found.q[found.basis])
+    order = torch.cdist(problem.inputs, X.mT).argmin(1)
+    torch.testing.assert_close(X.mT[order], problem.inputs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_through_the_front_door(method, dtype, reduction):
+    problem = make(12, 150, 60, dtype=dtype, reduction=reduction)
+    result = attack(problem.model, problem.update, method=method)
+    report = evaluate(result, problem.inputs, problem.labels)
+    assert result.complete, result.reason
+    assert (report.recall, report.precision, report.label_accuracy) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary", "sampling"])
+@pytest.mark.parametrize("name", ["fc1", "fc2", "fc3"])
+def test_any_layer_that_a_relu_follows_gives_its_own_inputs(method, name):
+    x, y = batch(6, 40)
+    model = models.fcnn((40,), 120, 4, 10)
+    names = list(dict(model.named_children()))
+    features = model[: names.index(name)](x).detach()
+    result = attack(model, gradient(model, x, y), method=method, layer=name)
+    assert result.complete, result.reason
+    assert evaluate(result, features, y).recall == 1
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary"])
+def test_permuting_neurons_or_scaling_the_loss_changes_nothing(method):
+    problem = make(10, 120, 60, 2)
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(1))
+    model = models.fcnn((60,), 120, 2, 10)
+    with torch.no_grad():
+        model.fc1.weight.copy_(problem.model.fc1.weight[order])
+        model.fc1.bias.copy_(problem.model.fc1.bias[order])
+        model.fc2.weight.copy_(problem.model.fc2.weight[:, order])
+        model.fc2.bias.copy_(problem.model.fc2.bias)
+    for reduction in ("mean", "sum"):
+        update = gradient(model, problem.inputs, problem.labels, reduction=reduction)
+        result = attack(model, update, method=method)
+        assert evaluate(result, problem.inputs, problem.labels).recall == 1, result.reason
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary"])
+def test_without_bias_inputs_come_up_to_scale_and_uncertified(method):
+    problem = make(6, 120, 50, bias=False)
+    result = attack(problem.model, problem.update, method=method)
+    direction = problem.inputs / problem.inputs.norm(dim=1, keepdim=True)
+    assert evaluate(result, direction).recall == 1
+    assert not result.certified.any()
+    assert "fc1 has no bias" in result.reason
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary"])
+def test_past_the_limit_is_an_honest_incomplete_result(method):
+    problem = make(20, 28, 40)
+    result = attack(problem.model, problem.update, method=method)
+    assert len(result.inputs) == 0
+    assert not result.complete
+    assert "found no further column" in result.reason
+    assert f"{method}: " in result.reason
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary"])
+def test_budgets_are_kept(method):
+    problem = make(45, 60, 80)
+    result = attack(problem.model, problem.update, method=method, max_proposals=100)
+    assert "the budget of 100 proposals was spent" in result.reason
+    assert 100 <= result.stats.proposals < 200
+    result = attack(problem.model, problem.update, method=method, time_limit=0)
+    assert "the time limit of 0 s was reached" in result.reason
+    assert result.stats.proposals == 0
+
+
+def test_progress_counts_up_to_the_whole_batch():
+    problem, seen = make(12, 150, 60), []
+    attack(problem.model, problem.update, method="layer", progress=seen.append)
+    assert seen[-1].found == seen[-1].rank == 12
+    assert [p.proposals for p in seen] == sorted(p.proposals for p in seen)
+
+
+def test_auto_couples_one_layer_where_the_model_is_no_chain():
+    model = nn.Sequential(nn.Linear(80, 200), nn.ReLU(), nn.LayerNorm(200), nn.Linear(200, 10)).double()
+    x, y = batch(30, 80)
+    result = attack(model, gradient(model, x, y), method="auto")
+    assert result.complete, result.reason
+    assert evaluate(result, x, y).recall == 1
+
+
+@pytest.mark.parametrize(("dataset", "b"), [("mnist", 48), ("cifar10", 48)])
+def test_real_images(real_data, dataset, b):
+    from spear import data
+
+    x, y = data.load(dataset, count=b, root=real_data)
+    model = models.fcnn(x.shape[1:], 300, 4, 10)
+    result = attack(model, gradient(model, x, y), method="layer")
+    report = evaluate(result, x, y)
+    assert result.complete, result.reason
+    assert (report.recall, report.precision, report.label_accuracy) == (1, 1, 1)
