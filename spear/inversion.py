@@ -87,8 +87,9 @@ def attack(
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping.
     `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
     sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
-    so. Without either, sampling declines a batch too large for any budget at once. Rounded, clipped or noisy gradients
-    of a fully connected network give `"auto"` and `"network"` samples with an `expected_error`, not certified.
+    so. Without either, sampling declines a batch too large for any budget at once. From rounded, clipped or noisy
+    gradients of a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`, not
+    certified.
     `false_rejection` is the chance at which sampling's sparsity filter may reject a true direction. The result depends
     on `seed`, not on the device. `progress` is called after each round.
     `executor` computes the rounds of sampling, which otherwise run in threads: with one of a cluster, for example

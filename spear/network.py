@@ -85,6 +85,7 @@ def recover(
     spaces = open_spaces(problem, low.L, low.R)
     refusal = _refusal(problem, spaces, low.gap)
     run = Run(problem, spaces, low.gap, generator)
+    run.until = begin + budget.seconds
     while refusal is None and run.left:
         run.round()
         stats = figures(run, low.gap, begin)

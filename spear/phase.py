@@ -7,6 +7,8 @@ C - 1 dimensions (d_i = p_i - e_c sums to zero), and in a fresh network it is kn
 is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, outputs).
 """
 
+import math
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -121,15 +123,19 @@ def search(
     weight: float = 1.0,
     head: Float[Tensor, "m free"] | None = None,
     relaxation: float = 0.5,
+    until: float = math.inf,
 ) -> Iterate:
     """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
 
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
     that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Norms of h and
-    v are kept at 1. The returned `target` is u's last value among {0, h_j}.
+    v are kept at 1. The returned `target` is u's last value among {0, h_j}. Steps end early when the clock
+    (`time.perf_counter`) shows `until`.
     """
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
     for _ in range(steps):
+        if time.perf_counter() > until:
+            break
         pu = project(u, basis)
         ru = torch.lerp(u, pu, 2.0)
         if head is None:
@@ -156,7 +162,13 @@ def search(
 
 
 def search_evened(
-    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], *, steps: int, power: float = 0.35
+    iterate: Iterate,
+    labels: Int[Tensor, " k"],
+    basis: Float[Tensor, "m b"],
+    *,
+    steps: int,
+    power: float = 0.35,
+    until: float = math.inf,
 ) -> Iterate:
     """`search` with row j weighted by |h_j|^-power, class by class: in a crowded span, small h_j weigh too little.
 
@@ -170,7 +182,7 @@ def search_evened(
         weight = size.clamp_min(0.1 * size.median()) ** -power
         weight = weight / ((weight * part.h[0]).norm() / part.h[0].norm())
         scaled = Iterate(part.u * weight, part.h * weight, part.v, part.target * weight)
-        end = search(scaled, torch.linalg.qr(weight[:, None] * basis)[0], steps=steps)
+        end = search(scaled, torch.linalg.qr(weight[:, None] * basis)[0], steps=steps, until=until)
         ends.append(Iterate(end.u / weight, part.h, part.v, end.target / weight))
         order.append(index)
     back = torch.cat(order).argsort()

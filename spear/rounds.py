@@ -33,8 +33,10 @@ class Run:
     """A search in progress: the directions found, and how well each kind of search did last.
 
     `spaces` shrink when samples leave the problem; `solved` are the directions in it, `gone` those that left, in the
-    coordinates of the `whole` spaces.
+    coordinates of the `whole` spaces. A search under way ends when `time.perf_counter` shows `until`.
     """
+
+    until = math.inf
 
     def __init__(self, problem: Problem, spaces: Spaces, gap: float, generator: Generator) -> None:
         self.problem, self.generator = problem, generator
@@ -142,10 +144,11 @@ class Run:
         start, labels, partner = self.begin(plan, free)
         head = self.heads if plan.free else None
         if plan.evened:
-            end = phase.search_evened(start, labels, self.low, steps=plan.steps)
+            end = phase.search_evened(start, labels, self.low, steps=plan.steps, until=self.until)
         else:
             partner = partner if plan.weight else None
-            end = phase.search(start, self.low, steps=plan.steps, partner=partner, weight=plan.weight, head=head)
+            options = {"partner": partner, "weight": plan.weight, "head": head, "until": self.until}
+            end = phase.search(start, self.low, steps=plan.steps, **options)
         found = phase.refine(self.spaces, end, head=head, tolerances=self.tolerances)
         self.starts += plan.starts
         fresh = len(self.solved.join(found, room=self.left)) - len(self.solved)
