@@ -95,10 +95,11 @@ def recover(
         if run.idle == 2 and blurred(problem, run):
             break
     stats = figures(run, low.gap, begin)
-    if refusal is None and not run.left:
-        result = conclude(problem, spaces, run.found, stats)
-    else:
-        result = conclude_partly(problem, run, stats, refusal, budget)
+    result = None if refusal or run.left else conclude(problem, spaces, run.found, stats)
+    if result is None or not (result.complete or problem.last == 0):
+        # Mixtures of samples whose masks resemble each other pass for samples: begin at the other end too.
+        partly = conclude_partly(problem, run, stats, refusal or (result and result.reason), budget)
+        result = partly if result is None or len(partly.inputs) > len(result.inputs) else result
     return replace(result, stats=replace(result.stats, seconds=time.perf_counter() - begin))
 
 
