@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from spear import denoising, dictionary, network, theory
+from spear import denoising, dictionary, network, sequential, theory
 from spear import layer as layers
 from spear.certificate import certify, recover_labels
 from spear.chain import Problem, open_problem
@@ -85,8 +85,9 @@ def attack(
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping.
     `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
     sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
-    so. Without either, sampling declines a batch too large for any budget at once. Rounded, clipped or noisy
-    gradients of a fully connected network give `"auto"` and `"network"` samples with an `expected_error`, not certified.
+    so. Without either, sampling declines a batch too large for any budget at once. From rounded, clipped or noisy
+    gradients of a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`, not
+    certified; from several local steps (FedAvg) they retrace the training.
     `false_rejection` is the chance at which sampling's sparsity filter may reject a true direction. The result depends
     on `seed`, not on the device. `progress` is called after each round.
     `executor` computes the rounds of sampling, which otherwise run in threads: with one of a cluster, for example
@@ -103,7 +104,9 @@ def attack(
     budget = Budget(time.monotonic(), time_limit, max_proposals)
     sampling = partial(search, false_rejection=false_rejection, device=device, executor=executor)
     searches = {"sampling": sampling, "dictionary": dictionary.search, "layer": layers.search}
-    if method in ("auto", "network") and layer is None and is_perturbed(update):
+    if method in ("auto", "network") and layer is None and update.local_steps > 1:
+        result = _retrace(model, update, budget, seed, device)
+    elif method in ("auto", "network") and layer is None and is_perturbed(update):
         result = _denoise(model, update, batch_size, budget, seed, device)
     elif method == "network":
         problem = open_problem(model, update, batch_size=batch_size, device=device)
@@ -138,6 +141,17 @@ def _strongest(
         following = _one_layer(target, searches[method], method, budget, seed, progress)
         result = following if result is None else _larger(result, following)
     return result
+
+
+def _retrace(
+    model: nn.Module, update: SharedUpdate, budget: Budget, seed: int, device: str | torch.device | None
+) -> Reconstruction:
+    """A client's samples from several local steps."""
+    training = sequential.Training.of(update)
+    problem = open_problem(model, replace(as_gradient(update), local_steps=1, learning_rate=None), device=device)
+    seconds = math.inf if budget.seconds is None else budget.seconds
+    found = sequential.recover(problem, training, seconds=seconds, generator=torch.Generator().manual_seed(seed))
+    return _entries(found, problem)
 
 
 def _denoise(
@@ -236,7 +250,11 @@ def _network(
             progress(Progress(s.found, s.rank, s.starts, s.seconds))
 
     generator = torch.Generator().manual_seed(seed)
-    found = network.recover(problem, budget=limits, generator=generator, progress=report)
+    return _entries(network.recover(problem, budget=limits, generator=generator, progress=report), problem)
+
+
+def _entries(found: network.Recovery, problem: Problem) -> Reconstruction:
+    """What was recovered, entry by entry of the batch."""
     sample, label = found.entries
     inputs = found.inputs[sample].unflatten(1, problem.input_shape).contiguous()
     stats = Stats(found.stats.seconds, found.stats.starts, found.stats.rounds)

@@ -7,6 +7,8 @@ C - 1 dimensions (d_i = p_i - e_c sums to zero), and in a fresh network it is kn
 is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, outputs).
 """
 
+import math
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -121,15 +123,19 @@ def search(
     weight: float = 1.0,
     head: Float[Tensor, "m free"] | None = None,
     relaxation: float = 0.5,
+    until: float = math.inf,
 ) -> Iterate:
     """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
 
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
     that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Norms of h and
-    v are kept at 1. The returned `target` is u's last value among {0, h_j}.
+    v are kept at 1. The returned `target` is u's last value among {0, h_j}. Steps end early when the clock
+    (`time.perf_counter`) shows `until`.
     """
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
     for _ in range(steps):
+        if time.perf_counter() > until:
+            break
         pu = project(u, basis)
         ru = torch.lerp(u, pu, 2.0)
         if head is None:
@@ -156,7 +162,13 @@ def search(
 
 
 def search_evened(
-    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], *, steps: int, power: float = 0.35
+    iterate: Iterate,
+    labels: Int[Tensor, " k"],
+    basis: Float[Tensor, "m b"],
+    *,
+    steps: int,
+    power: float = 0.35,
+    until: float = math.inf,
 ) -> Iterate:
     """`search` with row j weighted by |h_j|^-power, class by class: in a crowded span, small h_j weigh too little.
 
@@ -170,7 +182,7 @@ def search_evened(
         weight = size.clamp_min(0.1 * size.median()) ** -power
         weight = weight / ((weight * part.h[0]).norm() / part.h[0].norm())
         scaled = Iterate(part.u * weight, part.h * weight, part.v, part.target * weight)
-        end = search(scaled, torch.linalg.qr(weight[:, None] * basis)[0], steps=steps)
+        end = search(scaled, torch.linalg.qr(weight[:, None] * basis)[0], steps=steps, until=until)
         ends.append(Iterate(end.u / weight, part.h, part.v, end.target / weight))
         order.append(index)
     back = torch.cat(order).argsort()
@@ -187,7 +199,8 @@ def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[T
 class Exact:
     """Outcome of the exact step for each mask: t, d, the sine to span(U) and the next larger one.
 
-    `mask` is what t itself implies, `settled` whether that was the mask it came from.
+    `mask` is what t itself implies, `settled` whether that was the mask it came from. `lever` is |t / S|, by which
+    noise in the gradient turns t out of span(U).
     """
 
     t: Float[Tensor, "k b"]
@@ -196,6 +209,7 @@ class Exact:
     second: Float[Tensor, " k"]
     mask: Bool[Tensor, "k m"]
     settled: Bool[Tensor, " k"]
+    lever: Float[Tensor, " k"]
 
     def solved(self, index: Tensor) -> Solved:
         return Solved(self.t[index], self.d[index], self.mask[index])
@@ -222,7 +236,8 @@ def exact_step(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) ->
     norm = t.norm(dim=1, keepdim=True).clamp_min(TINY) * _sign(d)[:, None]
     sines = values.clamp_min(0).sqrt()
     second = sines[:, 1] if sines.shape[1] > 1 else torch.ones_like(sines[:, 0])
-    return Exact(t / norm, d / norm, sines[:, 0], second, mask, settled)
+    t, d = t / norm, d / norm
+    return Exact(t, d, sines[:, 0], second, mask, settled, (t / spaces.singular).norm(dim=1))
 
 
 def _sign(d: Float[Tensor, "k outputs"]) -> Float[Tensor, " k"]:
@@ -272,11 +287,15 @@ def distinct(mask: Bool[Tensor, "k m"], order: Float[Tensor, " k"]) -> Int[Tenso
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Squared sine under which a target is refined, sine under which the exact step accepts, and its least gap."""
+    """Squared sine under which a target is refined, sine under which a solution is accepted, and its least gap.
+
+    `noise` is the size of the noise in the gradient, in its unit: the exact step accepts what that explains.
+    """
 
     near: float = 0.03
     accept: float = 1e-7
     gap: float = 1e3
+    noise: float = 0.0
 
 
 def refine(
@@ -317,8 +336,9 @@ def settle(spaces: Spaces, mask: Bool[Tensor, "k m"], tolerances: Tolerances) ->
 
 def accepted(exact: Exact, tolerances: Tolerances) -> Bool[Tensor, " k"]:
     """A mask that settled, whose t fits to rounding, and no second t for the same mask (equal masks merge samples)."""
-    apart = exact.second > tolerances.gap * exact.sine.clamp_min(tolerances.accept / 10)
-    return exact.settled & (exact.sine < tolerances.accept) & apart
+    limit = (10 * tolerances.noise * exact.lever).clamp(1e-7, 1e-3)
+    apart = exact.second > tolerances.gap * exact.sine.clamp_min(1e-8)
+    return exact.settled & (exact.sine < limit) & apart
 
 
 def last_one(spaces: Spaces, free: Float[Tensor, "b r"], tolerances: Tolerances) -> Solved:

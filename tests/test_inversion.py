@@ -1,7 +1,7 @@
 """The whole attack on problems whose truth is known, and everything it must refuse."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -153,6 +153,20 @@ def test_an_exhausted_budget_is_an_honest_incomplete_result(options):
     assert len(seen) == result.stats.rounds
     assert [p.rank for p in seen] == [40] * len(seen)
     assert result.stats.proposals == (seen[-1].proposals if seen else 0)
+
+
+class Never(Executor):
+    """Takes work and never does it."""
+
+    def submit(self, *work, **options):
+        return Future()
+
+
+def test_the_time_limit_is_kept_while_a_round_is_waited_for():
+    problem = make(12, 60, 60)
+    result = attack(problem.model, problem.update, time_limit=0.1, executor=Never())
+    assert "time limit of 0.1 s was reached: 0 of 12 directions" in result.reason
+    assert (result.stats.proposals, result.stats.rounds) == (0, 0)
 
 
 @pytest.mark.parametrize("b", [11, 20])

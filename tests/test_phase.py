@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from network_problems import case
@@ -78,6 +80,15 @@ def test_batched_search_equals_single_starts(moving, partnered):
     for k in range(3):
         single = phase.search(begin[torch.tensor([k])], basis, steps=20, head=head, partner=partner)
         assert torch.allclose(single.u[0], whole.u[k], atol=1e-3)
+
+
+def test_a_search_stops_when_its_time_is_up():
+    spaces, deltas, errors, _ = opened()
+    begin, labels = starts(spaces, deltas, errors), errors[:12].argmin(1)
+    for search in (phase.search, lambda start, basis, **options: phase.search_evened(start, labels, basis, **options)):
+        stopped = search(begin, spaces.basis.float(), steps=10**9, until=time.perf_counter())
+        assert torch.allclose(stopped.u, begin.u)
+        assert torch.allclose(stopped.target, begin.target)
 
 
 @pytest.mark.parametrize("moving", [False, True])
