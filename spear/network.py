@@ -107,7 +107,8 @@ def recover(
         solved = classes.sharpen(problem, spaces, run.found) if restricted and not run.left else run.found
         whole = conclude(problem, spaces, solved, stats)
         result = _more(whole, result) if run.left else whole
-    if refusal or (run.left and len(result.inputs) < max(stats.found, 1)):
+    if refusal or len(result.inputs) < max(stats.found, 1):
+        # Mixtures of samples whose masks resemble each other pass for samples: begin at the other end too.
         result = _more(conclude_partly(problem, run, stats, refusal, budget), result)
     return replace(result, stats=replace(result.stats, seconds=time.perf_counter() - begin))
 
