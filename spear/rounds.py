@@ -137,7 +137,7 @@ class Run:
         return phase.vertices(self.spaces, inputs, free, self.tolerances, tries=tries, generator=self.generator)
 
     def plan(self) -> Plan:
-        """How to search: cheap while many are left and starts succeed, then with the partner; longer after idle rounds."""
+        """How to search: cheap while many are left and starts succeed, then with the partner, longer when idle."""
         m, b = self.spaces.basis.shape
         free = not self.restricted and max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
         starts = int(min(128 if b < 0.3 * m else 256, max(32, 1.5 * self.left)))
