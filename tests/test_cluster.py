@@ -32,7 +32,7 @@ PIL.Image.new("L", (2, 2)).save(folder / f"{stem}-plot.png")
 @pytest.fixture(scope="module")
 def client():
     """A client of two workers, each a process of two threads, which is started again when it dies."""
-    options = {"n_workers": 2, "threads_per_worker": 2, "host": "127.0.0.1", "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 2, "host": "127.0.0.1", "dashboard_address": ":0"}
     with LocalCluster(**options) as local, Client(local) as client:
         client.wait_for_workers(2)
         yield client
@@ -49,7 +49,7 @@ def kill(client: Client, worker: str) -> None:
 
 
 def until(condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -147,6 +147,17 @@ def test_an_address_that_nobody_answers_is_one_line_and_status_2(table, monkeypa
             assert run("figures", "--scheduler", address) == 2
             assert capsys.readouterr().err == f"spear: error: no scheduler answers at {address}\n"
     assert not (paths.root() / "build").exists()
+
+
+def test_work_that_is_lost_is_an_error_that_names_the_scheduler(address):
+    def lose() -> None:
+        with cluster.connect(address) as executor:
+            future = executor.submit(time.sleep, 1)
+            future.cancel()
+            future.result()
+
+    with pytest.raises(OSError, match=f"work was lost by the scheduler at {address}"):
+        lose()
 
 
 def test_without_the_package_the_extra_is_named(table, monkeypatch, capsys):
