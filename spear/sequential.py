@@ -100,9 +100,7 @@ def recover(
         members.append(torch.arange(len(inputs), len(inputs) + size, device=inputs.device))
         inputs, labels, starts = torch.cat([inputs, new]), torch.cat([labels, own]), starts + used
         if len(new) < size:
-            reason = (
-                f"{len(new)} of {size} samples of step {len(members)} found, the rest cannot be retraced"
-            )
+            reason = f"{len(new)} of {size} samples of step {len(members)} found, the rest cannot be retraced"
             return _report(problem, training, inputs, (labels, None, None), reason, starts, begin)
         state, _ = state.after(new, own, training)
     return _verified(problem, training, search, inputs, labels, members, starts, begin)
