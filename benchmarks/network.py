@@ -3,12 +3,14 @@
     python benchmarks/network.py [--cases NAME ...] [--seeds N] [--limit SECONDS] [--json]
 
 Every case runs in a process of its own, with all of torch's threads, the SVD in the same one: compare ratios, not
-seconds, between machines. Data sets that are not there are skipped.
+seconds, between machines. Cases named sampling-N are the search of one layer on the batches of cifar10-N; the ratio of
+the two is printed last. Data sets that are not there are skipped.
 """
 
 import argparse
 import json
 import resource
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -50,6 +52,8 @@ class Row:
 CASES = [
     Case("sampling-20", "cifar10", 6, 400, 20),
     Case("cifar10-20", "cifar10", 6, 400, 20),
+    Case("sampling-28", "cifar10", 6, 400, 28),
+    Case("cifar10-28", "cifar10", 6, 400, 28),
     Case("cifar10-180", "cifar10", 3, 400, 180),
     Case("cifar10-200", "cifar10", 3, 400, 200),
     Case("cifar10-230", "cifar10", 3, 400, 230),
@@ -102,22 +106,40 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows, batches = [], {c.name: c.batch for c in CASES}
+    rows = []
     for case in (c for c in CASES if c.name in options.cases):
         for seed in range(options.seeds):
             with ProcessPoolExecutor(1) as pool:
                 try:
                     rows.append(pool.submit(measure, case, seed, options.limit).result())
                 except FileNotFoundError as error:
-                    print(f"{case.name}: skipped, {error}")
+                    print(f"{case.name}: skipped, {error}", file=sys.stderr)
                     continue
-            row = rows[-1]
-            found = f"{row.recovered}/{batches[case.name]} exact, {row.certified} certified, labels {row.labels:.2f}"
-            cost = f"{row.seconds:.2f} s, {row.seconds / row.svd_seconds:.1f} SVDs, {row.memory_gib:.1f} GiB"
             if not options.json:
-                print(f"{row.case} seed {seed}: {found}, {cost} | {row.reason}", flush=True)
+                report(case, rows[-1])
+    ratios = against_sampling(rows)
     if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps({"rows": [asdict(row) for row in rows], "sampling_over_network": ratios}, indent=1))
+        return
+    for batch, ratio in ratios.items():
+        print(f"b = {batch}: sampling takes {ratio:.1f} times the time of the network method")
+
+
+def report(case: Case, row: Row) -> None:
+    """Print one run on one line."""
+    found = f"{row.recovered}/{case.batch} exact, {row.certified} certified, labels {row.labels:.2f}"
+    cost = f"{row.seconds:.2f} s, {row.seconds / row.svd_seconds:.1f} SVDs, {row.memory_gib:.1f} GiB"
+    print(f"{row.case} seed {row.seed}: {found}, {cost} | {row.reason}", flush=True)
+
+
+def against_sampling(rows: list[Row]) -> dict[str, float]:
+    """By batch size, the median time of sampling over that of the network method on the same batches."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        times.setdefault(row.case, []).append(row.seconds)
+    sizes = [name.removeprefix("sampling-") for name in times if name.startswith("sampling-")]
+    middle = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    return {b: middle[f"sampling-{b}"] / middle[f"cifar10-{b}"] for b in sizes if f"cifar10-{b}" in middle}
 
 
 if __name__ == "__main__":

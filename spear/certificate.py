@@ -1,5 +1,6 @@
 """What makes a recovered batch certain: the server recomputes the update from it with its own weights, and compares."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spear.filtering import Observed, gram, matching_coefficient, recover_scales, zero_rows
-from spear.target import Target
+from spear.target import CHUNK, Target
 from spear.tracing import Layer
 
 
@@ -108,14 +109,15 @@ def certify(target: Target, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"], la
     # The client rounds p - e_c, which is small where the model is confident and right.
     confidence = torch.linalg.vector_norm(p - F.one_hot(labels, p.shape[1]), dim=1).clamp_min(target.eps)
     G_again, again = explain(layer, X, Z, labels, target.scale)
-    residual = {name: again[name] - target.gradients[name] for name in again if name in target.gradients}
-    weight = residual[f"{layer.name}.weight"]
-    rounding = max(low.noise, target.eps * low.largest) / (weight.shape[0] ** 0.5 + weight.shape[1] ** 0.5)
-    misfit = float(torch.linalg.vector_norm(weight)) / weight.numel() ** 0.5
+    received = target.gradients.received  # as it came, and compared piece by piece: it may fill the memory
+    compared = {name: _compare(again.pop(name), received[name]) for name in list(again) if name in received}
+    m, n = layer.linear.weight.shape
+    rounding = max(low.noise, target.eps * low.largest) / (m**0.5 + n**0.5)
+    misfit = compared[f"{layer.name}.weight"][0] / (m * n) ** 0.5
     return Certificate(
         matching=float(matching_coefficient(observed, q)),
         samples=torch.linalg.vector_norm(G_again - G, dim=1) / torch.linalg.vector_norm(G, dim=1),
-        gradients=max(_relative(difference, target.gradients[name]) for name, difference in residual.items()),
+        gradients=max(relative for _, relative in compared.values()),
         error=input_error(observed, q, X, max(rounding, misfit)),
         limit=target.eps**0.5,
         limits=target.eps**0.5 + 10 * target.eps / confidence,
@@ -123,7 +125,11 @@ def certify(target: Target, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"], la
     )
 
 
-def _relative(difference: Tensor, reference: Tensor) -> float:
-    """|difference| / |reference|; 0 / 0 = 0, as for the parameters of a neuron that no sample activates."""
-    size = float(torch.linalg.vector_norm(difference))
-    return size / float(torch.linalg.vector_norm(reference).clamp_min(1e-300)) if size else 0.0
+def _compare(again: Tensor, received: Tensor) -> tuple[float, float]:
+    """|again - received|, and relative to |received|; 0 / 0 = 0, as for a neuron that no sample activates."""
+    apart, whole = 0.0, 0.0
+    for a, r in zip(again.flatten().split(CHUNK), received.flatten().split(CHUNK), strict=True):
+        r = r.to(a)
+        apart = math.hypot(apart, float(torch.linalg.vector_norm(a - r)))
+        whole = math.hypot(whole, float(torch.linalg.vector_norm(r)))
+    return apart, apart / max(whole, 1e-300) if apart else 0.0

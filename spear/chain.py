@@ -8,10 +8,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
+from spear.lowrank import LowRank, decompose
 from spear.target import check_gradients, compute_device, input_shape
 from spear.tracing import chain
 
@@ -87,6 +88,10 @@ class Problem:
             else join(self.weight_gradients[k], self.bias_gradients[k])
         )
 
+    def factors(self, k: int, rank: int | None = None) -> LowRank:
+        """The factorised gradient of layer k, its rank counted down to the rounding with which it was sent."""
+        return decompose(self.augmented(k), rank, eps=2 * self.precision, expected=self.batch_size or 0)
+
     def affine(self, k: int) -> Float[Tensor, "out in1"]:
         """[W_k | beta_k], the map from [input; 1] to pre-activations, in the columns of `augmented(k)`."""
         return self.weights[k] if self.biases[k] is None else join(self.weights[k], self.biases[k])
@@ -128,12 +133,14 @@ class Targets:
     """Who is in the batch: `counts[i]` (classes,) says how often sample i bears each label.
 
     `unit` is one copy's weight in the loss (`Problem.unit`), `error` how far the counts were from integers before they
-    were rounded.
+    were rounded. `measured`, where it is given, is dLoss/dlogits as the gradient shows it: it stands in for that of a
+    weak sample whose input is not known well enough to compute it.
     """
 
     counts: Float[Tensor, "s classes"]
     unit: float
     error: float
+    measured: Float[Tensor, "s outputs"] | None = None
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
@@ -141,7 +148,21 @@ class Targets:
 
     def errors(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
         """dLoss/dlogits of each sample, its copies added up, from `Problem.activate` of its logits."""
+        own = self._own(activated)
+        return own if self.measured is None else torch.where(self.agree(activated)[:, None], own, self.measured)
+
+    def agree(self, activated: Float[Tensor, "s outputs"]) -> Bool[Tensor, " s"]:
+        """Whose dLoss/dlogits is, to a per cent, what the gradient shows."""
+        if self.measured is None:
+            return torch.ones(len(activated), dtype=torch.bool, device=activated.device)
+        return (self._own(activated) - self.measured).norm(dim=1) < 0.01 * self.measured.norm(dim=1)
+
+    def _own(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
         return self.unit * (self.copies[:, None] * activated - self.counts[:, -activated.shape[1] :])
+
+    def __getitem__(self, index: Tensor) -> "Targets":
+        measured = None if self.measured is None else self.measured[index]
+        return Targets(self.counts[index], self.unit, self.error, measured)
 
     def __len__(self) -> int:
         return len(self.counts)

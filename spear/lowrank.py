@@ -9,6 +9,7 @@ from torch import Tensor
 
 MIN_GAP = 1e3
 OVERSAMPLING = 8
+VISIBLE = 1e2  # singular values above this many roundings of the largest belong to the batch
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,14 @@ def augment(weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"]) -> Float[Te
     return torch.cat([weight, bias[:, None]], 1)
 
 
-def decompose(J: Float[Tensor, "m n"], rank: int | None = None) -> LowRank:
+def decompose(
+    J: Float[Tensor, "m n"], rank: int | None = None, *, eps: float | None = None, expected: int = 0
+) -> LowRank:
     """Factorise a gradient at its numerical rank, or at a given one (SPEAR, the low-rank theorem).
 
-    A randomised range finder doubles its sketch until the rest of J is rounding: O(m n b) instead of O(m^2 n).
+    A randomised range finder doubles its sketch until the rest of J is rounding: O(m n b) instead of O(m^2 n). `eps` is
+    the relative rounding of J as it was sent: with it, singular values that fade into rounding without a gap are
+    counted as far as they are visible. `expected` is a guess of the rank, which saves sketches.
 
     Raises `ValueError` for a gradient of rank 0 and for a given rank that exceeds either side of J.
     """
@@ -53,19 +58,19 @@ def decompose(J: Float[Tensor, "m n"], rank: int | None = None) -> LowRank:
         raise ValueError(f"rank {rank} is not between 1 and {min(J.shape)}, the smaller side of the gradient")
     if not J.any():
         raise ValueError("the gradient has rank 0: it is zero everywhere")
-    basis = range_basis(J)
+    basis = range_basis(J, size=max(64, expected + 2 * OVERSAMPLING), eps=eps)
     compressed = basis.mT @ J
     triangle = torch.linalg.qr(compressed.mT, mode="r")[1]  # the singular values and left vectors are the triangle's
     U, s, _ = torch.linalg.svd(triangle.mT, full_matrices=False)
     if rank is None:
-        rank, gap = detect_rank(s)
+        rank, gap = detect_rank(s, eps=eps)
     else:
         gap = float(s[rank - 1] / s[rank]) if rank < len(s) and s[rank] > 0 else math.inf
     noise = float(s[rank]) if rank < len(s) else 0.0
     return LowRank(rank, basis @ U[:, :rank], U[:, :rank].mT @ compressed, gap, noise)
 
 
-def range_basis(J: Float[Tensor, "m n"], *, size: int = 64) -> Float[Tensor, "m k"]:
+def range_basis(J: Float[Tensor, "m n"], *, size: int = 64, eps: float | None = None) -> Float[Tensor, "m k"]:
     """An orthonormal basis of J's columns up to rounding (Halko, Martinsson, Tropp 2011, Algorithm 4.1), grown by
     doubling.
 
@@ -76,24 +81,34 @@ def range_basis(J: Float[Tensor, "m n"], *, size: int = 64) -> Float[Tensor, "m 
         sketch = torch.randn(J.shape[1], size, generator=generator, dtype=J.dtype).to(J.device)
         basis, triangle = torch.linalg.qr(J @ sketch)
         s = torch.linalg.svdvals(triangle)
-        rank, gap = detect_rank(s)
-        if gap >= MIN_GAP and rank <= size - OVERSAMPLING:
+        rank, gap = detect_rank(s, eps=eps)
+        reached = eps is None or s[-1] <= VISIBLE * eps * s[0]
+        if reached and gap >= MIN_GAP and rank <= size - OVERSAMPLING:
             return basis
         size *= 2
     return torch.linalg.qr(J)[0] if J.shape[0] > J.shape[1] else torch.eye(len(J), dtype=J.dtype, device=J.device)
 
 
-def detect_rank(s: Float[Tensor, " k"]) -> tuple[int, float]:
+def detect_rank(s: Float[Tensor, " k"], *, eps: float | None = None) -> tuple[int, float]:
     """The rank behind decreasing singular values, and the gap that shows it: the largest ratio of successive ones.
 
     Values under 0.03 eps of the largest are raised to it, or the exact zeros of dead neurons would fake a gap. Where
     even the last value stands above rounding, no gap is seen: the rank is k and the gap 1.
+
+    With the `eps` of the data (default: of their dtype), a spectrum that reaches `VISIBLE` eps has its gap there, not
+    among the values above: confident samples may be many orders weaker than others. Without a gap there, the values
+    above it are counted, and the ratio that follows them is the gap.
     """
-    floor = 0.03 * torch.finfo(s.dtype).eps
+    floor = 0.03 * (eps or torch.finfo(s.dtype).eps)
     s = (s / s[0]).clamp_min(floor)
     if len(s) == 1:
         return 1, 1.0
     ratio = s[:-1] / s[1:]
+    if eps is not None and s[-1] <= VISIBLE * eps:
+        visible = int((s > VISIBLE * eps).sum())
+        lowest = visible - 1 + int(ratio[visible - 1 :].argmax())
+        index = lowest if ratio[lowest] >= MIN_GAP else visible - 1
+        return index + 1, float(ratio[index])
     index = int(ratio.argmax())
     return (index + 1, float(ratio[index])) if ratio[index] >= MIN_GAP else (len(s), 1.0)
 

@@ -32,7 +32,8 @@ def in_order(
             left = None if until == math.inf else max(0, until - time.monotonic())
             yield waiting.popleft().result(left)
     except TimeoutError:
-        return
+        if time.monotonic() < until:  # of the work itself
+            raise
     finally:
         for future in waiting:
             future.cancel()

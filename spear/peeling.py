@@ -1,7 +1,7 @@
 """From gradient directions down to inputs: labels, one least squares a layer, and what certifies the samples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,21 +16,25 @@ def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Floa
     """Labels and copies of every sample from dLoss/dlogits: k a - errors / unit is a vector of k integer counts.
 
     Here a is `problem.activate` of the logits. One image may be in the batch several times, with different labels. The
-    batch size is the given one, or the smallest that makes all counts integers which add up to it; fewer than a given
-    one are found where the others' gradients are below rounding.
+    batch size is the given one; or the smallest that makes all counts integers which add up to it, or else to less:
+    samples are missing where their gradients are below rounding.
     """
     rank, known = len(errors), problem.batch_size
-    options = []
-    for size in [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2):
-        unit = problem.unit(size)
-        spare = max((known or size) - rank, 0) if problem.reduction == "mean" or known else 8
-        counts, off = _counts(errors / unit, activated, spare + 1)
-        total = float(counts.sum())
-        excess = abs(total - size) if not known and problem.reduction == "mean" else max(total - (known or total), 0)
-        options.append(Targets(counts, unit, off + excess))
-        if options[-1].error < 1e-4:
-            break
-    if min(t.error for t in options) >= 1e-4 and problem.loss == "cross_entropy":
+    sizes = [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2)
+    best, partial = None, None
+    for size in sizes:
+        spare = 8 if problem.reduction == "sum" and not known else max(size - rank, 0)
+        counts, off = _counts(errors / problem.unit(size), activated, spare + 1)
+        excess = float(counts.sum()) - (size if known or problem.reduction == "mean" else float(counts.sum()))
+        targets = Targets(counts, problem.unit(size), off + max(excess, 0.0))
+        if targets.error < 1e-4 and excess == 0:
+            return targets
+        partial = targets if partial is None and targets.error < 1e-4 else partial
+        best = targets if best is None or targets.error < best.error else best
+    if partial is not None:
+        return partial
+    options = [best]
+    if problem.loss == "cross_entropy":
         options.append(_smoothed(errors, activated, problem.unit(known or rank)))
     return min(options, key=lambda t: t.error)
 
@@ -38,14 +42,16 @@ def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Floa
 def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "s classes"], unit: float) -> Targets:
     """Single copies with label smoothing: p - errors / unit is the same small value off the label, in every sample.
 
-    A value off the label that reaches the label's own is no label: the error is then infinite.
+    A value off the label that reaches the label's own is no label, and fewer than four values are no evidence that they
+    are even (one image with two labels looks like that): the error is then infinite.
     """
     raw = probabilities - errors / unit
     label = raw.argmax(1, keepdim=True)
     off = torch.ones_like(raw).scatter(1, label, 0) > 0
     counts = torch.full_like(raw, raw[off].median().clamp_min(0))
     counts.scatter_(1, label, 1 - (raw.shape[1] - 1) * counts[:, :1])
-    even = bool((counts.amax(1) > counts.amin(1)).all() and (counts.argmax(1, keepdim=True) == label).all())
+    even = raw.shape[0] * (raw.shape[1] - 1) >= 4
+    even &= bool((counts.amax(1) > counts.amin(1)).all() and (counts.argmax(1, keepdim=True) == label).all())
     return Targets(counts, unit, float((raw - counts).abs().max()) if even else float("inf"))
 
 
@@ -106,29 +112,46 @@ def descend(
     d: Float[Tensor, "s outputs"],
     *,
     positive: PositiveRule,
+    spans: Sequence[Float[Tensor, "_out _rank"]] | None = None,
 ) -> tuple[Float[Tensor, "s n"], Targets]:
     """From all samples' [y; 1] (up to scale), masks and d at the last hidden layer to inputs and labels.
 
     One least squares a layer: the gradient of a layer is the back-propagated vectors times its inputs.
-    `positive` tells the positive activations from the rounding around zero.
+    `positive` tells the positive activations from the rounding around zero. With `spans`, orthonormal bases of the
+    column spaces of the gradients, masks are corrected until the back-propagated vectors lie in them.
     """
     top = problem.last
     y, scale = activations(problem, rows, mask, d)
     logits = lambda y: problem.apply(top + 1, problem.apply(top, y) * mask)  # noqa: E731
-    targets = decode(problem, d * scale[:, None], problem.activate(logits(y)))
     errors, shift = d * scale[:, None], float("inf")
+    targets = replace(decode(problem, errors, problem.activate(logits(y))), measured=errors)
     for _ in range(4):
         renewed = targets.errors(problem.activate(logits(y)))
         y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.augmented(top))[:, : y.shape[1]]
         last, shift = shift, float(((y_new - y).norm(dim=1) / y.norm(dim=1)).max())
-        if shift > last / 2 or shift < 1e-15:
+        if shift > last / 2 or shift < 1e-13:
             break
         y, errors = y_new, renewed
     deltas = (errors @ problem.weights[top + 1]) * mask
     for k in range(top - 1, -1, -1):
-        deltas = (deltas @ problem.weights[k + 1]) * positive(y)
+        h = deltas @ problem.weights[k + 1]
+        deltas = h * (positive(y) if spans is None else corrected(positive(y), h, spans[k]))
         y = solve(deltas, problem.augmented(k))[:, : problem.weights[k].shape[1]]
     return y, targets
+
+
+def corrected(
+    mask: Bool[Tensor, "s m"], h: Float[Tensor, "s m"], span: Float[Tensor, "m r"], *, rounds: int = 4
+) -> Bool[Tensor, "s m"]:
+    """Masks near `mask` whose D ∘ h lie nearest to the span: what its projection says of each entry, 0 or h_j."""
+    best, least = mask, torch.full_like(h[:, 0], float("inf"))
+    for _ in range(rounds):
+        u = mask * h
+        inside = u @ span @ span.T
+        sine = (u - inside).norm(dim=1) / u.norm(dim=1).clamp_min(1e-300)
+        best = torch.where((sine < least)[:, None], mask, best)
+        least, mask = torch.minimum(sine, least), (2 * inside - h) * h > 0
+    return best
 
 
 def above_noise(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
@@ -164,7 +187,8 @@ def check(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets) -> t
 
     What is left of the first layer's gradient, seen through the pseudo-inverse of its back-propagated vectors, is the
     error that it allows in each input (its component in their span, and the mean effect of the rest as noise): a sample
-    with a weak gradient is held to the same relative error as a strong one.
+    with a weak gradient is held to the same relative error as a strong one. Infinite for one whose own dLoss/dlogits is
+    not the measured one.
     """
     run = passes(problem, inputs, targets)
     totals = [problem.augmented(k) for k in range(len(run.inputs))]
@@ -174,4 +198,6 @@ def check(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets) -> t
     step = inverse @ rests[0]
     noise = inverse.norm(dim=1) * rests[0].norm() / len(rests[0]) ** 0.5
     error = (step.norm(dim=1) + noise) / problem.extend(0, inputs).norm(dim=1)
+    logits = problem.apply(problem.last + 1, run.inputs[-1])
+    error = torch.where(targets.agree(problem.activate(logits)), error, float("inf"))
     return Check(layers, error), inputs + step[:, : inputs.shape[1]]

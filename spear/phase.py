@@ -199,7 +199,8 @@ def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[T
 class Exact:
     """Outcome of the exact step for each mask: t, d, the sine to span(U) and the next larger one.
 
-    `mask` is what t itself implies, `settled` whether that was the mask it came from.
+    `mask` is what t itself implies, `settled` whether that was the mask it came from. `lever` is |t / S|, by which
+    noise in the gradient turns t out of span(U).
     """
 
     t: Float[Tensor, "k b"]
@@ -208,6 +209,7 @@ class Exact:
     second: Float[Tensor, " k"]
     mask: Bool[Tensor, "k m"]
     settled: Bool[Tensor, " k"]
+    lever: Float[Tensor, " k"]
 
     def solved(self, index: Tensor) -> Solved:
         return Solved(self.t[index], self.d[index], self.mask[index])
@@ -234,7 +236,8 @@ def exact_step(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) ->
     norm = t.norm(dim=1, keepdim=True).clamp_min(TINY) * _sign(d)[:, None]
     sines = values.clamp_min(0).sqrt()
     second = sines[:, 1] if sines.shape[1] > 1 else torch.ones_like(sines[:, 0])
-    return Exact(t / norm, d / norm, sines[:, 0], second, mask, settled)
+    t, d = t / norm, d / norm
+    return Exact(t, d, sines[:, 0], second, mask, settled, (t / spaces.singular).norm(dim=1))
 
 
 def _sign(d: Float[Tensor, "k outputs"]) -> Float[Tensor, " k"]:
@@ -284,11 +287,15 @@ def distinct(mask: Bool[Tensor, "k m"], order: Float[Tensor, " k"]) -> Int[Tenso
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Squared sine under which a target is refined, sine under which the exact step accepts, and its least gap."""
+    """Squared sine under which a target is refined, sine under which a solution is accepted, and its least gap.
+
+    `noise` is the size of the noise in the gradient, in its unit: the exact step accepts what that explains.
+    """
 
     near: float = 0.03
     accept: float = 1e-7
     gap: float = 1e3
+    noise: float = 0.0
 
 
 def refine(
@@ -329,8 +336,9 @@ def settle(spaces: Spaces, mask: Bool[Tensor, "k m"], tolerances: Tolerances) ->
 
 def accepted(exact: Exact, tolerances: Tolerances) -> Bool[Tensor, " k"]:
     """A mask that settled, whose t fits to rounding, and no second t for the same mask (equal masks merge samples)."""
-    apart = exact.second > tolerances.gap * exact.sine.clamp_min(tolerances.accept / 10)
-    return exact.settled & (exact.sine < tolerances.accept) & apart
+    limit = (10 * tolerances.noise * exact.lever).clamp(1e-7, 1e-3)
+    apart = exact.second > tolerances.gap * exact.sine.clamp_min(1e-8)
+    return exact.settled & (exact.sine < limit) & apart
 
 
 def last_one(spaces: Spaces, free: Float[Tensor, "b r"], tolerances: Tolerances) -> Solved:

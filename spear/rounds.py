@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear import phase, single
+from spear import classes, phase, single
 from spear.chain import Problem
-from spear.lowrank import decompose
+from spear.lowrank import LowRank
 from spear.phase import Iterate, Solved, Spaces, Tolerances
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
@@ -38,18 +38,23 @@ class Run:
 
     until = math.inf
 
-    def __init__(self, problem: Problem, spaces: Spaces, gap: float, generator: Generator) -> None:
+    def __init__(
+        self, problem: Problem, spaces: Spaces, noise: float, generator: Generator, *, restricted: bool = False
+    ) -> None:
         self.problem, self.generator = problem, generator
         self.whole = self.spaces = spaces
         self.solved = self.gone = Solved.none(spaces)
         self.gone_rows = spaces.rows[:0]
-        self.tolerances = Tolerances(accept=min(max(1e-7, 10 / gap), 1e-3))
+        self.tolerances = Tolerances(accept=1e-7 if problem.precision < 1e-12 else 1e-3, noise=noise)
         self.starts = self.rounds = self.idle = 0
         self.prior = prior_outputs(problem)
+        self.restricted = restricted
+        if restricted:
+            self.prior = classes.mean_softmax(problem, self.prior, spaces.rank)
         self.shares = {False: (1.0, 0), True: (0.002 if self.crowded else 0.05, 0)}
         self.low = spaces.basis.float()
         self.heads = torch.linalg.qr(spaces.head_space)[0].float()
-        self.below: Float[Tensor, "m b"] | None = None
+        self.below: LowRank | None = None
 
     @property
     def left(self) -> int:
@@ -63,16 +68,23 @@ class Run:
         here = Solved(phase.normalise(self.solved.t @ back), self.solved.d, self.solved.mask)
         return self.gone.join(here, room=self.whole.rank)
 
+    def join(self, found: Solved) -> Solved:
+        """The solved directions and those of `found` that differ from them by more than noise."""
+        if self.restricted:
+            return self.solved.join(found, room=self.left, cosine=1 - 1e-2)
+        blur = 20 * self.tolerances.noise / float(self.spaces.singular[-1])
+        return self.solved.join(found, room=self.left, cosine=1 - min(max(1e-9, blur**2), 1e-5))
+
     def round(self) -> None:
         """One round: the tail by linear programming where it is due, else a search with the kind that did best last."""
         before, free = self.left, phase.complement(self.spaces, self.solved)
         self.rounds += 1
-        found = self._tail(free)
+        found = Solved.none(self.spaces) if self.restricted else self._tail(free)
         if not len(found):
             found = self._search(free)
-        self.solved = self.solved.join(found, room=self.left)
+        self.solved = self.join(found)
         self.idle = 0 if self.left < before else self.idle + 1
-        if len(self.solved) >= 20 and self.problem.loss == "cross_entropy":
+        if len(self.solved) >= 20 and self.problem.loss == "cross_entropy" and not self.restricted:
             self.prior = mean_probabilities(self.solved, self.prior)
         if self.problem.last and self.left and len(self.solved) and self.crowded:
             self._dismiss()
@@ -81,7 +93,7 @@ class Run:
     def crowded(self) -> bool:
         """Whether the batch is so large for the width that samples had better leave the problem."""
         m, b = self.spaces.basis.shape
-        return b > HARD * m
+        return b > HARD * m and not self.restricted
 
     def _dismiss(self) -> None:
         """Let the solved samples whose activations the layer below determines leave the problem."""
@@ -98,9 +110,9 @@ class Run:
     def determined(self, *, starts: int) -> tuple[Int[Tensor, " g"], Float[Tensor, "g b"]]:
         """Which of the `solved` have activations that the layer below determines, and their s."""
         if self.below is None:
-            self.below = decompose(self.problem.augmented(self.problem.last - 1)).L
+            self.below = self.problem.factors(self.problem.last - 1)
         h = single.vectors_below(self.problem, self.solved)
-        index, mask = single.masks_below(h, self.below, self.tolerances, starts=starts, generator=self.generator)
+        index, mask = single.masks_below(h, self.below.L, self.tolerances, starts=starts, generator=self.generator)
         inputs = self.spaces.rows[:, : h.shape[1]]
         sure, s = single.activation_coordinates(self.spaces, self.solved, inputs, index, mask, self.tolerances)
         return index[sure], s[sure]
@@ -127,7 +139,7 @@ class Run:
     def plan(self) -> Plan:
         """How to search: cheap while many are left, then with the partner, and longer after every idle round."""
         m, b = self.spaces.basis.shape
-        free = max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
+        free = not self.restricted and max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
         starts = int(min(128 if b < 0.3 * m else 256, max(32, 1.5 * self.left)))
         if self.left <= 16 and self.problem.classes <= 20:
             starts = max(starts, 2 * self.problem.classes)
@@ -149,9 +161,12 @@ class Run:
             partner = partner if plan.weight else None
             options = {"partner": partner, "weight": plan.weight, "head": head, "until": self.until}
             end = phase.search(start, self.low, steps=plan.steps, **options)
-        found = phase.refine(self.spaces, end, head=head, tolerances=self.tolerances)
+        if self.restricted:
+            found = classes.settle(self.spaces, end, labels, self.prior, self.problem)
+        else:
+            found = phase.refine(self.spaces, end, head=head, tolerances=self.tolerances)
         self.starts += plan.starts
-        fresh = len(self.solved.join(found, room=self.left)) - len(self.solved)
+        fresh = len(self.join(found)) - len(self.solved)
         share = self.shares[plan.free][0] / 4 if self.crowded and not fresh else fresh / plan.starts
         self.shares[plan.free] = (share, self.rounds)
         return found
@@ -182,12 +197,12 @@ class Run:
 
     def guess(self, count: int) -> Int[Tensor, " k"]:
         """A class for every start, by the label counts that the output bias discloses; all in turn near the end."""
-        classes = self.problem.classes
-        if self.left <= 16 and classes <= 20:
-            return torch.arange(count, device=self.prior.device) % classes
-        have = torch.bincount(torch.cat([self.gone.labels, self.solved.labels]), minlength=classes)
+        number = self.problem.classes
+        if self.left <= 16 and number <= 20:
+            return torch.arange(count, device=self.prior.device) % number
+        have = torch.bincount(torch.cat([self.gone.labels, self.solved.labels]), minlength=number)
         need = label_counts(self.problem, self.prior, self.whole.rank) - have
-        need = need.clamp_min(0.3 if classes <= 20 else 0.02).cpu()
+        need = need.clamp_min(0.3 if number <= 20 else 0.02).cpu()
         return torch.multinomial(need, count, replacement=True, generator=self.generator).to(self.prior.device)
 
 

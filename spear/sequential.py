@@ -275,7 +275,7 @@ def _report(
     starts: int,
     begin: float,
 ) -> Recovery:
-    stats = Stats(training.count, 0.0, len(inputs), starts, len(training.sizes), time.perf_counter() - begin)
+    stats = Stats(training.count, 0.0, 0.0, len(inputs), starts, len(training.sizes), time.perf_counter() - begin)
     labels, layers, error = evidence
     counts = F.one_hot(labels, problem.classes).to(inputs)
     if layers is None:

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from spear import phase
 from spear.chain import Problem, Targets, passes
 from spear.lowrank import LowRank
+from spear.peeling import above_gap
 from spear.phase import Iterate, Solved, Spaces, Tolerances
 
 SPARE_ROWS = 10
@@ -88,6 +89,33 @@ def activation_coordinates(
     return torch.tensor(sure, device=mask.device), torch.stack(answers)
 
 
+def softmax_coordinates(
+    problem: Problem, spaces: Spaces, solved: Solved
+) -> tuple[Bool[Tensor, " f"], Float[Tensor, "f b"]]:
+    """With one hidden layer: s of the `solved` samples from their softmax, and which of them that determines.
+
+    For the classes other than the label, log d is the logit up to a constant, and the logits are linear in s where the
+    mask is known: C - 2 equations, for as many unknowns as samples are missing.
+    """
+    free, scaled = phase.complement(spaces, solved), solved.t / spaces.singular
+    s = torch.linalg.pinv(scaled).T
+    if problem.loss != "cross_entropy" or problem.biases[0] is None or not 0 < free.shape[1] < problem.outputs - 3:
+        return torch.zeros(len(s), dtype=torch.bool, device=s.device), s
+    other = (solved.d > 0).to(s)
+    offset = solved.d.clamp_min(1e-300).log() - (0 if problem.biases[-1] is None else problem.biases[-1])
+    linear = (spaces.head * solved.mask[:, None, :]) @ spaces.lift - offset[:, :, None] * spaces.rows[:, -1]
+    mean = (linear * other[:, :, None]).sum(1, keepdim=True) / other.sum(1)[:, None, None]
+    linear = (linear - mean) * other[:, :, None]
+    left, sizes, right = torch.linalg.svd(linear @ free, full_matrices=False)
+    wanted = (linear @ s[:, :, None])[:, :, 0]
+    step = torch.einsum("fkr,fk,fck,fc->fr", right, 1 / sizes.clamp_min(1e-300), left, wanted)
+    s = s - step @ free.T
+    rest = (linear @ s[:, :, None])[:, :, 0].norm(dim=1)
+    error = 10 * rest / sizes.amin(1) / s.norm(dim=1)
+    right_side = (s @ spaces.lift.T * (s @ spaces.rows[:, -1:]) > 0) == solved.mask
+    return right_side.all(1) & (error < 1e-6) & (sizes > 1e-6 * sizes.amax()).all(1), s
+
+
 def deflate(spaces: Spaces, solved: Solved, index: Int[Tensor, " g"], s: Float[Tensor, "g b"]) -> tuple[Spaces, Solved]:
     """The problem without the samples `index`, whose s are known: smaller spaces, and the other solved ones in them."""
     core = torch.diag(spaces.singular) - solved.t[index].T @ s
@@ -148,7 +176,7 @@ def down(
     for k in range(problem.last - 1, -1, -1):
         rows = lows[k].R / lows[k].R.norm(dim=1, keepdim=True)
         lift = problem.affine(k) @ rows.T
-        active = y > 1e-9 * y.amax(1, keepdim=True)
+        active = above_gap(y)
         determined &= active.sum(1) >= len(rows) + SPARE_ROWS
         s = torch.stack(
             [torch.linalg.lstsq(lift[on], z[on], driver="gelsd").solution for on, z in zip(active, y, strict=True)]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,31 @@ from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
 from spear.filtering import Observed
-from spear.lowrank import LowRank, augment, decompose
+from spear.lowrank import LowRank, decompose
 from spear.tracing import Layer, find_layer
 
 PRECISIONS = (torch.float32, torch.float64)
+CHUNK = 2**22  # entries of a gradient that are looked at in one piece
+
+
+@dataclass(frozen=True)
+class Widened(Mapping[str, Tensor]):
+    """Gradients by name in float64 on one device, each converted when it is asked for: together they may be too large.
+
+    The tensors of a safetensors file are read from disk no sooner than that.
+    """
+
+    received: Mapping[str, Tensor]
+    device: torch.device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.received[name].to(self.device, torch.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.received)
+
+    def __len__(self) -> int:
+        return len(self.received)
 
 
 @dataclass(frozen=True)
@@ -24,7 +46,7 @@ class Target:
     """
 
     layer: Layer
-    gradients: dict[str, Tensor]
+    gradients: Widened
     low: LowRank
     observed: Observed
     count: int
@@ -59,20 +81,17 @@ def prepare(
         if module is not None:
             module.to(device, torch.float64).eval().requires_grad_(True)
     eps = max(torch.finfo(g.dtype).eps for g in gradients.values())
-    gradients = {name: g.to(device, torch.float64) for name, g in gradients.items()}
+    gradients = Widened(gradients, device)
     low, observed = observe(found, gradients, batch_size, eps)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
     return Target(found, gradients, low, observed, count, eps, scale, _input_shape(found, update), update.loss)
 
 
-def observe(layer: Layer, gradients: dict[str, Tensor], rank: int | None, eps: float) -> tuple[LowRank, Observed]:
+def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:
     """The factorisation of a layer's gradient, and the server's view of the layer in its coordinates."""
-    linear = layer.linear
-    dW = _required(gradients, f"{layer.name}.weight")
-    J = dW if linear.bias is None else augment(dW, _required(gradients, f"{layer.name}.bias"))
-    low = decompose(J, rank)
-    n = dW.shape[1]
+    linear, n = layer.linear, layer.linear.in_features
+    low = decompose(_jacobian(layer, gradients), rank)
     with torch.no_grad():
         B = linear.weight @ low.R[:, :n].mT
         if linear.bias is not None:
@@ -80,6 +99,17 @@ def observe(layer: Layer, gradients: dict[str, Tensor], rank: int | None, eps: f
     d = None if linear.bias is None else low.R[:, n]
     tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / low.smallest), 1e-2)
     return low, Observed(low.L, low.R[:, :n], B, d, tolerance)
+
+
+def _jacobian(layer: Layer, gradients: Widened) -> Tensor:
+    """J = [dL/dW | dL/dbeta] as `augment` makes it, or dL/dW alone where the layer has no bias; in one copy."""
+    if layer.linear.bias is None:
+        return _required(gradients, f"{layer.name}.weight")
+    dbeta = _required(gradients, f"{layer.name}.bias")
+    dW = _required(gradients.received, f"{layer.name}.weight")
+    J = dbeta.new_empty(dW.shape[0], dW.shape[1] + 1)
+    J[:, :-1], J[:, -1] = dW.to(J.device), dbeta
+    return J
 
 
 def compute_device(device: str | torch.device | None) -> torch.device:
@@ -108,13 +138,13 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]
         if g.dtype not in PRECISIONS or parameters[name].dtype not in PRECISIONS:
             dtype = str(g.dtype if g.dtype not in PRECISIONS else parameters[name].dtype).removeprefix("torch.")
             raise ValueError(f"{name} is {dtype}: exact recovery needs float32 or float64")
-        if not g.isfinite().all():
+        if not all(part.isfinite().all() for part in g.flatten().split(CHUNK)):
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     return {name: g if scale == 1 else g / scale for name, g in update.gradients.items()}
 
 
-def _required(gradients: dict[str, Tensor], name: str) -> Tensor:
+def _required(gradients: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in gradients:
         raise ValueError(f"the update has no gradient for {name}; it has {', '.join(gradients)}")
     return gradients[name]

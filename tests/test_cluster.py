@@ -149,6 +149,17 @@ def test_an_address_that_nobody_answers_is_one_line_and_status_2(table, monkeypa
     assert not (paths.root() / "build").exists()
 
 
+def test_work_that_is_lost_is_an_error_that_names_the_scheduler(address):
+    def lose() -> None:
+        with cluster.connect(address) as executor:
+            future = executor.submit(time.sleep, 1)
+            future.cancel()
+            future.result()
+
+    with pytest.raises(OSError, match=f"work was lost by the scheduler at {address}"):
+        lose()
+
+
 def test_without_the_package_the_extra_is_named(table, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert run("figures", "--scheduler", "tcp://127.0.0.1:1") == 2

@@ -61,6 +61,12 @@ def test_what_the_work_raises_is_raised():
     with pytest.raises(ZeroDivisionError):
         next(results)
 
+    def late(index):
+        raise TimeoutError("the disk does not answer")
+
+    with pytest.raises(TimeoutError, match="the disk does not answer"):
+        next(parallel.in_order(late, ahead=1))
+
 
 def in_a_thread(function):
     with ThreadPoolExecutor(1) as fresh:
