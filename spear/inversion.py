@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from spear import denoising, dictionary, network, sequential, theory
+from spear import denoising, dictionary, network, seeding, sequential, theory
 from spear import layer as layers
 from spear.certificate import certify, recover_labels
 from spear.chain import Problem, open_problem
@@ -23,7 +23,7 @@ from spear.lowrank import MIN_GAP
 from spear.search import Budget, Found, Progress, search
 from spear.target import Target, prepare
 
-METHODS = ("auto", "sampling", "dictionary", "layer", "network")
+METHODS = ("auto", "sampling", "guided", "dictionary", "layer", "network")
 Search = Callable[..., Found]
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
@@ -75,10 +75,12 @@ def attack(
     device: str | torch.device | None = None,
     progress: Callable[[Progress], None] | None = None,
     executor: Executor | None = None,
+    approximate: Float[Tensor, "k *input_shape"] | None = None,
 ) -> Reconstruction:
     """Recover the batch behind a client's update (SPEAR, Algorithm 1, and beyond it).
 
     `method` says how much is used. Of one linear layer that a ReLU follows: `"sampling"`, SPEAR as published;
+    `"guided"`, sampling where guesses of the batch point, `approximate` images or none (`spear.seeding`);
     `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
     of up to a fifth of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
     `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
@@ -93,17 +95,21 @@ def attack(
     `executor` computes the rounds of sampling, which otherwise run in threads: with one of a cluster, for example
     `distributed.Client(ADDRESS).get_executor()`, many machines share one large batch, and the result is the same.
 
-    Raises `ValueError` for a method or a layer that does not exist, a layer that no ReLU follows, a model that cannot
-    be traced, gradients that are missing, of another shape than the weights, not finite or zero everywhere, for a batch
-    that is too large for the layer (b >= m, or b > n), and where sampling is to work on half precision.
+    Raises `ValueError` for a method or a layer that does not exist, `approximate` images of another size than the
+    layer's inputs or for another method than `"guided"`, a layer that no ReLU follows, a model that cannot be traced,
+    gradients that are missing, of another shape than the weights, not finite or zero everywhere, for a batch that is
+    too large for the layer (b >= m, or b > n), and where sampling is to work on half precision.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
     if method == "network" and layer is not None:
         raise ValueError(f"method 'network' uses every layer: layer={layer!r} cannot be chosen")
+    if approximate is not None and method != "guided":
+        raise ValueError(f"approximate images guide the method 'guided', not {method!r}")
     budget = Budget(time.monotonic(), time_limit, max_proposals)
     sampling = partial(search, false_rejection=false_rejection, device=device, executor=executor)
-    searches = {"sampling": sampling, "dictionary": dictionary.search, "layer": layers.search}
+    guided = partial(seeding.search, approximate=approximate, **sampling.keywords)
+    searches = {"sampling": sampling, "guided": guided, "dictionary": dictionary.search, "layer": layers.search}
     if method in ("auto", "network") and layer is None and update.local_steps > 1:
         result = _retrace(model, update, budget, seed, device)
     elif method in ("auto", "network") and layer is None and is_perturbed(update):

@@ -78,7 +78,9 @@ def verdict(audit: Audit) -> str:
 
 def certificate(audit: Audit) -> str:
     """In words, what makes the recovered samples certain."""
-    certified = audit.result.certified
+    certified, expected = audit.result.certified, audit.result.expected_error
+    if not certified.any() and expected is not None:
+        return f"none; an expected relative error of {float(expected.median()):.0e} (median), from the update alone"
     if not certified.any():
         return "none"
     worst = float(audit.result.residuals[certified].max())

@@ -193,8 +193,8 @@ def _local(model: nn.Module, x: Tensor, y: Tensor, _generator: Generator) -> Sha
 
 
 def _aggregated(others: Sample, model: nn.Module, x: Tensor, y: Tensor, _generator: Generator) -> SharedUpdate:
-    inputs, labels = others.take((AGGREGATED - 1) * len(x))
-    crowd = zip(inputs.split(len(x)), labels.split(len(x)), strict=True)
+    inputs, labels = others.take(AGGREGATED * len(x))
+    crowd = zip(inputs.split(len(x))[1:], labels.split(len(x))[1:], strict=True)  # the first may be this client's
     return clients.aggregated([gradient(model, x, y), *(gradient(model, *batch) for batch in crowd)])
 
 

@@ -32,7 +32,7 @@ PIL.Image.new("L", (2, 2)).save(folder / f"{stem}-plot.png")
 @pytest.fixture(scope="module")
 def client():
     """A client of two workers, each a process of two threads, which is started again when it dies."""
-    options = {"n_workers": 2, "threads_per_worker": 2, "host": "127.0.0.1", "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 2, "host": "127.0.0.1", "dashboard_address": ":0"}
     with LocalCluster(**options) as local, Client(local) as client:
         client.wait_for_workers(2)
         yield client
@@ -49,7 +49,7 @@ def kill(client: Client, worker: str) -> None:
 
 
 def until(condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
