@@ -107,7 +107,8 @@ def recover(
         solved = classes.sharpen(problem, spaces, run.found) if restricted and not run.left else run.found
         whole = conclude(problem, spaces, solved, stats)
         result = _more(whole, result) if run.left else whole
-    if refusal or (run.left and len(result.inputs) < max(stats.found, 1)):
+    if refusal or len(result.inputs) < max(stats.found, 1):
+        # Mixtures of samples whose masks resemble each other pass for samples: begin at the other end too.
         result = _more(conclude_partly(problem, run, stats, refusal, budget), result)
     return replace(result, stats=replace(result.stats, seconds=time.perf_counter() - begin))
 
@@ -119,8 +120,13 @@ def _more(first: Recovery, second: Recovery) -> Recovery:
 
 def searched(stats: Stats) -> str:
     """How far the search came, in words."""
-    rounds = f"{stats.rounds} round{'s' * (stats.rounds != 1)}"
+    rounds = number(stats.rounds, "round")
     return f"found {stats.found} of {stats.rank} gradient directions in {rounds} of {stats.starts} starts"
+
+
+def number(count: int, noun: str) -> str:
+    """The count and the noun, in the plural where it is not one."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def blurred(problem: Problem, run: Run) -> bool:
@@ -182,7 +188,7 @@ def conclude_partly(problem: Problem, run: Run, stats: Stats, refusal: str | Non
     if len(known.inputs) == rank:
         return judge(problem, known.inputs, Targets(known.counts, unit_weight(problem, rank), 0.0), stats)
     sine = single.witness(problem, lows, known.inputs, known.counts).sine
-    reason = f"{reason}; {len(known.inputs)} samples are certain one by one"
+    reason = f"{reason}; certain one by one: {number(len(known.inputs), 'sample')}"
     return Recovery(known.inputs, known.counts, sine, torch.ones_like(sine).bool(), False, reason, stats)
 
 
@@ -321,9 +327,10 @@ def weak(stats: Stats, certain: int, copies: int, size: int) -> str:
     visible, hidden = stats.rank - certain, max(size - copies - (stats.rank - certain), 0)
     said = [f"{copies} of {size} samples are certain"]
     if visible:
-        said.append(f"{visible} of {stats.rank} gradient directions are too weak for a certificate")
+        said.append(f"too weak for a certificate: {visible} of {stats.rank} gradient directions")
     if hidden:
-        said.append(f"{hidden} samples lie under the noise floor, {stats.noise:.0e} of the strongest direction")
+        floor = f"{stats.noise:.0e} of the strongest direction"
+        said.append(f"under the noise floor, {floor}: {number(hidden, 'sample')}")
     return "; ".join(said)
 
 

@@ -48,7 +48,7 @@ class Run:
         self.tolerances = Tolerances(accept=1e-7 if problem.precision < 1e-12 else 1e-3, noise=noise)
         self.starts = self.rounds = self.idle = 0
         self.prior = prior_outputs(problem)
-        self.restricted = restricted
+        self.restricted, self.alone = restricted, 1.0  # share of starts that found something without the partner
         if restricted:
             self.prior = classes.mean_softmax(problem, self.prior, spaces.rank)
         self.shares = {False: (1.0, 0), True: (0.002 if self.crowded else 0.05, 0)}
@@ -137,7 +137,7 @@ class Run:
         return phase.vertices(self.spaces, inputs, free, self.tolerances, tries=tries, generator=self.generator)
 
     def plan(self) -> Plan:
-        """How to search: cheap while many are left, then with the partner, and longer after every idle round."""
+        """How to search: cheap while many are left and starts succeed, then with the partner, longer when idle."""
         m, b = self.spaces.basis.shape
         free = not self.restricted and max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
         starts = int(min(128 if b < 0.3 * m else 256, max(32, 1.5 * self.left)))
@@ -147,7 +147,8 @@ class Run:
         if b > 0.42 * m:
             steps = int(200 * math.exp(10 * (b / m - 0.42)))
         share = 0.0 if self.problem.last == 0 else self.left / b
-        weight = 0.0 if share > 0.7 else 0.5 if share > 0.4 else 1.0
+        wanted = share <= 0.7 or (self.alone < 0.3 and not self.crowded and self.problem.last > 0)
+        weight = (0.5 if share > 0.4 else 1.0) if wanted else 0.0
         evened = not free and not weight and self.crowded and self.problem.classes <= 20
         return Plan(free, starts, steps * min(1 + self.idle, 5), weight, evened)
 
@@ -167,6 +168,8 @@ class Run:
             found = phase.refine(self.spaces, end, head=head, tolerances=self.tolerances)
         self.starts += plan.starts
         fresh = len(self.join(found)) - len(self.solved)
+        if not plan.weight:
+            self.alone = fresh / plan.starts
         share = self.shares[plan.free][0] / 4 if self.crowded and not fresh else fresh / plan.starts
         self.shares[plan.free] = (share, self.rounds)
         return found

@@ -179,7 +179,7 @@ def test_samples_are_certified_one_by_one_while_others_are_missing(sizes, seed):
     assert found.certified.all()
     assert (errors(made.inputs, found.inputs) < 1e-8).all()
     assert_labels(made, found)
-    assert f"{len(found.inputs)} samples are certain one by one" in found.reason
+    assert f"certain one by one: {len(found.inputs)} sample" in found.reason
 
 
 @pytest.mark.parametrize("seed", range(3))

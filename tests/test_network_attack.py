@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spear import metrics
+from spear import data, metrics
 from spear.federated import SharedUpdate, gradient
 from spear.inversion import attack
 from spear.models import fcnn
@@ -100,3 +100,14 @@ def test_two_classes_never_give_a_label_or_an_image_that_is_none(copies, seed):
     assert result.certified.all()
     assert len(result.labels) == len(result.inputs)
     assert metrics.evaluate(result, x, y).precision == 1
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+def test_mixtures_that_the_last_hidden_layer_takes_for_samples_do_not_end_the_attack(seed):
+    """Deep in a network masks resemble each other so much that mixtures of samples fit it as well as samples do."""
+    inputs, labels = data.load("photos", count=8, seed=seed)
+    model = fcnn((3, 32, 32), 200, 8, 7, seed=seed)
+    result = attack(model, gradient(model, inputs, labels), method="network")
+    report = metrics.evaluate(result, inputs, labels)
+    assert result.complete, result.reason
+    assert report.recall == report.precision == report.label_accuracy == 1
