@@ -18,7 +18,13 @@ from spear.audit import Audit, Risk
 
 SCHEMA = "spear.Audit/1"
 SHOWN = 32  # pictures
-COLOURS = {"stops this attack": "good", "blurs": "open", "does not stop it": "bad", "not attacked": "open"}
+COLOURS = {
+    "stops this attack": "good",
+    "not in the time given": "open",
+    "blurs": "open",
+    "does not stop it": "bad",
+    "not attacked": "open",
+}
 
 
 def html(audit: Audit) -> str:

@@ -77,7 +77,8 @@ def reach(model: nn.Module, sample: Sample, method: str, *, most: int, options: 
 @dataclass(frozen=True)
 class Outcome:
     """An attack against the truth, over `sent` samples: how many came back `exact`, how many `recognised` (from 20 dB
-    on), how many `certified`; the `psnr` (dB) of the best one, and why the attack ended, in words."""
+    on), how many `certified`; the `psnr` (dB) of the best one, and why the attack ended, in words. `in_time`: it ended
+    by itself, not by its time limit."""
 
     sent: int
     exact: int
@@ -85,6 +86,7 @@ class Outcome:
     certified: int
     psnr: float
     reason: str
+    in_time: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,22 @@ class Tested:
         if self.outcome is None:
             return "not attacked"
         if not self.outcome.recognised:
-            return "stops this attack"
+            return "stops this attack" if self.outcome.in_time else "not in the time given"
         return "does not stop it" if self.outcome.exact else "blurs"
 
 
-def compare(result: inversion.Reconstruction, truth: Float[Tensor, "b *_shape"], labels: Int[Tensor, " b"]) -> Outcome:
+def compare(
+    result: inversion.Reconstruction,
+    truth: Float[Tensor, "b *_shape"],
+    labels: Int[Tensor, " b"],
+    time_limit: float | int | None = None,
+) -> Outcome:
     """What an attack returned, beside the truth."""
     report = metrics.evaluate(result, truth, labels)
     recognised = int((report.psnr >= RECOGNISED).sum())
     exact, best = int(report.recovered.sum()), float(report.psnr.max())
-    return Outcome(len(truth), exact, recognised, int(result.certified.sum()), best, result.reason)
+    in_time = time_limit is None or result.stats.seconds < time_limit
+    return Outcome(len(truth), exact, recognised, int(result.certified.sum()), best, result.reason, in_time)
 
 
 def weigh(
@@ -150,7 +158,7 @@ def weigh(
             result = options.attack(model, update)
         except (ValueError, ImportError, NotImplementedError) as error:  # Opacus knows only its own layers
             result = str(error)
-        outcome = None if isinstance(result, str) else compare(result, truth, labels)
+        outcome = None if isinstance(result, str) else compare(result, truth, labels, options.time_limit)
         tested.append(Tested(defence.name, defence.advice, outcome, "" if outcome else str(result)))
     return tuple(tested)
 
