@@ -15,11 +15,11 @@ from torch import Tensor
 
 from spear import filtering, sparsity
 from spear.filtering import Observed
-from spear.search import FEWEST_ZEROS, Budget, Found, Progress, choose, thresholds
+from spear.search import CROWD, FEWEST_ZEROS, Budget, Found, Progress, choose, thresholds
 
 SMALL = 0.3  # times the root mean square of L q: an entry this small may be a zero
 TRIM = 0.72  # share of the small entries that the polish trusts: the smallest
-LOOSE = 30  # times the tolerance: what counts as zero before the last polish
+LOOSE = 2  # times the tolerance: what counts as zero in the last polish
 RIDGE = 1e-13  # keeps the Gram matrix of rows with a kernel positive definite
 CONVERGING = 0.5  # factor by which a round of the polish must bring the residual down, from the third on
 SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could make them)
@@ -52,8 +52,10 @@ def collect(
     budget: Budget,
     seed: int,
     progress: Callable[[Progress], None] | None = None,
+    *,
+    goal: float | int = 1,
 ) -> Found:
-    """Directions, round by round, until they explain the layer (lambda = 1), hope is lost or the budget is spent.
+    """Directions, round by round, until they explain the layer (lambda = `goal`), or hope or the budget is gone.
 
     `search` leads starts (k, b) towards columns, given a basis of the space that the v of the others lie in, and a
     number of steps. What it finds is polished and tested; every column found confines the rest. `proposals` counts
@@ -64,24 +66,30 @@ def collect(
     least = thresholds(observed, sparsity.FALSE_REJECTION)[1]
     q, basis, matching = choose(observed, observed.L.new_zeros(0, b), least)
     starts, rounds, idle, steps, spent = 0, 0, 0, lengths.shortest, ""
-    while matching < 1 and not (spent := budget.spent(starts)):
+    while matching < goal and not (spent := budget.spent(starts)):
         free = complement(q if len(basis) < b else q[:0])
         count = min(MOST_STARTS, max(LEAST_STARTS, free.shape[1]))
-        ends = search(draw(observed, free, count, generator), free, steps)
-        new, share = settle(observed, ends, least)
-        before, q = len(q), torch.cat([q, new])
-        q = q[filtering.deduplicate(q)]
+        new, share = settle(observed, search(draw(observed, free, count, generator), free, steps), least)
+        before, reached, q = len(q), (len(basis), matching), torch.cat([q, new])
+        q = q[different(q, observed.tolerance)][: CROWD * b]
         starts, rounds = starts + count, rounds + 1
-        if len(q) > before or len(basis) == b:
+        if len(q) > before:
             q, basis, matching = choose(observed, q, least)
-        idle = 0 if len(q) > before else idle + (steps == lengths.longest)
+        stuck = steps == lengths.longest or len(basis) == b
+        idle = 0 if (len(basis), matching) > reached else idle + stuck
         steps = lengths.next(steps, share)
         if progress is not None:
             progress(Progress(len(basis), b, starts, time.monotonic() - budget.started))
-        if idle == IDLE:
+        if idle == IDLE and matching < goal:
             spent = f"{IDLE} rounds of {steps:,} steps found no further column"
             break
     return Found(q, basis, matching, starts, rounds, spent)
+
+
+def different(q: Float[Tensor, "h b"], tolerance: float) -> Int[Tensor, " k"]:
+    """Indices of the first of every group of directions that noise of that size could have made of one."""
+    same = (q @ q.mT).abs() > min(filtering.SAME_DIRECTION, 1 - tolerance)
+    return (~same.tril(-1).any(1)).nonzero()[:, 0]
 
 
 def complement(q: Float[Tensor, "f b"]) -> Float[Tensor, "b r"]:

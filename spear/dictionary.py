@@ -90,6 +90,7 @@ def search(
     seed: int,
     progress: Callable[[Progress], None] | None = None,
     *,
+    goal: float | int = 1,
     learner: Learner = subgradient,
     lengths: Lengths = LENGTHS,
 ) -> Found:
@@ -99,4 +100,4 @@ def search(
     def descend(q: Tensor, free: Tensor, steps: int) -> Tensor:
         return learner(L, q.float(), steps=steps)
 
-    return collect(observed, descend, lengths, budget, seed, progress)
+    return collect(observed, descend, lengths, budget, seed, progress, goal=goal)

@@ -21,9 +21,12 @@ from spear.filtering import disaggregate
 from spear.likelihood import Noisy
 from spear.lowrank import MIN_GAP
 from spear.search import Budget, Found, Progress, search
-from spear.target import Target, prepare
+from spear.target import Target, prepare, under_noise
 
 METHODS = ("auto", "sampling", "guided", "dictionary", "layer", "network")
+DESCENTS = ("dictionary", "layer")
+EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
+PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 Search = Callable[..., Found]
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
@@ -88,10 +91,10 @@ def attack(
     `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
     sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
     so. Without either, sampling declines a batch too large for any budget at once. From rounded, clipped or noisy
-    gradients of a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`, not
-    certified; from several local steps (FedAvg) they retrace the training.
-    `false_rejection` is the chance at which sampling's sparsity filter may reject a true direction. The result depends
-    on `seed`, not on the device. `progress` is called after each round.
+    gradients of a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`,
+    `"dictionary"` and `"layer"` without one; neither are certified. From several local steps (FedAvg) the former
+    retrace the training. `false_rejection` is the chance at which sampling's sparsity filter may reject a true
+    direction. The result depends on `seed`, not on the device. `progress` is called after each round.
     `executor` computes the rounds of sampling, which otherwise run in threads: with one of a cluster, for example
     `distributed.Client(ADDRESS).get_executor()`, many machines share one large batch, and the result is the same.
 
@@ -228,15 +231,23 @@ def _one_layer(
 ) -> Reconstruction:
     """The attack on one layer, by any search for the columns of its Q."""
     budget = replace(budget, started=time.monotonic())
-    obstacle = _obstacle(target, method, budget)
+    seen = under_noise(target) if method in DESCENTS and _shows_noise(target) else None
+    obstacle = "" if seen else _obstacle(target, method, budget)
     if obstacle:
         return _nothing(target, obstacle, Stats(0.0))
-    found = search(target.observed, budget=budget, seed=seed, progress=progress)
+    target, goal = (seen, {"goal": PLAUSIBLE}) if seen else (target, {})
+    found = search(target.observed, budget=budget, seed=seed, progress=progress, **goal)
     stats = Stats(time.monotonic() - budget.started, found.proposals, found.rounds)
-    if found.matching < 1:
+    if found.matching < goal.get("goal", 1):
         reached = f"{len(found.basis)} of {target.low.rank} directions, matching coefficient {found.matching:.6f}"
         return _nothing(target, f"{method}: {found.spent}: {reached}", stats)
     return _reconstruct(target, found, stats)
+
+
+def _shows_noise(target: Target) -> bool:
+    """Whether what lies beyond the rank is more than rounding, and too much for an exact zero pattern."""
+    low = target.low
+    return low.gap < MIN_GAP or (low.gap < EXACT_GAP and low.noise > 100 * target.eps * low.largest)
 
 
 def _network(
@@ -301,13 +312,16 @@ def _reconstruct(target: Target, found: Found, stats: Stats) -> Reconstruction:
         Z = target.layer.linear(X.mT)
     labels = recover_labels(target.layer, Z, G.mT, target.scale)
     certificate = certify(target, q, X.mT, labels)
+    certain = certificate.holds and target.low.gap >= MIN_GAP
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}"
+    elif not certain:
+        reason = "recovered, but not certified: the gradient carries noise"
     elif len(labels) < target.count:
         reason = f"{len(labels)} of {target.count} samples: the others leave no trace above rounding"
     else:
         reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.gradients:.0e}"
-    return _result(target, X.mT, labels, certificate.samples, reason, stats, certain=certificate.holds)
+    return _result(target, X.mT, labels, certificate.samples, reason, stats, certain=certain)
 
 
 def _doubt(target: Target) -> str:

@@ -44,13 +44,15 @@ def search(
     budget: Budget,
     seed: int,
     progress: Callable[[Progress], None] | None = None,
+    *,
+    goal: float | int = 1,
 ) -> Found:
     """All columns of Q from the layer's weights and gradient."""
 
     def descend(q: Tensor, free: Tensor, steps: int) -> Tensor:
         return reflect(observed, q, free, steps=steps)
 
-    return collect(observed, descend, LENGTHS, budget, seed, progress)
+    return collect(observed, descend, LENGTHS, budget, seed, progress, goal=goal)
 
 
 def reflect(

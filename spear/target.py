@@ -3,16 +3,17 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
 from spear.filtering import Observed
-from spear.lowrank import LowRank, decompose
+from spear.lowrank import LowRank, decompose, rank_under_noise
 from spear.tracing import Layer, find_layer
 
+MOST_UNDER_NOISE = 0.4  # of the smaller side: the share of a gradient's singular values that may rise above noise
 PRECISIONS = (torch.float32, torch.float64)
 CHUNK = 2**22  # entries of a gradient that are looked at in one piece
 
@@ -110,6 +111,25 @@ def _jacobian(layer: Layer, gradients: Widened) -> Tensor:
     J = dbeta.new_empty(dW.shape[0], dW.shape[1] + 1)
     J[:, :-1], J[:, -1] = dW.to(J.device), dbeta
     return J
+
+
+def under_noise(target: Target) -> Target | None:
+    """The same layer seen at the rank that rises above noise, entries of G counting as zero under the noise's size.
+
+    The noise level is estimated from the singular values beyond the rank. `None` where no rank rises, or where what
+    rises is too much of the layer to be told from noise.
+    """
+    J = _jacobian(target.layer, target.gradients)
+    m, n = J.shape
+    s = torch.linalg.svdvals(J)
+    rank = rank_under_noise(s, (m, n))
+    if not 0 < rank <= MOST_UNDER_NOISE * min(m, n):
+        return None
+    low, observed = observe(target.layer, target.gradients, rank, target.eps)
+    # Each entry of L = J V S^-1 carries noise sigma / s: four deviations, relative to a column of G of m entries.
+    sigma = low.noise / (math.sqrt(m) + math.sqrt(n))
+    tolerance = min(4 * sigma * math.sqrt(m) / low.smallest, 0.3)
+    return replace(target, low=low, observed=replace(observed, tolerance=tolerance))
 
 
 def compute_device(device: str | torch.device | None) -> torch.device:

@@ -7,7 +7,7 @@ from torch import nn
 
 from spear import layer, models
 from spear.columns import complement
-from spear.federated import gradient
+from spear.federated import SharedUpdate, gradient
 from spear.filtering import disaggregate
 from spear.inversion import attack
 from spear.metrics import evaluate
@@ -126,6 +126,37 @@ def test_without_bias_inputs_come_up_to_scale_and_uncertified(method):
     assert evaluate(result, direction).recall == 1
     assert not result.certified.any()
     assert "fc1 has no bias" in result.reason
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary"])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("seed", range(2))
+def test_under_noise_the_images_come_back_uncertified(method, size, seed):
+    problem = make(6, 300, 100, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    noisy = {
+        name: g + size * g.square().mean().sqrt() * torch.randn(g.shape, generator=generator, dtype=g.dtype)
+        for name, g in problem.update.gradients.items()
+    }
+    result = attack(problem.model, SharedUpdate(noisy, count=6), method=method)
+    report = evaluate(result, problem.inputs, problem.labels)
+    assert not result.certified.any()
+    assert not result.complete
+    assert "not certified" in result.reason
+    assert float(report.relative_error.max()) < 30 * size
+    assert report.label_accuracy == 1
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary"])
+def test_noise_alone_gives_nothing(method):
+    problem = make(6, 100, 60)
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        name: torch.randn(g.shape, generator=generator, dtype=g.dtype) for name, g in problem.update.gradients.items()
+    }
+    result = attack(problem.model, SharedUpdate(noise), method=method)
+    assert len(result.inputs) == 0
+    assert "shows no rank" in result.reason
 
 
 @pytest.mark.parametrize("method", ["layer", "dictionary"])
