@@ -84,11 +84,15 @@ def open_noisy(problem: Problem, *, sigma: float | None, weighted: bool) -> Nois
 
 
 def is_visible(noisy: Noisy) -> bool:
-    """Whether what the samples leave of the first gradient looks like noise: above rounding, its spectrum short."""
+    """Whether what the samples leave of the first gradient looks like noise: above rounding, its spectrum short.
+
+    Noise in proportion to the entries, as half precision leaves it, has a longer spectrum: it must lie far below.
+    """
     low, sigma, J = noisy.lows[0], noisy.sigmas[0], noisy.problem.augmented(0)
     rounding = max(30 * noisy.problem.precision, 10 * ROUNDING) * float(J.norm()) / J.numel() ** 0.5
     edge = sigma * (J.shape[0] ** 0.5 + J.shape[1] ** 0.5)
-    return sigma > rounding and low.noise < 1.5 * edge < 1.5 * low.smallest
+    longest = 3 * edge if low.smallest > 10 * low.noise else 1.5 * edge
+    return sigma > rounding and low.noise < longest and edge < low.smallest
 
 
 def recover(

@@ -28,6 +28,7 @@ DESCENTS = ("dictionary", "layer")
 EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 Search = Callable[..., Found]
+SAME_INPUT = 1e-4  # relative distance under which two methods returned the same input
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
 
@@ -215,10 +216,26 @@ def _chain(
 
 
 def _larger(first: Reconstruction, second: Reconstruction) -> Reconstruction:
-    """The result with more certified samples, then with more samples; both reasons where neither has any."""
+    """The result with more certified samples, then with more samples, joined by what only the other has; both reasons
+    where neither has any."""
     if not len(first.inputs) and not len(second.inputs):
         return replace(first, reason=f"{first.reason}; {second.reason}")
-    return max(second, first, key=lambda r: (r.complete, int(r.certified.sum()), len(r.inputs)))
+    other, best = sorted((first, second), key=lambda r: (r.complete, int(r.certified.sum()), len(r.inputs)))
+    if best.complete or best.labels is None or other.labels is None or len(other.inputs) <= len(best.inputs):
+        return best
+    return _joined(best, other)
+
+
+def _joined(sure: Reconstruction, more: Reconstruction) -> Reconstruction:
+    """All samples of `sure`, and those of `more` that are none of them: with unequal weights only a part is certain."""
+    known = sure.inputs.flatten(1)
+    apart = torch.cdist(more.inputs.flatten(1), known) > SAME_INPUT * torch.linalg.vector_norm(known, dim=1)
+    new = apart.all(1)
+    inputs, labels = torch.cat([sure.inputs, more.inputs[new]]), torch.cat([sure.labels, more.labels[new]])
+    residuals = torch.cat([sure.residuals, more.residuals[new]])
+    certified = torch.cat([sure.certified, more.certified[new]])
+    reason = f"{sure.reason}; {more.reason}"
+    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, certified=certified, reason=reason)
 
 
 def _one_layer(

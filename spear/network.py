@@ -152,11 +152,11 @@ def _refusal(problem: Problem, spaces: Spaces, low: LowRank) -> str | None:
     """Why the search cannot be trusted to say anything, or `None`."""
     widths = [len(w) for w in problem.weights[:-1]]
     rank, live = spaces.rank, int((spaces.basis.norm(dim=1) > 1e-9).sum())
+    if problem.batch_size and rank > 2 * problem.batch_size and low.gap < MIN_GAP:
+        return f"rank {rank} without a gap from a batch of {problem.batch_size}: there is noise on the gradient"
     if rank == min(problem.augmented(problem.last).shape) and low.gap < MIN_GAP:
         least = f"the last of {rank} is {low.smallest / low.largest:.0e} of the first"
         where = f"no gap in the singular values of the last hidden layer's gradient: {least}"
-        if problem.batch_size and problem.batch_size < rank:
-            return f"{where}, where a batch of {problem.batch_size} leaves zeros: there is noise on the gradient"
         return f"{where}: a batch too large for width {widths[-1]}, or noise on the gradient"
     if min(widths) < rank + MARGIN:
         k = widths.index(min(widths))

@@ -140,8 +140,9 @@ def _stamped(run: Run, stem: str, contents: Mapping[str, bytes]) -> bytes:
 def _data_sets(run: Run, values: Mapping[str, object]) -> list[str]:
     """The data sets that are named among a notebook's parameters and are at hand."""
     named = [name for value in values.values() for name in (value if isinstance(value, list) else [value])]
+    words = dict.fromkeys(name for name in named if isinstance(name, str))
     known = (*data.names(), run.dataset)
-    return [name for name in dict.fromkeys(named) if name in known and data.available(name)]
+    return [name for name in words if name in known and data.available(name)]
 
 
 class _Job:

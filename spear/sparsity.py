@@ -122,7 +122,8 @@ def _largest(pmf: np.ndarray, false_rejection: float) -> int:
     """The largest t <= m with P(N < t) <= false_rejection, for a law of N on 0 to m."""
     _check_rate("false-rejection rate", false_rejection)
     below = np.cumsum(pmf[:-1]).clip(max=1)  # below[t - 1] = P(N < t), which rounding may push past 1
-    return int(np.searchsorted(below, false_rejection, side="right"))
+    with_ties = false_rejection * (1 + 1e-12)  # which rounding of the sums would break
+    return int(np.searchsorted(below, with_ties, side="right"))
 
 
 def _check_rate(name: str, value: float) -> None:

@@ -92,7 +92,7 @@ def prepare(
 def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:
     """The factorisation of a layer's gradient, and the server's view of the layer in its coordinates."""
     linear, n = layer.linear, layer.linear.in_features
-    low = decompose(_jacobian(layer, gradients), rank)
+    low = decompose(_jacobian(layer, gradients), rank, eps=eps)
     with torch.no_grad():
         B = linear.weight @ low.R[:, :n].mT
         if linear.bias is not None:

@@ -134,6 +134,7 @@ def test_an_attack_from_the_command_line_takes_a_scheduler(address, tmp_path, mo
     Path("factories.py").write_text("import problems\nmodel = lambda: problems.make(12, 60, 60).model\n")
     problem.update.save(Path("update.safetensors"))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "factories", raising=False)
     command = ["attack", "factories:model", "update.safetensors", "--method", "sampling", "--scheduler", address]
     assert run(*command) == 1
     assert "certified  12" in capsys.readouterr().out

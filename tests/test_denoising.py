@@ -54,6 +54,16 @@ def test_half_precision(dtype):
     assert float(seen.relative_error.max()) < 20 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_half_precision_that_was_widened_again(dtype, wide):
+    model, inputs, labels = _client()
+    sent = defences.half_precision(gradient(model, inputs, labels), dtype)
+    widened = {name: g.to(wide) / sent.loss_scale for name, g in sent.gradients.items()}
+    seen = _honest(attack(model, replace(sent, gradients=widened, loss_scale=1.0)), inputs, labels)
+    assert float(seen.relative_error.max()) < 20 * torch.finfo(dtype).eps
+
+
 def test_random_rounding_to_8_bits():
     model, inputs, labels = _client()
     update = defences.quantised(gradient(model, inputs, labels), generator=_generator())

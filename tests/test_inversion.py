@@ -338,3 +338,18 @@ def test_a_batch_of_16_real_images(real_data):
     assert result.complete, result.reason
     assert float(evaluation.relative_error.max()) < 1e-9
     assert evaluation.label_accuracy == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clipping_that_is_not_disclosed_leaves_the_unclipped_certain_and_returns_the_others_too(seed):
+    problem = make(8, 150, 60, seed=seed)
+    each = [
+        gradient(problem.model, x[None], y[None]).gradients for x, y in zip(problem.inputs, problem.labels, strict=True)
+    ]
+    factors = torch.tensor([1.0] * 4 + [0.9, 0.7, 0.5, 0.3], dtype=torch.float64)
+    clipped = {name: sum(f * one[name] for f, one in zip(factors, each, strict=True)) / 8 for name in each[0]}
+    result = spear.attack(problem.model, replace(problem.update, gradients=clipped))
+    evaluation = evaluate(result, problem.inputs, problem.labels)
+    assert evaluation.recall == 1, result.reason
+    assert not result.complete
+    assert result.certified[evaluation.match].tolist() == [True] * 4 + [False] * 4

@@ -351,7 +351,8 @@ def test_a_figure_says_what_it_was_drawn_with_and_keeps_its_day_while_it_stays_t
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPEAR_DATA", str(project.folder))
-    project.add("00_tiny", parameters="dataset = 'photos'\nothers = ['digits', 'mnist']\nrate = 0.5", **_quick(rate=2))
+    given = "dataset = 'photos'\nothers = ['digits', 'mnist']\nsizes = {'b': [1, 2]}\nrate = 0.5"
+    project.add("00_tiny", parameters=given, **_quick(rate=2))
     (run,) = runs.load(project.table, "quick", "digits")
     drawn, place = project.folder / "drawn", project.figure("quick-digits/00_tiny-plot.png")
     drawn.mkdir()
@@ -365,7 +366,7 @@ def test_a_figure_says_what_it_was_drawn_with_and_keeps_its_day_while_it_stays_t
         return gallery.origin(place)
 
     first = published(1, 9, 9)
-    values = {"dataset": "digits", "others": ["digits", "mnist"], "rate": 2}
+    values = {"dataset": "digits", "others": ["digits", "mnist"], "sizes": {"b": [1, 2]}, "rate": 2}
     assert first == gallery.Origin("quick", values, ["digits"], "2026-01-01")
     assert published(2, 9, 9) == first
     assert published(3, 8, 9).date == "2026-01-03"

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -41,6 +41,7 @@ def test_threshold_of_the_published_rate(m, t):
 
 
 @given(st.integers(1, 40), st.sampled_from([0.0, 1e-9, 1e-3, 0.25, 1.0]), st.sampled_from([0.0, 0.125, 0.5, 0.75, 1.0]))
+@example(1, 0.25, 0.75)  # a tie
 def test_threshold_is_its_definition(m, false_rejection, zero_rate):
     q = Fraction(zero_rate)
     pmf = [math.comb(m, k) * q**k * (1 - q) ** (m - k) for k in range(m + 1)]
