@@ -5,7 +5,7 @@ likelihood refines them together. Nothing here is certified: each sample carries
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from spear.chain import Problem, Targets, passes
 from spear.likelihood import Estimate, Noisy, measure, refine, sample_weights
 from spear.lowrank import LowRank, rank_under_noise
-from spear.projection import Factors, ascend, distinct, exact_step
+from spear.projection import Factors, ascend, class_sines, distinct, each_class, exact_step
 
 SAME = 0.97  # cosine of two pre-activation vectors under noise that are one sample's
 FITS = 1.15  # a residual that many times larger than expected is no noise
@@ -234,25 +234,15 @@ def _without(noisy: Noisy, known: Float[Tensor, "s n"]) -> tuple[Factors, Factor
     return first.without(*own[0]), second.without(*own[1])
 
 
-def _each_label(problem: Problem, inputs: Float[Tensor, "s n"]) -> Iterator[Float[Tensor, "s m"]]:
-    """The back-propagated vectors at the first layer, class by class."""
-    for k in range(problem.classes):
-        counts = torch.zeros(len(inputs), problem.classes, dtype=inputs.dtype, device=inputs.device)
-        counts[:, k] = 1
-        yield passes(problem, inputs, Targets(counts, 1.0, 0.0)).deltas[0]
-
-
 def _labelled(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Bool[Tensor, " s"]:
     """Which candidates have a label whose back-propagated vector is near the span of the first gradient."""
-    L = noisy.lows[0].L
-    sines = [(d - d @ L @ L.T).norm(dim=1) / d.norm(dim=1) for d in _each_label(noisy.problem, inputs)]
-    return torch.stack(sines).amin(0) < 0.6
+    return class_sines(noisy.problem, inputs, noisy.lows[0].L).amin(1) < 0.6
 
 
 def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
     """The class whose back-propagated vector is nearest in direction to the one measured in the update."""
     seen, _ = measure(noisy.problem, 0, noisy.problem.augmented(0), inputs)
-    return torch.stack([F.cosine_similarity(seen, d) for d in _each_label(noisy.problem, inputs)]).argmax(0)
+    return torch.stack([F.cosine_similarity(seen, d) for d in each_class(noisy.problem, inputs)]).argmax(0)
 
 
 def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Estimate | None:

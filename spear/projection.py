@@ -6,6 +6,7 @@ hidden layer (layers that no longer tell samples apart, a thousand classes) is n
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -125,14 +126,24 @@ def label(
     problem: Problem, inputs: Float[Tensor, "s n"], basis: Float[Tensor, "m b"]
 ) -> tuple[Int[Tensor, " s"], Bool[Tensor, " s"]]:
     """The class whose back-propagated vector is nearest to the span of the first gradient, and whether it alone is."""
-    sines = []
+    ranked, order = class_sines(problem, inputs, basis).sort(dim=1)
+    return order[:, 0], ranked[:, 1] > 1e3 * ranked[:, 0]
+
+
+def class_sines(
+    problem: Problem, inputs: Float[Tensor, "s n"], basis: Float[Tensor, "m b"]
+) -> Float[Tensor, "s classes"]:
+    """Of each class's back-propagated vector at the first layer to the span of its gradient."""
+    sines = [(d - d @ basis @ basis.T).norm(dim=1) / d.norm(dim=1) for d in each_class(problem, inputs)]
+    return torch.stack(sines, 1)
+
+
+def each_class(problem: Problem, inputs: Float[Tensor, "s n"]) -> Iterator[Float[Tensor, "s m"]]:
+    """The samples' back-propagated vectors at the first layer, class by class."""
     for k in range(problem.classes):
         counts = torch.zeros(len(inputs), problem.classes, dtype=inputs.dtype, device=inputs.device)
         counts[:, k] = 1
-        delta = passes(problem, inputs, Targets(counts, 1.0, 0.0)).deltas[0]
-        sines.append((delta - delta @ basis @ basis.T).norm(dim=1) / delta.norm(dim=1))
-    ranked, order = torch.stack(sines, 1).sort(dim=1)
-    return order[:, 0], ranked[:, 1] > 1e3 * ranked[:, 0]
+        yield passes(problem, inputs, Targets(counts, 1.0, 0.0)).deltas[0]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Small problems with a known truth, for the tests of the attack."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from spear import models
 from spear.federated import SharedUpdate, gradient
 from spear.filtering import Observed
+from spear.inversion import Reconstruction, attack
+from spear.metrics import evaluate
 from spear.target import Target, prepare
 
 
@@ -53,3 +55,27 @@ def make(
     X = inputs.double().mT
     Q = target.observed.R @ torch.linalg.pinv(X.mT)  # R = Q X^T
     return Problem(model, inputs, labels, update, target, (Q / torch.linalg.vector_norm(Q, dim=0)).mT.contiguous())
+
+
+def noisy(update: SharedUpdate, size: float, seed: int) -> SharedUpdate:
+    """Noise of that size, relative to the largest entry of each gradient; its level is not disclosed."""
+    generator = torch.Generator().manual_seed(seed)
+    return replace(
+        update,
+        gradients={
+            k: g + size * g.abs().max() * torch.randn(g.shape, dtype=g.dtype, generator=generator)
+            for k, g in update.gradients.items()
+        },
+    )
+
+
+def judged(model: nn.Module, update: SharedUpdate, x: Tensor, y: Tensor, **options: object) -> Reconstruction | None:
+    """Attack with a small budget; whatever is certified must be true. `None` where the attack is refused."""
+    try:
+        result = attack(model, update, **options)
+    except ValueError:
+        return None
+    evaluation = evaluate(result, x, y)
+    assert evaluation.precision == 1, (result.reason, evaluation.relative_error)
+    assert not result.complete or evaluation.recall == 1 or update.count is None
+    return result
