@@ -8,14 +8,14 @@ coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z a
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.columns import Lengths, collect, unit
+from spear.columns import Lengths, collect, draw, unit
 from spear.filtering import Observed
 from spear.search import Budget, Found, Progress
 
@@ -37,6 +37,7 @@ class Stage:
 
 
 SCHEDULE = (Stage(0.65, 1.0, 20.0, 0.1), Stage(0.2, 0.4, 10.0, 0.05), Stage(0.15, 0.4, 3.0, 0.02))
+APART = tuple(replace(stage, coupling=0.0) for stage in SCHEDULE)
 
 
 def search(
@@ -47,18 +48,50 @@ def search(
     *,
     goal: float | int = 1,
 ) -> Found:
-    """All columns of Q from the layer's weights and gradient."""
+    """All columns of Q from the layer's weights and gradient.
 
-    def descend(q: Tensor, free: Tensor, steps: int) -> Tensor:
-        return reflect(observed, q, free, steps=steps)
+    Two searches take turns. One starts at rows of L with q = v and couples them; the other lets q and v go their ways
+    from starts in which every sample has a like share, which is what a trained network needs.
+    """
 
-    return collect(observed, descend, LENGTHS, budget, seed, progress, goal=goal)
+    def coupled(free: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        v = draw(observed, free, count, generator)
+        return reflect(observed, v, v, free, steps=steps)
+
+    def apart(free: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        q, v = balanced(observed, free, count, generator)
+        return reflect(observed, q, v, free, steps=steps, schedule=APART)
+
+    return collect(observed, (coupled, apart), LENGTHS, budget, seed, progress, goal=goal)
+
+
+def balanced(
+    observed: Observed, free: Float[Tensor, "b r"], count: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "k b"], Float[Tensor, "k b"]]:
+    """Starts q and v in which every sample has a like share, however small its gradient is.
+
+    A row of L is a mixture of the samples by the size of their gradients, which in a trained network differ by many
+    orders. As X^T = V^T R, a v for which N^T R has white coefficients, v = N (N^T R R^T N)^-1/2 w with w normal, mixes
+    the samples by the size of their inputs alone. q follows from the signs of v: the projection of max(B v, 0).
+    """
+    values, vectors = torch.linalg.eigh(free.mT @ (observed.R @ observed.R.mT) @ free)
+    white = torch.randn(count, len(values), generator=generator, dtype=free.dtype).to(free.device)
+    v = white * values.clamp_min(1e-300).rsqrt() @ vectors.mT @ free.mT
+    if observed.d is not None:
+        v = torch.where((v @ observed.d < 0)[:, None], -v, v)
+    return unit((v @ observed.B.mT).clamp_min(0) @ observed.L), unit(v)
 
 
 def reflect(
-    observed: Observed, q: Float[Tensor, "k b"], free: Float[Tensor, "b r"], *, steps: int
+    observed: Observed,
+    q: Float[Tensor, "k b"],
+    v: Float[Tensor, "k b"],
+    free: Float[Tensor, "b r"],
+    *,
+    steps: int,
+    schedule: Sequence[Stage] = SCHEDULE,
 ) -> Float[Tensor, "k b"]:
-    """Relaxed reflections from each start q towards columns whose v lies in the span of `free`, in float32.
+    """Relaxed reflections from starts q, v towards columns whose v lies in the span of `free`, in float32.
 
     x = (g, z) is reflected at the coupled signs and projected on the linear spaces, where q and v are drawn together:
     x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step.
@@ -66,8 +99,8 @@ def reflect(
     L, m = observed.L.float(), len(observed.L)
     basis, triangle = torch.linalg.qr(observed.B @ free)  # z = B free w = basis c with c = triangle w
     g = math.sqrt(m) * unit(q).float() @ L.mT
-    z = math.sqrt(m) * unit(q @ free @ triangle.mT).float() @ basis.float().mT
-    for stage in SCHEDULE:
+    z = math.sqrt(m) * unit(v @ free @ triangle.mT).float() @ basis.float().mT
+    for stage in schedule:
         linear = couple(triangle, free, stage.coupling)
         for _ in range(max(1, round(stage.share * steps))):
             inactive = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)) < 0

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from spear import models
 from spear.federated import SharedUpdate, gradient
 from spear.filtering import Observed
-from spear.inversion import Reconstruction, attack
+from spear.inversion import attack
+from spear.reconstruction import Reconstruction
 from spear.metrics import evaluate
 from spear.target import Target, prepare
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from spear.inversion import Reconstruction, Stats
+from spear.reconstruction import Reconstruction, Stats
 from spear.metrics import evaluate
 
 
