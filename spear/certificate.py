@@ -16,7 +16,7 @@ from spear.target import CHUNK, Target
 from spear.tracing import Layer
 
 LEAST_SPARE = 8  # zeros of a column beyond the b - 1 that fix it, for one layer's word to count
-SHARPEST = 1e-4  # of a column's largest entry: what one layer's zeros must be told from
+SHARPEST = 1e-3  # of a column's largest entry: what one layer's zeros must be told from
 
 
 @dataclass(frozen=True)
@@ -197,24 +197,28 @@ def certify_layer(target: Target, q: Float[Tensor, "b b"], X: Float[Tensor, "b n
 def spare_zeros(observed: Observed, q: Float[Tensor, "b b"]) -> int:
     """How many zeros each column has at least beyond the b - 1 that fix it; 0 where a single one is indispensable.
 
-    A neuron that no sample activates is zero in every direction, and neurons of equal weights are one neuron.
+    A neuron that no sample activates is zero in every direction, and neurons of equal weights, up to a factor, are one.
+    A single sample has nothing to be told from: all m rows are to spare.
     """
+    m, b = observed.L.shape
+    if b == 1:
+        return m
     live = torch.linalg.vector_norm(observed.L, dim=1) > 1e-9
-    own = live & _first_of_its_kind(observed.B)
+    own = live & _one_of_each(observed.B)
     zeros = zero_rows(observed.L, q, tolerance=observed.tolerance) & own
     fixed = determined(observed.L[own], q, tolerance=observed.tolerance)
-    return int(torch.where(fixed, zeros.sum(1) - (len(q) - 1), 0).min())
+    return int(torch.where(fixed, zeros.sum(1) - (b - 1), 0).min())
 
 
-def _first_of_its_kind(B: Float[Tensor, "m b"]) -> Bool[Tensor, " m"]:
-    """Which rows are no multiple of a row before them, by one random ratio that multiples share."""
+def _one_of_each(B: Float[Tensor, "m b"]) -> Bool[Tensor, " m"]:
+    """One row of each group that differ by a positive factor, told by the angle of two random products they share."""
     generator = torch.Generator().manual_seed(0)
     across = torch.randn(B.shape[1], 2, generator=generator, dtype=B.dtype).to(B.device)
     over, under = (B @ across).unbind(1)
-    order = torch.atan2(over, under).remainder(math.pi).sort()
-    first = torch.ones_like(order.indices, dtype=torch.bool)
-    first[order.indices[1:]] = order.values.diff() > 1e-9
-    return first
+    turn = torch.atan2(over, under).sort()
+    own = torch.ones_like(turn.indices, dtype=torch.bool)
+    own[turn.indices[1:]] = turn.values.diff() > 1e-9
+    return own
 
 
 def _entry_error(target: Target, misfit: float) -> float:

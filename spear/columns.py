@@ -15,11 +15,11 @@ from torch import Tensor
 
 from spear import filtering, sparsity
 from spear.filtering import Observed
-from spear.search import CROWD, FEWEST_ZEROS, Budget, Found, Progress, choose, thresholds
+from spear.search import CROWD, Budget, Found, Progress, choose, thresholds
 
 SMALL = 0.3  # times the root mean square of L q: an entry this small may be a zero
 TRIM = 0.72  # share of the small entries that the polish trusts: the smallest
-SHRINK = 0.85  # factor by which that share falls in each round: in trained networks many small entries are no zeros
+SHRINK = 0.8  # factor by which that share falls in each round: not all that is small is zero
 LOOSE = 2  # times the tolerance: what counts as zero in the last polish
 RIDGE = 1e-13  # keeps the Gram matrix of rows with a kernel positive definite
 CONVERGING = 0.5  # factor by which a round of the polish must bring the residual down, from the third on
@@ -74,13 +74,14 @@ def collect(
     lie in, that number, and a number of steps. What it finds is polished and tested; every column found confines the
     rest. Of several searches the one that lately brought most takes the next round. `proposals` counts starts.
     """
+    observed = observed.alive()
     b = observed.L.shape[1]
     generator = torch.Generator().manual_seed(seed)
     least = thresholds(observed, sparsity.FALSE_REJECTION)[1]
     q, basis, matching = choose(observed, observed.L.new_zeros(0, b), least, last=1)
     ways, starts, rounds, idle, spent = [Way(search, lengths.shortest) for search in searches], 0, 0, 0, ""
     while matching < goal and not (spent := budget.spent(starts)):
-        free = complement(q if len(basis) < b else q[:0])
+        free = complement(q[basis] if len(basis) < b else q[:0])
         count = min(MOST_STARTS, max(LEAST_STARTS, free.shape[1]))
         way = max(ways, key=lambda w: (w.promise, -w.rounds))
         new, share = settle(observed, way.search(free, count, way.steps, generator), least)
@@ -128,7 +129,7 @@ def draw(
     v = (observed.L[rows] @ free) @ free.mT
     noise = torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device) @ free @ free.mT
     size = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    v = torch.where(size > 1e-9, v, noise)  # a dead neuron's row is zero
+    v = torch.where(size > 1e-9, v, noise)  # the row of a neuron that only known samples activate is zero
     if observed.d is not None:
         v = torch.where((v @ observed.d < 0)[:, None], -v, v)
     return unit(v)
@@ -187,7 +188,7 @@ def groups(q: Float[Tensor, "k b"]) -> tuple[Float[Tensor, "g b"], Tensor]:
 
 
 def polish(
-    L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, rounds: int = 6, tolerance: float = 1e-9
+    L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, rounds: int = 8, tolerance: float = 1e-9
 ) -> tuple[Float[Tensor, "h b"], Bool[Tensor, " h"]]:
     """Each direction from its smallest rows: the vector that they annihilate best, by inverse iteration; repeated.
 
@@ -200,7 +201,7 @@ def polish(
         for part in going.nonzero()[:, 0].split(chunk):
             r, before = (q[part] @ L.mT).abs(), residual[part]
             small = (r < SMALL * r.square().mean(1, keepdim=True).sqrt()).sum(1)
-            count = (TRIM * SHRINK**k * small).long().clamp_min(round(FEWEST_ZEROS * len(L)))
+            count = (TRIM * SHRINK**k * small).long()
             q[part], residual[part] = smallest_rows(L, q[part], count)
             going[part] = (residual[part] > tolerance) & ((residual[part] < CONVERGING * before) | (k < 2))
     exact = residual <= tolerance

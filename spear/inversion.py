@@ -55,7 +55,9 @@ def attack(
     `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
     of up to a fifth of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
     `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
-    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping.
+    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
+    layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on
+    with weights that are not the client's), inputs come without labels, certified by that layer (`LayerCertificate`).
     `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
     sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
     so. Without either, sampling declines a batch too large for any budget at once. From rounded, clipped or noisy

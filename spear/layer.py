@@ -20,6 +20,7 @@ from spear.filtering import Observed
 from spear.search import Budget, Found, Progress
 
 DAMPING = 4  # times the coupling: how strongly q is drawn away from the directions where v has nothing
+SINGULAR = 1e-12  # of the largest singular value of B N: what is under it counts as it
 LENGTHS = Lengths(shortest=80, longest=2160)
 
 
@@ -50,17 +51,19 @@ def search(
 ) -> Found:
     """All columns of Q from the layer's weights and gradient.
 
-    Two searches take turns. One starts at rows of L with q = v and couples them; the other lets q and v go their ways
-    from starts in which every sample has a like share, which is what a trained network needs.
+    Two searches take turns. One starts at rows of L with q = v and couples them. The other lets q and v go their ways,
+    as they do in trained networks and deep layers, half of them from starts in which every sample has a like share.
     """
+    observed = observed.alive()
 
     def coupled(free: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
         v = draw(observed, free, count, generator)
         return reflect(observed, v, v, free, steps=steps)
 
     def apart(free: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        q, v = balanced(observed, free, count, generator)
-        return reflect(observed, q, v, free, steps=steps, schedule=APART)
+        rows = draw(observed, free, count // 2, generator)
+        q, v = balanced(observed, free, count - count // 2, generator)
+        return reflect(observed, torch.cat([rows, q]), torch.cat([rows, v]), free, steps=steps, schedule=APART)
 
     return collect(observed, (coupled, apart), LENGTHS, budget, seed, progress, goal=goal)
 
@@ -139,9 +142,9 @@ class Coupling:
 
 def couple(triangle: Float[Tensor, "r r"], free: Float[Tensor, "b r"], k: float) -> Coupling:
     """The linear step at coupling k: `triangle` is that of a QR decomposition of B N."""
-    eye = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
-    t, weight = float(triangle.norm()) / math.sqrt(len(eye)), k / (1 + k)
-    inverse = torch.linalg.inv(triangle.mT @ triangle + weight * t**2 * eye)
-    to_q = weight * t * torch.linalg.inv(triangle).mT
-    maps = (triangle @ inverse @ triangle.mT, weight * t * inverse @ triangle.mT, to_q)
+    U, s, Vh = torch.linalg.svd(triangle)
+    s = s.clamp_min(SINGULAR * s[0])
+    t, weight = float(triangle.norm()) / math.sqrt(len(s)), k / (1 + k)
+    damped = s / (s**2 + weight * t**2)
+    maps = (U * (s * damped) @ U.mT, weight * t * (Vh.mT * damped) @ U.mT, weight * t * (U / s) @ Vh)
     return Coupling(free.float(), *(each.float() for each in maps), 1 - weight, 1 / (1 + DAMPING * k))

@@ -29,10 +29,11 @@ class Reconstruction:
 
     `inputs` (k, *input shape) and `labels` (k,) or None; `residuals` (k,) is, per sample, the relative distance between
     its own gradient as recovered and as recomputed from input and label (infinite without labels); `certified` (k,)
-    tells which samples are beyond doubt. `rank` is the batch size that the gradient shows, `complete` whether the whole
-    batch, as far as the client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in
-    words. Under noise nothing is certified or complete; `expected_error` (k,) is then each input's expected relative
-    error |guess - truth| / |truth|, from what the server knows alone.
+    tells which samples are beyond doubt, by every layer where the rest of the model is known, by one layer alone where
+    it is not. `rank` is the batch size that the gradient shows, `complete` whether the whole batch, as far as the
+    client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in words. Under noise
+    nothing is certified or complete; `expected_error` (k,) is then each input's expected relative error
+    |guess - truth| / |truth|, from what the server knows alone.
     """
 
     inputs: Float[Tensor, "k *input_shape"]

@@ -76,6 +76,7 @@ def search(
 
     Rounds are taken in order, whoever computes them: the result does not depend on `executor`.
     """
+    observed = observed.alive()
     b = observed.L.shape[1]
     q, proposals, rounds, spent = observed.L.new_zeros(0, b), 0, 0, ""
     q, basis, matching = choose(observed, q, thresholds(observed, false_rejection)[0])
@@ -123,11 +124,10 @@ def _draw(
 def thresholds(observed: Observed, false_rejection: float) -> tuple[int, int]:
     """How many zeros to ask of a direction: as many as at initialisation, and as few as a trained network leaves.
 
-    A neuron that no sample activates is a zero of every direction, true or false; a few must be left beside those.
+    A neuron that no sample activates is a zero of every direction, true or false: `observed` is to be without those.
     """
     m, b = observed.L.shape
-    norms = torch.linalg.vector_norm(observed.L, dim=1)
-    least = int((norms <= observed.tolerance * norms.max()).sum()) + b + 2
+    least = b + 2
     usual = max(least, sparsity.threshold(m, false_rejection=false_rejection))
     return usual, max(least, min(usual, 2 * b, round(FEWEST_ZEROS * m)))
 

@@ -9,8 +9,8 @@ from spear import models
 from spear.federated import SharedUpdate, gradient
 from spear.filtering import Observed
 from spear.inversion import attack
-from spear.reconstruction import Reconstruction
 from spear.metrics import evaluate
+from spear.reconstruction import Reconstruction
 from spear.target import Target, prepare
 
 

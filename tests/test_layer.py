@@ -61,8 +61,8 @@ def test_a_column_is_a_fixed_point():
 def test_all_starts_at_once_are_each_start_alone(seed):
     problem = make(10, 120, 60, seed=seed)
     starts, free = problem.observed.L[:5], complement(problem.q[:2])
-    together = layer.reflect(problem.observed, starts, free, steps=40)
-    alone = torch.cat([layer.reflect(problem.observed, q[None], free, steps=40) for q in starts])
+    together = layer.reflect(problem.observed, starts, starts, free, steps=40)
+    alone = torch.cat([layer.reflect(problem.observed, q[None], q[None], free, steps=40) for q in starts])
     assert ((together * alone).sum(1) > 0.99).all()
 
 
