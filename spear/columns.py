@@ -26,7 +26,7 @@ CONVERGING = 0.5  # factor by which a round of the polish must bring the residua
 SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could make them)
 ALIKE = 0.95  # |cosine| of two search results that lead to the same column
 LEAST_STARTS, MOST_STARTS = 16, 64
-IDLE = 4  # rounds in a row of the longest search without a new column, after which there is no hope
+IDLE = 6  # rounds in a row of the longest search without a new column, after which there is no hope
 
 CURIOSITY = 1.5  # factor by which the promise of the searches that wait grows in each round
 
@@ -42,10 +42,10 @@ class Lengths:
     factor: int = 3
 
     def next(self, steps: int, success: float) -> int:
-        """Longer if tripling can pay, shorter if it is not needed."""
-        if success < 1 / self.factor:
+        """Longer if that can pay, shorter if it is not needed; `success` is that of the starts that came back."""
+        if success < 0.5:
             return min(steps * self.factor, self.longest)
-        return max(steps // self.factor, self.shortest) if success > 0.9 else steps
+        return max(steps // self.factor, self.shortest) if success > 0.95 else steps
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def collect(
         free = complement(q[basis] if len(basis) < b else q[:0])
         count = min(MOST_STARTS, max(LEAST_STARTS, free.shape[1]))
         way = max(ways, key=lambda w: (w.promise, -w.rounds))
-        new, share = settle(observed, way.search(free, count, way.steps, generator), least)
+        ends = way.search(free, count, way.steps, generator)
+        new, hits = settle(observed, ends, least)
         before, reached, q = len(q), (len(basis), matching), torch.cat([q, new])
         q = q[different(q, observed.tolerance)][: CROWD * b]
         starts, rounds = starts + count, rounds + 1
@@ -92,7 +93,9 @@ def collect(
             q, basis, matching = choose(observed, q, least, last=1)
         stuck = way.steps == lengths.longest or len(basis) == b
         idle = 0 if (len(basis), matching) > reached else idle + stuck
-        ways = _judged(ways, way, lengths.next(way.steps, share), (len(basis) - reached[0]) / (count * way.steps))
+        ways = _judged(
+            ways, way, lengths.next(way.steps, hits / len(ends)), (len(basis) - reached[0]) / (count * way.steps)
+        )
         if progress is not None:
             progress(Progress(len(basis), b, starts, time.monotonic() - budget.started))
         if idle == IDLE and matching < goal:
@@ -135,8 +138,8 @@ def draw(
     return unit(v)
 
 
-def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[Float[Tensor, "j b"], float]:
-    """The columns that search results lead to, polished and tested, and the share of the results that led to one."""
+def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[Float[Tensor, "j b"], int]:
+    """The columns that search results lead to, polished and tested, and the number of results that led to one."""
     L, tolerance = observed.L, observed.tolerance
     first, group = groups(ends.to(L.dtype))
     q, exact = polish(L, first, tolerance=tolerance)
@@ -146,7 +149,7 @@ def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[
     parts, whole = polish(L, separate(observed, q[exact & ~sure], least), tolerance=tolerance)
     parts = parts[whole & filtering.sparsity_filter(L, parts, least, tolerance=tolerance)]
     parts = parts[filtering.determined(L, parts, tolerance=tolerance)]
-    return torch.cat([q[sure], parts]), float(sure[group].double().mean())
+    return torch.cat([q[sure], parts]), int(sure[group].sum())
 
 
 def separate(observed: Observed, q: Float[Tensor, "h b"], least: int) -> Float[Tensor, "k b"]:
