@@ -248,9 +248,9 @@ def conclude(problem: Problem, spaces: Spaces, solved: Solved, stats: Stats) -> 
 
 def masks_by(problem: Problem) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:
     """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients."""
-    yield above_noise, None
+    yield above_gap, None
     if problem.last:
-        yield above_gap, None
+        yield above_noise, None
         yield above_gap, [problem.factors(k).L for k in range(problem.last)]
 
 

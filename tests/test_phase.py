@@ -4,7 +4,7 @@ import pytest
 import torch
 from network_problems import case
 
-from spear import phase
+from spear import phase, tail
 from spear.chain import Targets, passes
 from spear.lowrank import decompose
 from spear.network import open_spaces
@@ -118,7 +118,7 @@ def test_linear_programmes_find_the_last_few():
     true = solved(spaces, deltas, errors)
     free = phase.complement(spaces, true[torch.arange(17)])
     generator = torch.Generator().manual_seed(0)
-    found = phase.vertices(spaces, spaces.rows[:, :-1], free, Tolerances(), tries=20, generator=generator)
+    found = tail.vertices(spaces, spaces.rows[:, :-1], free, Tolerances(), tries=20, generator=generator)
     assert len(found) == 3
     assert ((found.t @ true.t[17:].T).abs().amax(1) > 1 - 1e-9).all()
 
@@ -126,7 +126,7 @@ def test_linear_programmes_find_the_last_few():
 def test_the_last_one_is_read_off():
     spaces, deltas, errors, _ = opened()
     true = solved(spaces, deltas, errors)
-    found = phase.last_one(spaces, phase.complement(spaces, true[torch.arange(19)]), Tolerances())
+    found = tail.last_one(spaces, phase.complement(spaces, true[torch.arange(19)]), Tolerances())
     assert torch.allclose(found.t, true.t[19:], atol=1e-9)
     assert torch.equal(found.labels, true.labels[19:])
 
