@@ -118,7 +118,17 @@ def normalise(x: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
 
 
 def project(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k m"]:
-    return (x @ basis) @ basis.T
+    return (x.to(basis.dtype) @ basis @ basis.T).to(x.dtype)
+
+
+def quick(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
+    """A large basis of a search in single precision, in bfloat16 where the processor has it: products in half the time.
+
+    Its error, 0.2 %, is a tenth of that of the guessed h, and the exact step afterwards knows nothing of it.
+    """
+    large = basis.dtype == torch.float32 and basis.numel() > 1e5
+    able = basis.is_cuda or (basis.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return basis.bfloat16() if large and able else basis
 
 
 def search(
@@ -140,9 +150,10 @@ def search(
     v are kept at 1. The returned `target` is u's last value among {0, h_j}.
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
-    halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. All end
-    when the clock (`time.perf_counter`) shows `until`.
+    halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
+    target vanished ends too, and all when the clock (`time.perf_counter`) shows `until`.
     """
+    basis, partner = quick(basis), None if partner is None else quick(partner)
     number = torch.arange(len(iterate.u), device=basis.device)
     before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
     for done in range(0, steps, EVERY):
@@ -151,7 +162,7 @@ def search(
         iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation)
         if near:
             fit = misfit(iterate.target, basis)
-            over = (fit < near) & (fit > before / 2)
+            over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
             ends.append(iterate[over])
             order.append(number[over])
             iterate, number, before = iterate[~over], number[~over], fit[~over]
@@ -227,7 +238,8 @@ def search_evened(
 def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[Tensor, " k"]:
     """Squared sine between each target and span(U); 1 for a target that vanished."""
     energy = target.pow(2).sum(1)
-    return torch.where(energy > 1e-3, 1 - (target @ basis).pow(2).sum(1) / energy.clamp_min(TINY), 1.0)
+    inside = (target.to(basis.dtype) @ basis).to(target.dtype)
+    return torch.where(energy > 1e-3, 1 - inside.pow(2).sum(1) / energy.clamp_min(TINY), 1.0)
 
 
 @dataclass(frozen=True)

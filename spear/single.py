@@ -42,7 +42,7 @@ def masks_below(
     v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
     low = basis.float()
     start = Iterate(*(x.float() for x in (guess * (v > 0), guess, v, guess)))
-    end = phase.search(start, low, steps=steps, near=tolerances.near)
+    end = phase.search(start, low, steps=steps)
     close = phase.misfit(end.target, low) < tolerances.near
     sample, guess, mask = sample[close], guess[close], end.target[close] != 0
     for _ in range(4):
