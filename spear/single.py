@@ -41,7 +41,7 @@ def masks_below(
     guess = phase.normalise(h)[sample]
     v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
     low = basis.float()
-    start = Iterate(*(x.float() for x in (guess * (v > 0), guess, v, guess)))
+    start = Iterate(guess * (v > 0), guess, v, guess).to(torch.float32)
     end = phase.search(start, low, steps=steps)
     close = phase.misfit(end.target, low) < tolerances.near
     sample, guess, mask = sample[close], guess[close], end.target[close] != 0
