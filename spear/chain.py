@@ -3,7 +3,7 @@
 Samples are rows: activations (s, n), back-propagated vectors (s, m).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -134,13 +134,15 @@ class Targets:
 
     `unit` is one copy's weight in the loss (`Problem.unit`), `error` how far the counts were from integers before they
     were rounded. `measured`, where it is given, is dLoss/dlogits as the gradient shows it: it stands in for that of a
-    weak sample whose input is not known well enough to compute it.
+    weak sample whose input is not known well enough to compute it. `whole` says that counts are whole numbers of
+    copies; else every sample has one label, its count the sample's weight in units of `unit`.
     """
 
     counts: Float[Tensor, "s classes"]
     unit: float
     error: float
     measured: Float[Tensor, "s outputs"] | None = None
+    whole: bool = True
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
@@ -162,7 +164,7 @@ class Targets:
 
     def __getitem__(self, index: Tensor) -> "Targets":
         measured = None if self.measured is None else self.measured[index]
-        return Targets(self.counts[index], self.unit, self.error, measured)
+        return replace(self, counts=self.counts[index], measured=measured)
 
     def __len__(self) -> int:
         return len(self.counts)

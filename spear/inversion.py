@@ -53,7 +53,8 @@ class Reconstruction:
     tells which samples are beyond doubt. `rank` is the batch size that the gradient shows, `complete` whether the whole
     batch, as far as the client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in
     words. Under noise nothing is certified or complete; `expected_error` (k,) is then each input's expected relative
-    error |guess - truth| / |truth|, from what the server knows alone.
+    error |guess - truth| / |truth|, from what the server knows alone. `weights` (k,) are the weights in the loss, where
+    clipping, or an average over unequal clients, made them differ from sample to sample.
     """
 
     inputs: Float[Tensor, "k *input_shape"]
@@ -65,6 +66,7 @@ class Reconstruction:
     reason: str
     stats: Stats
     expected_error: Float[Tensor, " k"] | None = None
+    weights: Float[Tensor, " k"] | None = None
 
 
 def attack(
@@ -87,14 +89,14 @@ def attack(
 
     `method` says how much is used. Of one linear layer that a ReLU follows: `"sampling"`, SPEAR as published;
     `"guided"`, sampling where guesses of the batch point, `approximate` images or none (`spear.seeding`);
-    `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
-    of up to a fifth of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
-    `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
-    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping.
-    `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
-    sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
-    so. Without either, sampling declines a batch too large for any budget at once. From rounded, clipped or noisy
-    gradients of a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`,
+    `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled
+    (batches of up to a fifth of its width). Of a fully connected network: `"network"`, every layer (batches of
+    hundreds). `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the
+    whole batch. `layer` names the one linear layer, the default being the first whose input is the data up to
+    reshaping. `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals`
+    (kernels that sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete
+    result that says so. Without either, sampling declines a batch too large for any budget at once. From rounded or
+    noisy gradients of a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`,
     `"dictionary"` and `"layer"` without one; neither are certified. From several local steps (FedAvg) the former
     retrace the training. `false_rejection` is the chance at which sampling's sparsity filter may reject a true
     direction. The result depends on `seed`, not on the device. `progress` is called after each round.
@@ -122,12 +124,13 @@ def attack(
         result = _denoise(model, update, batch_size, budget, seed, device)
     elif method == "network":
         problem = open_problem(model, update, batch_size=batch_size, device=device)
-        result = _behind_noise(_network(problem, budget, seed, progress), problem, budget, seed)
+        result = _every_layer(problem, update, budget, seed, progress)
     else:
         target = prepare(model, update, layer=layer, batch_size=batch_size, device=device)
         if method == "auto":
             problem = _chain(model, update, batch_size, device) if layer is None else None
-            result = _strongest(target, problem, searches, budget, seed, progress)
+            result = None if problem is None else _every_layer(problem, update, budget, seed, progress)
+            result = _strongest(target, result, searches, budget, seed, progress)
         else:
             result = _one_layer(target, searches[method], method, budget, seed, progress)
     return replace(result, stats=replace(result.stats, seconds=time.monotonic() - budget.started))
@@ -135,16 +138,13 @@ def attack(
 
 def _strongest(
     target: Target,
-    problem: Problem | None,
+    result: Reconstruction | None,
     searches: dict[str, Search],
     budget: Budget,
     seed: int,
     progress: Callable[[Progress], None] | None,
 ) -> Reconstruction:
-    """Method after method until one recovers the whole batch: every layer, one layer coupled, sampling."""
-    result = None
-    if problem is not None:
-        result = _behind_noise(_network(problem, budget, seed, progress), problem, budget, seed)
+    """Method after method until one recovers the whole batch: every layer's `result`, one layer coupled, sampling."""
     for method in ("layer", "sampling"):
         if result is not None and (result.complete or result.expected_error is not None):
             break
@@ -175,17 +175,24 @@ def _denoise(
     seed: int,
     device: str | torch.device | None,
 ) -> Reconstruction:
-    """What can be read from a gradient that was rounded, clipped or had noise added: nothing certified."""
+    """What can be read from a gradient that was rounded or had noise added: nothing certified."""
     problem = open_problem(model, as_gradient(update), batch_size=batch_size, device=device)
     noisy = denoising.open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None)
     return _approximate(noisy, budget, seed)
 
 
-def _behind_noise(exact: Reconstruction, problem: Problem, budget: Budget, seed: int) -> Reconstruction:
-    """What comes out of noise that the client did not disclose; where nothing does, or no noise shows, `exact`."""
+def _every_layer(
+    problem: Problem,
+    update: SharedUpdate,
+    budget: Budget,
+    seed: int,
+    progress: Callable[[Progress], None] | None,
+) -> Reconstruction:
+    """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
+    exact = _network(problem, budget, seed, progress)
     if len(exact.inputs):
         return exact
-    noisy = denoising.open_noisy(problem, sigma=None, weighted=False)
+    noisy = denoising.open_noisy(problem, sigma=None, weighted=update.clip is not None)
     seen = problem.precision > COARSE or denoising.is_visible(noisy)
     found = _approximate(noisy, budget, seed) if seen else exact
     return found if len(found.inputs) else exact
@@ -297,7 +304,8 @@ def _entries(found: network.Recovery, problem: Problem) -> Reconstruction:
     inputs = found.inputs[sample].unflatten(1, problem.input_shape).contiguous()
     stats = Stats(found.stats.seconds, found.stats.starts, found.stats.rounds)
     evidence = (found.residuals[sample], found.certified[sample], found.complete, found.reason, stats)
-    return Reconstruction(inputs, label, found.stats.rank, *evidence)
+    weights = None if found.weights is None else found.weights[sample]
+    return Reconstruction(inputs, label, found.stats.rank, *evidence, weights=weights)
 
 
 def _obstacle(target: Target, method: str, budget: Budget) -> str:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spear.chain import Problem, Targets, passes
+from spear.weighting import decode_weighted
 
 PositiveRule = Callable[[Tensor], Tensor]
 
@@ -17,7 +18,8 @@ def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Floa
 
     Here a is `problem.activate` of the logits. One image may be in the batch several times, with different labels. The
     batch size is the given one; or the smallest that makes all counts integers which add up to it, or else to less:
-    samples are missing where their gradients are below rounding.
+    samples are missing where their gradients are below rounding. Where no whole numbers fit, labels may be smoothed, or
+    each sample has a weight of its own.
     """
     rank, known = len(errors), problem.batch_size
     sizes = [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2)
@@ -33,10 +35,12 @@ def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Floa
         best = targets if best is None or targets.error < best.error else best
     if partial is not None:
         return partial
-    options = [best]
+    unit = problem.unit(known or rank)
     if problem.loss == "cross_entropy":
-        options.append(_smoothed(errors, activated, problem.unit(known or rank)))
-    return min(options, key=lambda t: t.error)
+        best = min(best, _smoothed(errors, activated, unit), key=lambda t: t.error)
+    if best.error < 1e-4:
+        return best
+    return min(best, decode_weighted(problem, errors, activated, unit), key=lambda t: t.error)
 
 
 def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "s classes"], unit: float) -> Targets:
@@ -203,5 +207,7 @@ def check(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets) -> t
     noise = inverse.norm(dim=1) * first.norm() / len(first) ** 0.5
     error = (step.norm(dim=1) + noise) / problem.extend(0, inputs).norm(dim=1)
     logits = problem.apply(problem.last + 1, run.inputs[-1])
+    if not targets.whole:  # an input's scale is its weight's: only the bias column tells, by how far its 1 is off
+        error = error + step[:, -1].abs() + noise
     error = torch.where(targets.agree(problem.activate(logits)), error, float("inf"))
     return Check(tuple(layers), error), inputs + step[:, : inputs.shape[1]]

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-TINY = 1e-30
+from spear.spans import TINY, Evened, misfit, normalise, project, quick
+
 EVERY = 5  # steps after which starts are looked at
 
 
@@ -108,17 +109,12 @@ class Iterate:
     def __getitem__(self, index: Tensor) -> "Iterate":
         return Iterate(self.u[index], self.h[index], self.v[index], self.target[index])
 
+    def to(self, dtype: torch.dtype) -> "Iterate":
+        return Iterate(*(x.to(dtype) for x in (self.u, self.h, self.v, self.target)))
+
     @classmethod
     def joined(cls, parts: Sequence["Iterate"]) -> "Iterate":
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("u", "h", "v", "target")))
-
-
-def normalise(x: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-    return x / x.norm(dim=1, keepdim=True).clamp_min(TINY)
-
-
-def project(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k m"]:
-    return (x @ basis) @ basis.T
 
 
 def search(
@@ -131,30 +127,34 @@ def search(
     head: Float[Tensor, "m free"] | None = None,
     relaxation: float = 0.5,
     near: float = 0.0,
+    evened: Evened | None = None,
     until: float = math.inf,
 ) -> Iterate:
     """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
 
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
     that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Norms of h and
-    v are kept at 1. The returned `target` is u's last value among {0, h_j}.
+    v are kept at 1. With `evened`, made for these starts, span(U) is projected on with weights on the units. The
+    returned `target` is u's last value among {0, h_j}.
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
-    halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. All end
-    when the clock (`time.perf_counter`) shows `until`.
+    halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
+    target vanished ends too, and all when the clock (`time.perf_counter`) shows `until`.
     """
+    basis, partner = quick(basis), None if partner is None else quick(partner)
     number = torch.arange(len(iterate.u), device=basis.device)
     before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
     for done in range(0, steps, EVERY):
         if not len(number) or time.perf_counter() > until:
             break
-        iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation)
+        iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation, evened)
         if near:
             fit = misfit(iterate.target, basis)
-            over = (fit < near) & (fit > before / 2)
+            over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
             ends.append(iterate[over])
             order.append(number[over])
             iterate, number, before = iterate[~over], number[~over], fit[~over]
+            evened = evened[~over] if evened else None
     return Iterate.joined([*ends, iterate])[torch.cat([*order, number]).argsort()]
 
 
@@ -166,11 +166,12 @@ def relax(
     weight: float,
     head: Float[Tensor, "m free"] | None,
     relaxation: float,
+    evened: Evened | None,
 ) -> Iterate:
     """The steps of `search`. Choices between two values are made by a sign: comparisons are slow at this size."""
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
     for _ in range(steps):
-        pu = project(u, basis)
+        pu = evened.project(u, basis) if evened else project(u, basis)
         ru = torch.lerp(u, pu, 2.0)
         if head is None:
             x, evidence = h, ru.mul(2).sub_(h).mul_(h)
@@ -197,37 +198,12 @@ def relax(
 
 
 def search_evened(
-    iterate: Iterate,
-    labels: Int[Tensor, " k"],
-    basis: Float[Tensor, "m b"],
-    *,
-    steps: int,
-    power: float = 0.35,
-    near: float = 0.0,
-    until: float = math.inf,
+    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], *, steps: int, **options: float
 ) -> Iterate:
-    """`search` with row j weighted by |h_j|^-power, class by class: in a crowded span, small h_j weigh too little.
-
-    Without it, starts end at vectors that fit the large entries alone.
-    """
-    ends, order = [], []
-    for label in labels.unique():
-        index = (labels == label).nonzero()[:, 0]
-        part = iterate[index]
-        size = part.h[0].abs()
-        weight = size.clamp_min(0.1 * size.median()) ** -power
-        weight = weight / ((weight * part.h[0]).norm() / part.h[0].norm())
-        scaled = Iterate(part.u * weight, part.h * weight, part.v, part.target * weight)
-        end = search(scaled, torch.linalg.qr(weight[:, None] * basis)[0], steps=steps, near=near, until=until)
-        ends.append(Iterate(end.u / weight, part.h, part.v, end.target / weight))
-        order.append(index)
-    return Iterate.joined(ends)[torch.cat(order).argsort()]
-
-
-def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[Tensor, " k"]:
-    """Squared sine between each target and span(U); 1 for a target that vanished."""
-    energy = target.pow(2).sum(1)
-    return torch.where(energy > 1e-3, 1 - (target @ basis).pow(2).sum(1) / energy.clamp_min(TINY), 1.0)
+    """`search` with rows evened out: each start's h is that of its label; options as there."""
+    order = labels.argsort()
+    evened = Evened.of(labels[order], iterate.h[order], basis)
+    return search(iterate[order], basis, steps=steps, evened=evened, **options)[order.argsort()]
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def masks_below(
     guess = phase.normalise(h)[sample]
     v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
     low = basis.float()
-    start = Iterate(*(x.float() for x in (guess * (v > 0), guess, v, guess)))
-    end = phase.search(start, low, steps=steps, near=tolerances.near)
+    start = Iterate(guess * (v > 0), guess, v, guess).to(torch.float32)
+    end = phase.search(start, low, steps=steps)
     close = phase.misfit(end.target, low) < tolerances.near
     sample, guess, mask = sample[close], guess[close], end.target[close] != 0
     for _ in range(4):
