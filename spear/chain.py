@@ -3,7 +3,7 @@
 Samples are rows: activations (s, n), back-propagated vectors (s, m).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
 from spear.lowrank import LowRank, decompose
-from spear.target import check_gradients, compute_device, input_shape
+from spear.target import check_gradients, compute_device, input_shape, rounding_unit
 from spear.tracing import chain
 
 
@@ -23,7 +23,7 @@ class Problem:
 
     `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
     `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
-    `precision` is the unit roundoff of the gradients as they were sent (they are held in float64),
+    `precision` is the unit roundoff of the gradients as they were sent, relative to them (they are held in float64),
     `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`.
     """
 
@@ -134,13 +134,15 @@ class Targets:
 
     `unit` is one copy's weight in the loss (`Problem.unit`), `error` how far the counts were from integers before they
     were rounded. `measured`, where it is given, is dLoss/dlogits as the gradient shows it: it stands in for that of a
-    weak sample whose input is not known well enough to compute it.
+    weak sample whose input is not known well enough to compute it. `whole` says that counts are whole numbers of
+    copies; else every sample has one label, its count the sample's weight in units of `unit`.
     """
 
     counts: Float[Tensor, "s classes"]
     unit: float
     error: float
     measured: Float[Tensor, "s outputs"] | None = None
+    whole: bool = True
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
@@ -162,7 +164,7 @@ class Targets:
 
     def __getitem__(self, index: Tensor) -> "Targets":
         measured = None if self.measured is None else self.measured[index]
-        return Targets(self.counts[index], self.unit, self.error, measured)
+        return replace(self, counts=self.counts[index], measured=measured)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -196,7 +198,7 @@ def open_problem(
         return gradients[name].to(device, torch.float64)
 
     biased = [layer.linear.bias is not None for layer in layers]
-    precision = max(torch.finfo(g.dtype).eps for g in gradients.values()) / 2
+    precision = rounding_unit(model, update) / 2
     return Problem(
         tuple(layer.linear.weight.detach().to(device, torch.float64) for layer in layers),
         tuple(

@@ -82,9 +82,9 @@ def noisy(
 
 
 def is_perturbed(update: SharedUpdate) -> bool:
-    """Whether what the client disclosed leaves no exact gradient: noise, clipping, rounding or half precision."""
+    """Whether what the client disclosed leaves no exact gradient: noise, rounding or half precision."""
     halves = any(g.dtype in HALVES for g in update.gradients.values())
-    return halves or bool(update.noise) or update.clip is not None or update.bits is not None
+    return halves or bool(update.noise) or update.bits is not None
 
 
 def as_gradient(update: SharedUpdate) -> SharedUpdate:

@@ -17,6 +17,7 @@ from spear.chain import Problem, open_problem
 from spear.defences import as_gradient, is_perturbed
 from spear.federated import SharedUpdate
 from spear.likelihood import Noisy
+from spear.local_steps import Training
 from spear.lowrank import MIN_GAP
 from spear.reconstruction import Reconstruction, Stats, nothing, reconstruct
 from spear.search import Budget, Found, Progress, search
@@ -27,6 +28,7 @@ DESCENTS = ("dictionary", "layer")
 EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 Search = Callable[..., Found]
+COARSE = 1e-6  # rounding of a gradient, relative to it, that is noise: of weights in single precision a step apart
 SAME_INPUT = 1e-4  # relative distance under which two methods returned the same input
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
@@ -53,15 +55,15 @@ def attack(
     `method` says how much is used. Of one linear layer that a ReLU follows: `"sampling"`, SPEAR as published;
     `"guided"`, sampling where guesses of the batch point, `approximate` images or none (`spear.seeding`);
     `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
-    of up to a fifth of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
+    of up to a quarter of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
     `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
     layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on
     with weights that are not the client's), inputs come without labels, certified by that layer (`LayerCertificate`).
     `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
     sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
-    so. Without either, sampling declines a batch too large for any budget at once. From rounded, clipped or noisy
-    gradients of a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`,
+    so. Without either, sampling declines a batch too large for any budget at once. From rounded or noisy gradients of
+    a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`,
     `"dictionary"` and `"layer"` without one; neither are certified. From several local steps (FedAvg) the former
     retrace the training. `false_rejection` is the chance at which sampling's sparsity filter may reject a true
     direction. The result depends on `seed`, not on the device. `progress` is called after each round.
@@ -89,12 +91,13 @@ def attack(
         result = _denoise(model, update, batch_size, budget, seed, device)
     elif method == "network":
         problem = open_problem(model, update, batch_size=batch_size, device=device)
-        result = _behind_noise(_network(problem, budget, seed, progress), problem, budget, seed)
+        result = _every_layer(problem, update, budget, seed, progress)
     else:
         target = prepare(model, update, layer=layer, batch_size=batch_size, device=device)
         if method == "auto":
             problem = _chain(model, update, batch_size, device) if layer is None else None
-            result = _strongest(target, problem, searches, budget, seed, progress)
+            result = None if problem is None else _every_layer(problem, update, budget, seed, progress)
+            result = _strongest(target, result, searches, budget, seed, progress)
         else:
             result = _one_layer(target, searches[method], method, budget, seed, progress)
     return replace(result, stats=replace(result.stats, seconds=time.monotonic() - budget.started))
@@ -102,16 +105,13 @@ def attack(
 
 def _strongest(
     target: Target,
-    problem: Problem | None,
+    result: Reconstruction | None,
     searches: dict[str, Search],
     budget: Budget,
     seed: int,
     progress: Callable[[Progress], None] | None,
 ) -> Reconstruction:
-    """Method after method until one recovers the whole batch: every layer, one layer coupled, sampling."""
-    result = None
-    if problem is not None:
-        result = _behind_noise(_network(problem, budget, seed, progress), problem, budget, seed)
+    """Method after method until one recovers the whole batch: every layer's `result`, one layer coupled, sampling."""
     for method in ("layer", "sampling"):
         if result is not None and (result.complete or result.expected_error is not None):
             break
@@ -126,11 +126,12 @@ def _retrace(
     model: nn.Module, update: SharedUpdate, budget: Budget, seed: int, device: str | torch.device | None
 ) -> Reconstruction:
     """A client's samples from several local steps."""
-    training = sequential.Training.of(update)
-    problem = open_problem(model, replace(as_gradient(update), local_steps=1, learning_rate=None), device=device)
+    training = Training.of(update)
+    problem = open_problem(model, replace(update, local_steps=1, learning_rate=None), device=device)
     seconds = math.inf if budget.seconds is None else budget.seconds
     found = sequential.recover(problem, training, seconds=seconds, generator=torch.Generator().manual_seed(seed))
-    return _entries(found, problem)
+    known = len(found.inputs) > 0 and bool(found.residuals.isfinite().all()) and not found.complete
+    return replace(_entries(found, problem), expected_error=found.residuals if known else None)
 
 
 def _denoise(
@@ -141,18 +142,26 @@ def _denoise(
     seed: int,
     device: str | torch.device | None,
 ) -> Reconstruction:
-    """What can be read from a gradient that was rounded, clipped or had noise added: nothing certified."""
+    """What can be read from a gradient that was rounded or had noise added: nothing certified."""
     problem = open_problem(model, as_gradient(update), batch_size=batch_size, device=device)
     noisy = denoising.open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None)
     return _approximate(noisy, budget, seed)
 
 
-def _behind_noise(exact: Reconstruction, problem: Problem, budget: Budget, seed: int) -> Reconstruction:
-    """What comes out of noise that the client did not disclose; where nothing does, or no noise shows, `exact`."""
+def _every_layer(
+    problem: Problem,
+    update: SharedUpdate,
+    budget: Budget,
+    seed: int,
+    progress: Callable[[Progress], None] | None,
+) -> Reconstruction:
+    """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
+    exact = _network(problem, budget, seed, progress)
     if len(exact.inputs):
         return exact
-    noisy = denoising.open_noisy(problem, sigma=None, weighted=False)
-    found = _approximate(noisy, budget, seed) if denoising.is_visible(noisy) else exact
+    noisy = denoising.open_noisy(problem, sigma=None, weighted=update.clip is not None)
+    seen = problem.precision > COARSE or denoising.is_visible(noisy)
+    found = _approximate(noisy, budget, seed) if seen else exact
     return found if len(found.inputs) else exact
 
 
@@ -262,7 +271,8 @@ def _entries(found: network.Recovery, problem: Problem) -> Reconstruction:
     inputs = found.inputs[sample].unflatten(1, problem.input_shape).contiguous()
     stats = Stats(found.stats.seconds, found.stats.starts, found.stats.rounds)
     evidence = (found.residuals[sample], found.certified[sample], found.complete, found.reason, stats)
-    return Reconstruction(inputs, label, found.stats.rank, *evidence)
+    weights = None if found.weights is None else found.weights[sample]
+    return Reconstruction(inputs, label, found.stats.rank, *evidence, weights=weights)
 
 
 def _obstacle(target: Target, method: str, budget: Budget) -> str:

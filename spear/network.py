@@ -16,6 +16,7 @@ from spear.peeling import Check, PositiveRule, above_gap, above_noise, activatio
 from spear.phase import Solved, Spaces
 from spear.projection import Peeled, peel
 from spear.rounds import Run
+from spear.weighting import reweighed
 
 MARGIN = 8
 MIN_GAP = 1e3
@@ -50,7 +51,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Recovered samples (k, n), their label counts (k, classes), residuals and certificates, and why it stopped."""
+    """Recovered samples (k, n), their label counts (k, classes), residuals and certificates, and why it stopped.
+
+    `weights` (k,) in the loss are given where they are not all alike; each sample then has one label, counted once.
+    """
 
     inputs: Float[Tensor, "k n"]
     counts: Float[Tensor, "k classes"]
@@ -59,6 +63,7 @@ class Recovery:
     complete: bool
     reason: str
     stats: Stats
+    weights: Float[Tensor, " k"] | None = None
 
     @property
     def entries(self) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
@@ -243,9 +248,9 @@ def conclude(problem: Problem, spaces: Spaces, solved: Solved, stats: Stats) -> 
 
 def masks_by(problem: Problem) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:
     """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients."""
-    yield above_noise, None
+    yield above_gap, None
     if problem.last:
-        yield above_gap, None
+        yield above_noise, None
         yield above_gap, [problem.factors(k).L for k in range(problem.last)]
 
 
@@ -268,15 +273,19 @@ def consistent(
 
 def judge(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets, stats: Stats) -> Recovery:
     """The whole batch held against the update, after corrections that rounding allows."""
+    if not targets.whole:
+        targets = reweighed(problem, inputs, targets)
     final, inputs = best_check(problem, inputs, targets)
     certified = certify(problem, final, targets)
     sure = certified.nonzero()[:, 0]  # an image that the evidence does not support is never returned
-    copies = int(targets.counts[sure].sum().round())
+    weights = None if targets.whole else targets.copies[sure] * targets.unit / problem.unit(1)
+    counts = (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sure]
+    copies = int(counts.sum().round())
     size = problem.batch_size or (round(problem.unit(1) / targets.unit) if problem.reduction == "mean" else copies)
     good = len(sure) == stats.rank and copies == size
     reason = WHOLE if good else _why(final, targets, len(sure)) or weak(stats, len(sure), copies, size)
     stats = replace(stats, layers=final.layers)
-    return Recovery(inputs[sure], targets.counts[sure], final.inputs[sure], certified[sure], good, reason, stats)
+    return Recovery(inputs[sure], counts, final.inputs[sure], certified[sure], good, reason, stats, weights)
 
 
 def certify(problem: Problem, final: Check, targets: Targets) -> Bool[Tensor, " s"]:
@@ -286,7 +295,7 @@ def certify(problem: Problem, final: Check, targets: Targets) -> Bool[Tensor, " 
     to that. Where the batch size is not known, pairs of such images look like one of each: then every layer is.
     """
     limit = 1e-6 if problem.precision < 1e-12 else 1e-3
-    copied = targets.copies > 1.5
+    copied = targets.copies > 1.5 if targets.whole else torch.zeros_like(final.inputs, dtype=torch.bool)
     unsure = bool(copied.any()) or (problem.batch_size is None and problem.reduction == "mean")
     layer = limit**2 / 10 if unsure else max(1e-9, 100 * problem.precision)
     allowed = torch.where(copied, limit**2 / 10, limit / 2)
@@ -316,7 +325,7 @@ def _why(final: Check, targets: Targets, certain: int) -> str:
     """Why no sample is certain: labels that are none, or an unexplained rest; empty where some are."""
     if targets.error >= 1e-4:
         off = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
-        return f"{off}: neither hard nor evenly smoothed labels"
+        return f"{off}: neither hard nor evenly smoothed labels of equal weight"
     layer, sample = max(final.layers), float(final.inputs.max())
     rest = f"the samples' gradients leave {layer:.1e} of a layer's gradient, {sample:.1e} of an input, unexplained"
     return "" if certain else rest

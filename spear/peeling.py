@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spear.chain import Problem, Targets, passes
+from spear.weighting import decode_weighted
 
 PositiveRule = Callable[[Tensor], Tensor]
 
@@ -17,7 +18,8 @@ def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Floa
 
     Here a is `problem.activate` of the logits. One image may be in the batch several times, with different labels. The
     batch size is the given one; or the smallest that makes all counts integers which add up to it, or else to less:
-    samples are missing where their gradients are below rounding.
+    samples are missing where their gradients are below rounding. Where no whole numbers fit, labels may be smoothed, or
+    each sample has a weight of its own.
     """
     rank, known = len(errors), problem.batch_size
     sizes = [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2)
@@ -33,10 +35,12 @@ def decode(problem: Problem, errors: Float[Tensor, "s outputs"], activated: Floa
         best = targets if best is None or targets.error < best.error else best
     if partial is not None:
         return partial
-    options = [best]
+    unit = problem.unit(known or rank)
     if problem.loss == "cross_entropy":
-        options.append(_smoothed(errors, activated, problem.unit(known or rank)))
-    return min(options, key=lambda t: t.error)
+        best = min(best, _smoothed(errors, activated, unit), key=lambda t: t.error)
+    if best.error < 1e-4:
+        return best
+    return min(best, decode_weighted(problem, errors, activated, unit), key=lambda t: t.error)
 
 
 def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "s classes"], unit: float) -> Targets:
@@ -191,13 +195,19 @@ def check(problem: Problem, inputs: Float[Tensor, "s n"], targets: Targets) -> t
     not the measured one.
     """
     run = passes(problem, inputs, targets)
-    totals = [problem.augmented(k) for k in range(len(run.inputs))]
-    rests = [j - run.deltas[k].T @ problem.extend(k, run.inputs[k]) for k, j in enumerate(totals)]
-    layers = tuple(float(rest.norm() / total.norm()) for rest, total in zip(rests, totals, strict=True))
-    inverse = solve(run.deltas[0], torch.eye(len(rests[0]), dtype=inputs.dtype, device=inputs.device))
-    step = inverse @ rests[0]
-    noise = inverse.norm(dim=1) * rests[0].norm() / len(rests[0]) ** 0.5
+    first, layers = inputs, []
+    for k in range(len(run.inputs) - 1, -1, -1):
+        total = problem.augmented(k)
+        first = torch.addmm(total, run.deltas[k].T, problem.extend(k, run.inputs[k]), alpha=-1)
+        layers.insert(0, float(first.norm() / total.norm()))
+    basis, triangle = torch.linalg.qr(run.deltas[0].T)
+    step = torch.linalg.solve_triangular(triangle, basis.T @ first, upper=True)
+    eye = torch.eye(len(triangle), dtype=inputs.dtype, device=inputs.device)
+    inverse = torch.linalg.solve_triangular(triangle, eye, upper=True)  # its rows are as long as the pseudo-inverse's
+    noise = inverse.norm(dim=1) * first.norm() / len(first) ** 0.5
     error = (step.norm(dim=1) + noise) / problem.extend(0, inputs).norm(dim=1)
     logits = problem.apply(problem.last + 1, run.inputs[-1])
+    if not targets.whole:  # an input's scale is its weight's: only the bias column tells, by how far its 1 is off
+        error = error + step[:, -1].abs() + noise
     error = torch.where(targets.agree(problem.activate(logits)), error, float("inf"))
-    return Check(layers, error), inputs + step[:, : inputs.shape[1]]
+    return Check(tuple(layers), error), inputs + step[:, : inputs.shape[1]]

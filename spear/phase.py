@@ -9,15 +9,16 @@ is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (sample
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linprog
 from torch import Generator, Tensor
 
-TINY = 1e-30
+from spear.spans import TINY, Evened, misfit, normalise, project, quick
+
+EVERY = 5  # steps after which starts are looked at
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Spaces:
     @property
     def rank(self) -> int:
         return len(self.singular)
+
+    def to(self, dtype: torch.dtype) -> "Spaces":
+        return Spaces(*(getattr(self, f.name).to(dtype) for f in fields(self)))
 
     @property
     def head_space(self) -> Float[Tensor, "m free"]:
@@ -105,13 +109,12 @@ class Iterate:
     def __getitem__(self, index: Tensor) -> "Iterate":
         return Iterate(self.u[index], self.h[index], self.v[index], self.target[index])
 
+    def to(self, dtype: torch.dtype) -> "Iterate":
+        return Iterate(*(x.to(dtype) for x in (self.u, self.h, self.v, self.target)))
 
-def normalise(x: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-    return x / x.norm(dim=1, keepdim=True).clamp_min(TINY)
-
-
-def project(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k m"]:
-    return (x @ basis) @ basis.T
+    @classmethod
+    def joined(cls, parts: Sequence["Iterate"]) -> "Iterate":
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("u", "h", "v", "target")))
 
 
 def search(
@@ -123,20 +126,52 @@ def search(
     weight: float = 1.0,
     head: Float[Tensor, "m free"] | None = None,
     relaxation: float = 0.5,
+    near: float = 0.0,
+    evened: Evened | None = None,
     until: float = math.inf,
 ) -> Iterate:
     """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
 
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
     that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Norms of h and
-    v are kept at 1. The returned `target` is u's last value among {0, h_j}. Steps end early when the clock
-    (`time.perf_counter`) shows `until`.
+    v are kept at 1. With `evened`, made for these starts, span(U) is projected on with weights on the units. The
+    returned `target` is u's last value among {0, h_j}.
+
+    A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
+    halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
+    target vanished ends too, and all when the clock (`time.perf_counter`) shows `until`.
     """
+    basis, partner = quick(basis), None if partner is None else quick(partner)
+    number = torch.arange(len(iterate.u), device=basis.device)
+    before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
+    for done in range(0, steps, EVERY):
+        if not len(number) or time.perf_counter() > until:
+            break
+        iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation, evened)
+        if near:
+            fit = misfit(iterate.target, basis)
+            over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
+            ends.append(iterate[over])
+            order.append(number[over])
+            iterate, number, before = iterate[~over], number[~over], fit[~over]
+            evened = evened[~over] if evened else None
+    return Iterate.joined([*ends, iterate])[torch.cat([*order, number]).argsort()]
+
+
+def relax(
+    iterate: Iterate,
+    basis: Float[Tensor, "m b"],
+    steps: int,
+    partner: Float[Tensor, "m r"] | None,
+    weight: float,
+    head: Float[Tensor, "m free"] | None,
+    relaxation: float,
+    evened: Evened | None,
+) -> Iterate:
+    """The steps of `search`. Choices between two values are made by a sign: comparisons are slow at this size."""
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
     for _ in range(steps):
-        if time.perf_counter() > until:
-            break
-        pu = project(u, basis)
+        pu = evened.project(u, basis) if evened else project(u, basis)
         ru = torch.lerp(u, pu, 2.0)
         if head is None:
             x, evidence = h, ru.mul(2).sub_(h).mul_(h)
@@ -147,52 +182,28 @@ def search(
         if partner is not None:
             pv = project(v, partner)
             rv = torch.lerp(v, pv, 2.0)
-            evidence.addcmul_(rv, rv.abs(), value=weight)
-        active = evidence > 0
-        target = x * active
+            size = rv.abs()
+            evidence.addcmul_(rv, size, value=weight)
+        sign = evidence.sign_()  # 1 where active, -1 where not
+        target = torch.addcmul(x, x, sign).mul_(0.5)
         u.add_(target, alpha=relaxation).sub_(pu, alpha=relaxation)
         if partner is not None:
-            v.add_(rv * (active == (rv > 0)), alpha=relaxation).sub_(pv, alpha=relaxation)
+            v.add_(size.mul_(sign).add_(rv), alpha=relaxation / 2).sub_(pv, alpha=relaxation)
             v.div_(v.norm(dim=1, keepdim=True).clamp_min_(TINY))
         if head is not None:
-            h = h + relaxation * (torch.where(active, x, rh) - ph)
+            h = h + relaxation * (target + (rh - rh * sign) / 2 - ph)
             scale = h.norm(dim=1, keepdim=True).clamp_min(TINY)
             u, h, target = u.div_(scale), h / scale, target / scale
     return Iterate(u, h, v, target)
 
 
 def search_evened(
-    iterate: Iterate,
-    labels: Int[Tensor, " k"],
-    basis: Float[Tensor, "m b"],
-    *,
-    steps: int,
-    power: float = 0.35,
-    until: float = math.inf,
+    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], *, steps: int, **options: float
 ) -> Iterate:
-    """`search` with row j weighted by |h_j|^-power, class by class: in a crowded span, small h_j weigh too little.
-
-    Without it, starts end at vectors that fit the large entries alone.
-    """
-    ends, order = [], []
-    for label in labels.unique():
-        index = (labels == label).nonzero()[:, 0]
-        part = iterate[index]
-        size = part.h[0].abs()
-        weight = size.clamp_min(0.1 * size.median()) ** -power
-        weight = weight / ((weight * part.h[0]).norm() / part.h[0].norm())
-        scaled = Iterate(part.u * weight, part.h * weight, part.v, part.target * weight)
-        end = search(scaled, torch.linalg.qr(weight[:, None] * basis)[0], steps=steps, until=until)
-        ends.append(Iterate(end.u / weight, part.h, part.v, end.target / weight))
-        order.append(index)
-    back = torch.cat(order).argsort()
-    return Iterate(*(torch.cat([getattr(e, f) for e in ends])[back] for f in ("u", "h", "v", "target")))
-
-
-def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[Tensor, " k"]:
-    """Squared sine between each target and span(U); 1 for a target that vanished."""
-    energy = target.pow(2).sum(1)
-    return torch.where(energy > 1e-3, 1 - (target @ basis).pow(2).sum(1) / energy.clamp_min(TINY), 1.0)
+    """`search` with rows evened out: each start's h is that of its label; options as there."""
+    order = labels.argsort()
+    evened = Evened.of(labels[order], iterate.h[order], basis)
+    return search(iterate[order], basis, steps=steps, evened=evened, **options)[order.argsort()]
 
 
 @dataclass(frozen=True)
@@ -214,30 +225,43 @@ class Exact:
     def solved(self, index: Tensor) -> Solved:
         return Solved(self.t[index], self.d[index], self.mask[index])
 
+    def replaced(self, index: Int[Tensor, " j"], other: "Exact") -> "Exact":
+        """The same with the masks `index` as in `other`."""
+        return Exact(*(getattr(self, f.name).index_copy(0, index, getattr(other, f.name)) for f in fields(self)))
+
+    def __getitem__(self, index: Tensor) -> "Exact":
+        return Exact(*(getattr(self, f.name)[index] for f in fields(self)))
+
 
 def exact_step(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) -> Exact:
     """For a fixed mask the best (t, d) is a generalised eigenpair: the smallest of (EᵀE - (UᵀE)ᵀ(UᵀE), EᵀE).
 
-    Here E = D ∘ W_outᵀ Z, Z a basis of the possible d. The mask is renewed from the solution until it settles, at most
+    Here E = D ∘ W_outᵀ Z, Z a basis of the possible d. Masks are renewed from the solution until they settle, at most
     `rounds` times. The largest entry of d, the label's, is negative.
     """
-    heads = spaces.head_space
-    for _ in range(rounds):
-        gram, t_all = _normal_equations(spaces.basis, heads, mask)
-        values, d = _smallest(gram, t_all)
-        t = torch.einsum("kcb,kc->kb", t_all, d)
-        u, h = t @ spaces.basis.T, d @ heads.T
-        new = (2 * u - h) * h > 0
-        settled = (new == mask).all(1)
-        mask = new
-        if settled.all():
+    exact = _exact_once(spaces, mask)
+    for _ in range(rounds - 1):
+        left = (~exact.settled).nonzero()[:, 0]
+        if not len(left):
             break
+        exact = exact.replaced(left, _exact_once(spaces, exact.mask[left]))
+    return exact
+
+
+def _exact_once(spaces: Spaces, mask: Bool[Tensor, "k m"]) -> Exact:
+    heads = spaces.head_space
+    gram, t_all = _normal_equations(spaces.basis, heads, mask)
+    values, d = _smallest(gram, t_all)
+    t = torch.einsum("kcb,kc->kb", t_all, d)
+    u, h = t @ spaces.basis.T, d @ heads.T
+    new = (2 * u - h) * h > 0
+    masked = h * mask
+    sine = (masked - u).norm(dim=1) / masked.norm(dim=1).clamp_min(TINY)  # the eigenvalue is known to rounding only
     d = d @ spaces.contrasts.T
     norm = t.norm(dim=1, keepdim=True).clamp_min(TINY) * _sign(d)[:, None]
-    sines = values.clamp_min(0).sqrt()
-    second = sines[:, 1] if sines.shape[1] > 1 else torch.ones_like(sines[:, 0])
+    second = values[:, 1].clamp_min(0).sqrt() if values.shape[1] > 1 else torch.ones_like(sine)
     t, d = t / norm, d / norm
-    return Exact(t, d, sines[:, 0], second, mask, settled, (t / spaces.singular).norm(dim=1))
+    return Exact(t, d, sine, second, new, (new == mask).all(1), (t / spaces.singular).norm(dim=1))
 
 
 def _sign(d: Float[Tensor, "k outputs"]) -> Float[Tensor, " k"]:
@@ -266,7 +290,7 @@ def _smallest(
     """The two smallest eigenvalues of gram - t tᵀ against gram, and the first eigenvector."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     ridge = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    factor = torch.linalg.cholesky(gram + (1e-13 * ridge + TINY) * eye)
+    factor = torch.linalg.cholesky(gram + (500 * torch.finfo(gram.dtype).eps * ridge + TINY) * eye)
     half = torch.linalg.solve_triangular(factor, gram - t @ t.transpose(1, 2), upper=False)
     full = torch.linalg.solve_triangular(factor, half.transpose(1, 2), upper=False)
     values, vectors = torch.linalg.eigh((full + full.transpose(1, 2)) / 2)
@@ -289,10 +313,13 @@ def distinct(mask: Bool[Tensor, "k m"], order: Float[Tensor, " k"]) -> Int[Tenso
 class Tolerances:
     """Squared sine under which a target is refined, sine under which a solution is accepted, and its least gap.
 
+    `rough` is the sine under which a solution in single precision is solved again in full precision.
+
     `noise` is the size of the noise in the gradient, in its unit: the exact step accepts what that explains.
     """
 
     near: float = 0.03
+    rough: float = 1e-3
     accept: float = 1e-7
     gap: float = 1e3
     noise: float = 0.0
@@ -307,31 +334,34 @@ def refine(
     rounds: int = 10,
     steps: int = 50,
 ) -> Solved:
-    """Exact steps on every target near span(U); near misses go on from the h that the step found (second stage)."""
-    basis, found = spaces.basis.to(iterate.u.dtype), Solved.none(spaces)
+    """Exact steps on every target near span(U); near misses go on from the h that the step found (second stage).
+
+    The steps that settle the masks run in the precision of `iterate`; only what fits there is solved in full precision.
+    """
+    rough, found = spaces.to(iterate.u.dtype), Solved.none(spaces)
     for stage in range(rounds + 1):
-        distance = misfit(iterate.target, basis)
+        distance = misfit(iterate.target, rough.basis)
         iterate, distance = iterate[distance < tolerances.near], distance[distance < tolerances.near]
         if not len(distance):
             break
         iterate = iterate[distinct(iterate.target != 0, distance)]
-        exact = exact_step(spaces, iterate.target != 0)
-        good = accepted(exact, tolerances)
-        found = found.join(exact.solved(good), room=spaces.rank)
-        again = ~good & (exact.sine < 0.3)
+        exact = exact_step(rough, iterate.target != 0)
+        one = distinct(exact.mask, exact.sine)
+        iterate, exact = iterate[one], exact[one]
+        again = exact.sine < 0.3
+        close = (exact.settled & (exact.sine < tolerances.rough)).nonzero()[:, 0]
+        if len(close):
+            fine = exact_step(spaces, exact.mask[close])
+            good = accepted(fine, tolerances)
+            found = found.join(fine.solved(good), room=spaces.rank)
+            again[close[good]] = False
         if stage == rounds or not again.any():
             break
         iterate = iterate[again]
-        h = normalise(exact.d[again] @ spaces.head).to(basis.dtype)
+        h = normalise(exact.d[again] @ rough.head)
         h = h * torch.sign((h * iterate.h).sum(1, keepdim=True))
-        iterate = search(replace(iterate, h=h), basis, steps=steps, head=head)
+        iterate = search(replace(iterate, h=h), rough.basis, steps=steps, head=head)
     return found
-
-
-def settle(spaces: Spaces, mask: Bool[Tensor, "k m"], tolerances: Tolerances) -> Solved:
-    """The directions that the exact step finds from candidate masks and accepts."""
-    exact = exact_step(spaces, mask)
-    return Solved.none(spaces).join(exact.solved(accepted(exact, tolerances)), room=spaces.rank)
 
 
 def accepted(exact: Exact, tolerances: Tolerances) -> Bool[Tensor, " k"]:
@@ -339,45 +369,3 @@ def accepted(exact: Exact, tolerances: Tolerances) -> Bool[Tensor, " k"]:
     limit = (10 * tolerances.noise * exact.lever).clamp(1e-7, 1e-3)
     apart = exact.second > tolerances.gap * exact.sine.clamp_min(1e-8)
     return exact.settled & (exact.sine < limit) & apart
-
-
-def last_one(spaces: Spaces, free: Float[Tensor, "b r"], tolerances: Tolerances) -> Solved:
-    """With one sample left, s is known up to its sign and factor, hence its mask."""
-    z = spaces.lift @ free[:, 0]
-    return settle(spaces, torch.stack([z > 0, z < 0]), tolerances)
-
-
-def vertices(
-    spaces: Spaces,
-    activations: Float[Tensor, "b n"],
-    free: Float[Tensor, "b r"],
-    tolerances: Tolerances,
-    *,
-    tries: int,
-    generator: Generator,
-) -> Solved:
-    """The last samples by linear programming: their y are degenerate vertices of {a : y = Vᵀ N a >= 0, sum y = 1}.
-
-    `activations` is V without the bias column, `free` is N. A random objective picks a vertex; its zero entries are
-    solved again for full precision.
-    """
-    cone = (activations.T @ free).cpu().numpy()
-    masks = []
-    for _ in range(tries):
-        objective = torch.randn(free.shape[1], generator=generator, dtype=torch.float64).numpy()
-        equality = {"A_eq": cone.sum(0)[None], "b_eq": [1.0]}
-        answer = linprog(objective, A_ub=-cone, b_ub=np.zeros(len(cone)), **equality, bounds=(None, None))
-        if answer.status == 0:
-            masks.append(_vertex_mask(spaces, cone, free, answer.x))
-    return settle(spaces, torch.stack(masks), tolerances) if masks else Solved.none(spaces)
-
-
-def _vertex_mask(
-    spaces: Spaces, cone: np.ndarray, free: Float[Tensor, "b r"], corner: np.ndarray
-) -> Bool[Tensor, " m"]:
-    y = cone @ corner
-    zero = np.abs(y) < 1e-6 * np.abs(y).max()
-    if zero.sum() >= cone.shape[1]:
-        exact = np.linalg.svd(cone[zero], full_matrices=False)[2][-1]
-        corner = exact * np.sign(exact @ corner)
-    return spaces.lift @ (free @ torch.from_numpy(corner).to(free)) > 0

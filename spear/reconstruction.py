@@ -33,7 +33,8 @@ class Reconstruction:
     it is not. `rank` is the batch size that the gradient shows, `complete` whether the whole batch, as far as the
     client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in words. Under noise
     nothing is certified or complete; `expected_error` (k,) is then each input's expected relative error
-    |guess - truth| / |truth|, from what the server knows alone.
+    |guess - truth| / |truth|, from what the server knows alone. `weights` (k,) are the weights in the loss, where
+    clipping, or an average over unequal clients, made them differ from sample to sample.
     """
 
     inputs: Float[Tensor, "k *input_shape"]
@@ -45,6 +46,7 @@ class Reconstruction:
     reason: str
     stats: Stats
     expected_error: Float[Tensor, " k"] | None = None
+    weights: Float[Tensor, " k"] | None = None
 
 
 def reconstruct(target: Target, found: Found, stats: Stats) -> Reconstruction:

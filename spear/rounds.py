@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear import classes, phase, single
+from spear import classes, phase, single, tail
 from spear.chain import Problem
 from spear.lowrank import LowRank
 from spear.phase import Iterate, Solved, Spaces, Tolerances
@@ -129,12 +129,12 @@ class Run:
 
     def _tail(self, free: Float[Tensor, "b r"]) -> Solved:
         if self.left == 1:
-            return phase.last_one(self.spaces, free, self.tolerances)
+            return tail.last_one(self.spaces, free, self.tolerances)
         if self.problem.last == 0 or self.left > 0.01 * len(self.spaces.basis):
             return Solved.none(self.spaces)
         inputs = self.spaces.rows[:, : self.problem.weights[self.problem.last].shape[1]]
         tries = min(self.left + 2, 12)
-        return phase.vertices(self.spaces, inputs, free, self.tolerances, tries=tries, generator=self.generator)
+        return tail.vertices(self.spaces, inputs, free, self.tolerances, tries=tries, generator=self.generator)
 
     def plan(self) -> Plan:
         """How to search: cheap while many are left and starts succeed, then with the partner, longer when idle."""
@@ -156,12 +156,12 @@ class Run:
         plan = self.plan()
         start, labels, partner = self.begin(plan, free)
         head = self.heads if plan.free else None
+        options = {"steps": plan.steps, "near": self.tolerances.near, "until": self.until}
         if plan.evened:
-            end = phase.search_evened(start, labels, self.low, steps=plan.steps, until=self.until)
+            end = phase.search_evened(start, labels, self.low, **options)
         else:
             partner = partner if plan.weight else None
-            options = {"partner": partner, "weight": plan.weight, "head": head, "until": self.until}
-            end = phase.search(start, self.low, steps=plan.steps, **options)
+            end = phase.search(start, self.low, partner=partner, weight=plan.weight, head=head, **options)
         if self.restricted:
             found = classes.settle(self.spaces, end, labels, self.prior, self.problem)
         else:

@@ -40,9 +40,9 @@ def masks_below(
     sample = torch.arange(len(h), device=h.device).repeat(starts)
     guess = phase.normalise(h)[sample]
     v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
-    start = Iterate(guess * (v > 0), guess, v, guess)
     low = basis.float()
-    end = phase.search(Iterate(*(x.float() for x in (start.u, start.h, start.v, start.target))), low, steps=steps)
+    start = Iterate(guess * (v > 0), guess, v, guess).to(torch.float32)
+    end = phase.search(start, low, steps=steps)
     close = phase.misfit(end.target, low) < tolerances.near
     sample, guess, mask = sample[close], guess[close], end.target[close] != 0
     for _ in range(4):
@@ -82,7 +82,7 @@ def activation_coordinates(
         zeros = activations[:, ~active]
         s = particular
         if free.shape[1] and zeros.shape[1] >= free.shape[1] + SPARE_ROWS:
-            s = particular - free @ torch.linalg.lstsq(zeros.T @ free, zeros.T @ particular, driver="gelsd").solution
+            s = particular - free @ torch.linalg.lstsq(zeros.T @ free, zeros.T @ particular, driver="gels").solution
         y = s @ activations
         sure.append(bool((s @ zeros).norm() < tolerances.accept * y.norm() and y[active].min() > 0))
         answers.append(s)

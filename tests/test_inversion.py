@@ -347,16 +347,20 @@ def test_a_batch_of_16_real_images(real_data):
     assert evaluation.label_accuracy == 1
 
 
+@pytest.mark.parametrize("count", [8, None])
 @pytest.mark.parametrize("seed", range(3))
-def test_clipping_that_is_not_disclosed_leaves_the_unclipped_certain_and_returns_the_others_too(seed):
+def test_clipping_that_is_not_disclosed(seed, count):
+    """With the batch size, all are certain, and their weights; without it the unclipped are, the others returned."""
     problem = make(8, 150, 60, seed=seed)
     each = [
         gradient(problem.model, x[None], y[None]).gradients for x, y in zip(problem.inputs, problem.labels, strict=True)
     ]
     factors = torch.tensor([1.0] * 4 + [0.9, 0.7, 0.5, 0.3], dtype=torch.float64)
     clipped = {name: sum(f * one[name] for f, one in zip(factors, each, strict=True)) / 8 for name in each[0]}
-    result = spear.attack(problem.model, replace(problem.update, gradients=clipped))
+    result = spear.attack(problem.model, replace(problem.update, gradients=clipped, count=count))
     evaluation = evaluate(result, problem.inputs, problem.labels)
     assert evaluation.recall == 1, result.reason
-    assert not result.complete
-    assert result.certified[evaluation.match].tolist() == [True] * 4 + [False] * 4
+    assert result.complete == (count == 8)
+    assert result.certified[evaluation.match].tolist() == [True] * 4 + [count == 8] * 4
+    if count:
+        torch.testing.assert_close(result.weights[evaluation.match], factors / 8)

@@ -93,7 +93,7 @@ def test_checked_outputs_hold_no_times_or_long_numbers(path: Path) -> None:
 def test_it_reads_as_a_chapter(path: Path) -> None:
     text = "\n".join(cell.source for cell in _cells(path, "markdown"))
     first, last = (_cells(path, "markdown")[i].source for i in (0, -1))
-    assert re.match(r"# \S", first)
+    assert re.match(rf"# {path.stem[:2]} \w[\w ]*: \S", first), "the title is '# NN Topic: what it says'"
     for section in SECTIONS:
         assert re.search(rf"^##+ {section}", text, re.M | re.I), f"no section '{section}'"
     assert PAPER.search(text), "the section of the paper is not named"

@@ -4,11 +4,12 @@ import pytest
 import torch
 from network_problems import case
 
-from spear import phase
+from spear import phase, spans, tail
 from spear.chain import Targets, passes
 from spear.lowrank import decompose
 from spear.network import open_spaces
 from spear.phase import Iterate, Solved, Tolerances
+from spear.spans import Evened
 
 
 def opened(sizes=(60, 120, 120, 10), batch=20, seed=0):
@@ -91,6 +92,81 @@ def test_a_search_stops_when_its_time_is_up():
         assert torch.allclose(stopped.target, begin.target)
 
 
+@pytest.mark.parametrize("partnered", [False, True])
+def test_a_step_equals_the_textbook_choice_between_0_and_h(partnered):
+    spaces, deltas, errors, _ = opened()
+    partner = torch.linalg.qr(spaces.lift)[0] if partnered else None
+    begin = starts(spaces, deltas, errors).to(torch.float64)
+    after = phase.search(begin, spaces.basis, steps=1, partner=partner)
+    u, h, v = begin.u, begin.h, begin.v
+    inside = u @ spaces.basis @ spaces.basis.T
+    evidence = (2 * (2 * inside - u) - h) * h
+    if partnered:
+        turned = 2 * v @ partner @ partner.T - v
+        evidence += turned * turned.abs()
+        v = v + (torch.where((evidence > 0) == (turned > 0), turned, 0.0) - v @ partner @ partner.T) / 2
+    target = torch.where(evidence > 0, h, 0.0)
+    assert torch.equal(after.target, target)
+    assert torch.allclose(after.u, u + (target - inside) / 2, atol=1e-14)
+    assert torch.allclose(after.v, phase.normalise(v) if partnered else v, atol=1e-14)
+
+
+def test_starts_that_arrived_end_and_the_others_go_on():
+    spaces, deltas, errors, _ = opened(batch=40)
+    begin = starts(spaces, deltas, errors, count=40).to(torch.float64)
+    free = phase.search(begin, spaces.basis, steps=30)
+    ended = phase.search(begin, spaces.basis, steps=30, near=0.03)
+    fit = phase.misfit(ended.target, spaces.basis)
+    arrived, vanished = fit < 0.03, fit == 1
+    on = torch.isclose(ended.u, free.u, atol=1e-9).all(1)
+    assert 0 < arrived.sum() < 40
+    assert (arrived | vanished | on).all()
+    assert not on.all()
+    assert torch.equal(ended.h, begin.h)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_evened_projection_equals_the_textbook_one_class_by_class(seed):
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(50, 8, generator=generator, dtype=torch.float64))[0]
+    labels = torch.tensor([1, 1, 4, 4, 4, 7])
+    of_class = torch.randn(10, 50, generator=generator, dtype=torch.float64)
+    x = torch.randn(6, 50, generator=generator, dtype=torch.float64)
+    evened = Evened.of(labels, of_class[labels], basis, power=0.35)
+    kept = torch.tensor([True, False, False, True, True, True])
+    for part, rows in ((evened, torch.arange(6)), (evened[kept], kept.nonzero()[:, 0])):
+        for got, k in zip(part.project(x[rows], basis), rows, strict=True):
+            size = of_class[labels[k]].abs()
+            w = size.clamp_min(0.1 * size.median()) ** -0.35
+            scaled = torch.linalg.qr(w[:, None] * basis)[0]
+            assert torch.allclose(got, scaled @ scaled.T @ (w * x[k]) / w, atol=1e-10)
+
+
+def test_a_large_basis_in_bfloat16_projects_to_its_rounding():
+    basis = torch.linalg.qr(torch.randn(500, 250, generator=torch.Generator().manual_seed(0)))[0]
+    x = torch.randn(4, 500, generator=torch.Generator().manual_seed(1))
+    exact = x @ basis @ basis.T
+    assert spans.quick(basis.double()).dtype == torch.float64
+    assert spans.quick(basis[:100]).dtype == torch.float32
+    for form in (spans.quick(basis), basis.bfloat16()):
+        assert ((phase.project(x, form) - exact).norm(dim=1) < 0.01 * exact.norm(dim=1)).all()
+        off = phase.misfit(x / x.norm(dim=1, keepdim=True), form) - 1 + exact.pow(2).sum(1) / x.pow(2).sum(1)
+        assert off.abs().max() < 0.01
+
+
+def test_masks_that_settled_are_left_alone_while_others_are_renewed():
+    spaces, deltas, _, _ = opened()
+    mask = deltas != 0
+    mask[::2, :3] = ~mask[::2, :3]
+    together = phase.exact_step(spaces, mask)
+    for k in range(len(mask)):
+        alone = phase.exact_step(spaces, mask[k : k + 1])
+        for name in ("t", "d", "sine", "second", "lever"):
+            assert torch.allclose(getattr(together, name)[k], getattr(alone, name)[0], atol=1e-9)
+        assert torch.equal(together.mask[k], alone.mask[0])
+        assert together.settled[k] == alone.settled[0]
+
+
 @pytest.mark.parametrize("moving", [False, True])
 def test_truth_is_a_fixed_point(moving):
     spaces, deltas, errors, _ = opened()
@@ -118,7 +194,7 @@ def test_linear_programmes_find_the_last_few():
     true = solved(spaces, deltas, errors)
     free = phase.complement(spaces, true[torch.arange(17)])
     generator = torch.Generator().manual_seed(0)
-    found = phase.vertices(spaces, spaces.rows[:, :-1], free, Tolerances(), tries=20, generator=generator)
+    found = tail.vertices(spaces, spaces.rows[:, :-1], free, Tolerances(), tries=20, generator=generator)
     assert len(found) == 3
     assert ((found.t @ true.t[17:].T).abs().amax(1) > 1 - 1e-9).all()
 
@@ -126,7 +202,7 @@ def test_linear_programmes_find_the_last_few():
 def test_the_last_one_is_read_off():
     spaces, deltas, errors, _ = opened()
     true = solved(spaces, deltas, errors)
-    found = phase.last_one(spaces, phase.complement(spaces, true[torch.arange(19)]), Tolerances())
+    found = tail.last_one(spaces, phase.complement(spaces, true[torch.arange(19)]), Tolerances())
     assert torch.allclose(found.t, true.t[19:], atol=1e-9)
     assert torch.equal(found.labels, true.labels[19:])
 
