@@ -4,8 +4,8 @@
 
 Every case runs in a process of its own, with all of torch's threads, the SVD in the same one: compare ratios, not
 seconds, between machines. The first case is sampling at b = 20, which the others are compared with. Processor seconds
-stand beside the wall clock's, for machines that are shared. Data sets that are not there are skipped. `--csv` writes one
-row a case, over its seeds: benchmarks/layer.csv is that of one thread.
+stand beside the wall clock's, for machines that are shared. Data sets that are not there are skipped. `--csv` writes
+one row a case, over its seeds: benchmarks/layer.csv is that of one thread.
 """
 
 import argparse

@@ -86,7 +86,8 @@ def test_balanced_starts_give_every_sample_a_like_share(spread):
     G = (model.fc1(x).mT > 0) * normal(200, 8) * weight
     observed = prepare(model, SharedUpdate({"fc1.weight": G @ x, "fc1.bias": G.sum(1)}, count=8)).observed
     q, v = layer.balanced(observed, torch.eye(8, dtype=torch.float64), 4000, torch.Generator().manual_seed(0))
-    share = (v @ observed.R @ torch.linalg.pinv(x)).square().mean(0) * x.square().sum(1)
+    share = ((v @ observed.R @ torch.linalg.pinv(x)) * x.norm(dim=1)).square()
+    share = (share / share.sum(1, keepdim=True)).mean(0)
     assert float(share.max() / share.min()) < 3
     assert (v @ observed.d >= 0).all()
     torch.testing.assert_close(q.norm(dim=1), torch.ones(4000, dtype=torch.float64))
