@@ -19,6 +19,7 @@ from spear.defences import as_gradient, is_perturbed
 from spear.federated import SharedUpdate
 from spear.filtering import disaggregate
 from spear.likelihood import Noisy
+from spear.local_steps import Training
 from spear.lowrank import MIN_GAP
 from spear.search import Budget, Found, Progress, search
 from spear.target import Target, prepare, under_noise
@@ -28,6 +29,7 @@ DESCENTS = ("dictionary", "layer")
 EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 Search = Callable[..., Found]
+COARSE = 1e-6  # rounding of a gradient, relative to it, that is noise: of weights in single precision a step apart
 SAME_INPUT = 1e-4  # relative distance under which two methods returned the same input
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
@@ -157,11 +159,12 @@ def _retrace(
     model: nn.Module, update: SharedUpdate, budget: Budget, seed: int, device: str | torch.device | None
 ) -> Reconstruction:
     """A client's samples from several local steps."""
-    training = sequential.Training.of(update)
-    problem = open_problem(model, replace(as_gradient(update), local_steps=1, learning_rate=None), device=device)
+    training = Training.of(update)
+    problem = open_problem(model, replace(update, local_steps=1, learning_rate=None), device=device)
     seconds = math.inf if budget.seconds is None else budget.seconds
     found = sequential.recover(problem, training, seconds=seconds, generator=torch.Generator().manual_seed(seed))
-    return _entries(found, problem)
+    known = len(found.inputs) > 0 and bool(found.residuals.isfinite().all()) and not found.complete
+    return replace(_entries(found, problem), expected_error=found.residuals if known else None)
 
 
 def _denoise(
@@ -190,7 +193,8 @@ def _every_layer(
     if len(exact.inputs):
         return exact
     noisy = denoising.open_noisy(problem, sigma=None, weighted=update.clip is not None)
-    found = _approximate(noisy, budget, seed) if denoising.is_visible(noisy) else exact
+    seen = problem.precision > COARSE or denoising.is_visible(noisy)
+    found = _approximate(noisy, budget, seed) if seen else exact
     return found if len(found.inputs) else exact
 
 

@@ -15,6 +15,7 @@ from spear.tracing import Layer, find_layer
 
 MOST_UNDER_NOISE = 0.4  # of the smaller side: the share of a gradient's singular values that may rise above noise
 PRECISIONS = (torch.float32, torch.float64)
+COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
 CHUNK = 2**22  # entries of a gradient that are looked at in one piece
 
 
@@ -81,7 +82,7 @@ def prepare(
     for module in (found.linear, found.tail):
         if module is not None:
             module.to(device, torch.float64).eval().requires_grad_(True)
-    eps = max(torch.finfo(g.dtype).eps for g in gradients.values())
+    eps = rounding_unit(model, update)
     gradients = Widened(gradients, device)
     low, observed = observe(found, gradients, batch_size, eps)
     count = low.rank if disclosed is None else disclosed
@@ -162,6 +163,25 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     return {name: g if scale == 1 else g / scale for name, g in update.gradients.items()}
+
+
+def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
+    """The relative spacing of the gradients as they came; of a change of weights, a tenth of theirs against it.
+
+    The rounding of many weights is noise of a fifth of their spacing, and spreads over all singular values: far below
+    `lowrank.VISIBLE` times what is returned.
+    """
+    eps = max(torch.finfo(g.dtype).eps for g in update.gradients.values())
+    if update.learning_rate is None:
+        return eps
+    parameters = dict(model.named_parameters())
+    sizes = [(_size(parameters[name]), _size(g)) for name, g in update.gradients.items()]
+    return min(eps * max([1.0, *(0.1 * weights / change for weights, change in sizes if change)]), COARSEST)
+
+
+def _size(tensor: Tensor) -> float:
+    parts = [float(torch.linalg.vector_norm(part.detach().double())) for part in tensor.flatten().split(CHUNK)]
+    return math.hypot(*parts)
 
 
 def _required(gradients: Mapping[str, Tensor], name: str) -> Tensor:
