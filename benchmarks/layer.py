@@ -53,6 +53,7 @@ class Row:
     svd_seconds: float
     recovered: int
     certified: int
+    error: float
     starts: int
     memory_gib: float
     reason: str
@@ -97,8 +98,8 @@ def measure(case: Case, seed: int, limit: float) -> Row:
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     report = metrics.evaluate(found, x, y)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    counts = (int(report.recovered.sum()), int(found.certified.sum()), found.stats.proposals)
-    return Row(case.name, seed, seconds, cpu, svd, *counts, memory, found.reason)
+    right = (int(report.recovered.sum()), int(found.certified.sum()), float(report.relative_error.max()))
+    return Row(case.name, seed, seconds, cpu, svd, *right, found.stats.proposals, memory, found.reason)
 
 
 def show(row: Row, batch: int, sampling: float | None) -> None:
@@ -119,6 +120,7 @@ def summary(rows: list[Row]) -> pd.DataFrame:
         "seeds": grouped.size(),
         "whole and certified": grouped["whole"].sum(),
         "least recovered": grouped["recovered"].min(),
+        "largest relative error": grouped["error"].max(),
         "median processor seconds": grouped["cpu_seconds"].median(),
         "most processor seconds": grouped["cpu_seconds"].max(),
     }
