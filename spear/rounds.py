@@ -156,7 +156,8 @@ class Run:
         plan = self.plan()
         start, labels, partner = self.begin(plan, free)
         head = self.heads if plan.free else None
-        options = {"steps": plan.steps, "near": self.tolerances.near, "until": self.until}
+        near = 0.0 if plan.free else self.tolerances.near  # where h moves too, it goes on improving
+        options = {"steps": plan.steps, "near": near, "until": self.until}
         if plan.evened:
             end = phase.search_evened(start, labels, self.low, **options)
         else:
