@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from spear.federated import SharedUpdate
+from spear.federated import Lazy, SharedUpdate
 from spear.filtering import Observed
 from spear.lowrank import LowRank, decompose, rank_under_noise
 from spear.tracing import Layer, find_layer
@@ -142,7 +142,7 @@ def compute_device(device: str | torch.device | None) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]:
+def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tensor]:
     """The gradients of an update, each checked against the model's parameter of its name.
 
     Of the change of the weights by one step the gradient is what remains without the learning rate.
@@ -162,7 +162,8 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]
         if not all(part.isfinite().all() for part in g.flatten().split(CHUNK)):
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
-    return {name: g if scale == 1 else g / scale for name, g in update.gradients.items()}
+    received = update.gradients
+    return received if scale == 1 else Lazy(tuple(received), lambda name: received[name] / scale)
 
 
 def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
