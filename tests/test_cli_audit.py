@@ -63,7 +63,7 @@ def test_local_training_that_was_disclosed(folder: Path, capsys: pytest.CaptureF
     after = {name: (p - sent.gradients[name]).detach() for name, p in model.named_parameters()}
     save_file(after, folder / "after.safetensors")
     save_file(dict(sent.gradients), folder / "change.safetensors")
-    told = "--learning-rate 0.1 --local-steps 4 --mini-batch 2 --momentum 0.5 --samples 4".split()
+    told = ["--learning-rate", "0.1", "--local-steps", "4", "--mini-batch", "2", "--momentum", "0.5", "--samples", "4"]
     files = ["--before", "before.safetensors", "--after", "after.safetensors"]
     assert run("deep.pt2", *files, *told, *QUICK) == 1
     assert "4 samples were recovered from an update, the whole batch" in capsys.readouterr().out
