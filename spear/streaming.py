@@ -101,6 +101,13 @@ def streamed(tail: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     return copy.deepcopy(tail, linear).to(device, torch.float64).eval().requires_grad_(True)
 
 
+def weight_names(module: nn.Module) -> list[str]:
+    """The names of all weights and biases, those of `Streamed` layers included, which are no parameters."""
+    linear = [name for name, part in module.named_modules() if isinstance(part, Streamed)]
+    own = [f"{name}.{kind}" for name in linear for kind in ("weight", "bias")]
+    return [*own, *(name for name, _ in module.named_parameters())]
+
+
 @dataclass(frozen=True)
 class Outer:
     """A linear layer's gradient as a sum of outer products: deltas^T inputs."""

@@ -42,19 +42,24 @@ class Widened(Mapping[str, Tensor]):
 class Target:
     """One layer prepared for an attack: the server's copy of it and the gradients by name, in float64 on one device.
 
-    `count` is the number of samples in the loss (disclosed, or else the rank), `eps` the rounding unit of the update as
-    it came, `input_shape` the shape of one input of the layer.
+    `disclosed` is the number of samples in the loss, where it is known, `eps` the rounding unit of the update as it
+    came, `input_shape` the shape of one input of the layer.
     """
 
     layer: Layer
     gradients: Widened
     low: LowRank
     observed: Observed
-    count: int
+    disclosed: int | None
     eps: float
     scale: float
     input_shape: tuple[int, ...]
     loss: str = "cross_entropy"
+
+    @property
+    def count(self) -> int:
+        """The number of samples in the loss: the disclosed one, or else the rank."""
+        return self.low.rank if self.disclosed is None else self.disclosed
 
 
 def prepare(
@@ -84,7 +89,7 @@ def prepare(
     low, observed = observe(found, gradients, batch_size, eps)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
-    return Target(found, gradients, low, observed, count, eps, scale, _input_shape(found, update), update.loss)
+    return Target(found, gradients, low, observed, disclosed, eps, scale, _input_shape(found, update), update.loss)
 
 
 def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:

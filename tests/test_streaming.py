@@ -48,6 +48,7 @@ def test_a_streamed_tail_leaves_the_model_as_it_is() -> None:
     z = normal(2, 5)
     torch.testing.assert_close(tail(z), model[1:].double()(z), rtol=1e-12, atol=0)
     assert set(dict(tail.named_parameters())) == {"2.weight", "2.bias"}
+    assert set(streaming.weight_names(tail)) == set(dict(model.named_parameters())) - {"0.weight", "0.bias"}
 
 
 def test_outer_products() -> None:
