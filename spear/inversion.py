@@ -112,8 +112,10 @@ def _strongest(
 ) -> Reconstruction:
     """Method after method until one recovers the whole batch: every layer's `result`, one layer coupled, sampling."""
     for method in ("layer", "sampling"):
-        if result is not None and (result.complete or result.expected_error is not None or budget.spent(0)):
+        if result is not None and (result.complete or result.expected_error is not None):
             break
+        if result is not None and budget.spent(0):
+            return replace(result, reason=f"{result.reason}; {budget.spent(0)}")
         if method == "sampling" and result is not None and _hopeless(target, budget, AFFORDABLE):
             break
         following = _one_layer(target, searches[method], method, budget, seed, progress)
