@@ -1,10 +1,11 @@
 """One layer's batch by descent: seconds, ratio to one SVD of the gradient and to sampling at b = 20, recall and memory.
 
-    python benchmarks/layer.py [--cases NAME ...] [--seeds S ...] [--limit SECONDS] [--json]
+    python benchmarks/layer.py [--cases NAME ...] [--seeds S ...] [--limit SECONDS] [--json] [--csv FILE]
 
 Every case runs in a process of its own, with all of torch's threads, the SVD in the same one: compare ratios, not
 seconds, between machines. The first case is sampling at b = 20, which the others are compared with. Processor seconds
-stand beside the wall clock's, for machines that are shared. Data sets that are not there are skipped.
+stand beside the wall clock's, for machines that are shared. Data sets that are not there are skipped. `--csv` writes
+one row a case, over its seeds: benchmarks/layer.csv is that of one thread.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,6 +53,7 @@ class Row:
     svd_seconds: float
     recovered: int
     certified: int
+    error: float
     starts: int
     memory_gib: float
     reason: str
@@ -94,8 +98,8 @@ def measure(case: Case, seed: int, limit: float) -> Row:
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     report = metrics.evaluate(found, x, y)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    counts = (int(report.recovered.sum()), int(found.certified.sum()), found.stats.proposals)
-    return Row(case.name, seed, seconds, cpu, svd, *counts, memory, found.reason)
+    right = (int(report.recovered.sum()), int(found.certified.sum()), float(report.relative_error.max()))
+    return Row(case.name, seed, seconds, cpu, svd, *right, found.stats.proposals, memory, found.reason)
 
 
 def show(row: Row, batch: int, sampling: float | None) -> None:
@@ -106,6 +110,23 @@ def show(row: Row, batch: int, sampling: float | None) -> None:
     print(f"{row.case} seed {row.seed}: {found}, {cost}{beside}, {row.memory_gib:.1f} GiB | {row.reason}", flush=True)
 
 
+def summary(rows: list[Row]) -> pd.DataFrame:
+    """One line a case: how many of its seeds came back whole, the largest error, and the processor's seconds."""
+    batch = {case.name: case.batch for case in CASES}
+    frame = pd.DataFrame([asdict(row) for row in rows])
+    frame["whole"] = (frame["recovered"] == frame["case"].map(batch)) & (frame["certified"] == frame["recovered"])
+    grouped = frame.groupby("case", sort=False)
+    columns = {
+        "seeds": grouped.size(),
+        "whole and certified": grouped["whole"].sum(),
+        "least recovered": grouped["recovered"].min(),
+        "largest relative error": grouped["error"].max(),
+        "median processor seconds": grouped["cpu_seconds"].median(),
+        "most processor seconds": grouped["cpu_seconds"].max(),
+    }
+    return pd.DataFrame(columns).reset_index()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in CASES]
@@ -113,6 +134,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--limit", type=float, default=600.0)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows, sampling = [], None
     for case, seed in [(c, s) for c in CASES if c.name in options.cases for s in options.seeds]:
@@ -126,6 +148,8 @@ def main() -> None:
         sampling = row.seconds if case.method == "sampling" else sampling
         if not options.json:
             show(row, case.batch, sampling)
+    if options.csv is not None:
+        summary(rows).to_csv(options.csv, index=False, float_format="%.3g")
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
 

@@ -7,7 +7,8 @@ judge      spear.metrics.evaluate     Reconstruction, batch -> Evaluation
 
 from spear import data, federated, metrics, models
 from spear.federated import SharedUpdate
-from spear.inversion import Reconstruction, attack
+from spear.inversion import attack
 from spear.metrics import Evaluation
+from spear.reconstruction import Reconstruction
 
 __all__ = ["Evaluation", "Reconstruction", "SharedUpdate", "attack", "data", "federated", "metrics", "models"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spear import inversion, samples, theory, tracing, trials
 from spear.federated import SharedUpdate, gradient
-from spear.inversion import Reconstruction
+from spear.reconstruction import Reconstruction
 from spear.samples import Sample
 from spear.tracing import Layer
 from spear.trials import Options, Outcome, Reach, Tested

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spear import theory
 from spear.federated import SharedUpdate
-from spear.inversion import Reconstruction, Stats
+from spear.reconstruction import Reconstruction, Stats
 from spear.search import Progress
 from spear.target import check_gradients, compute_device, input_shape
 from spear.tracing import linear_layers

@@ -1,16 +1,22 @@
-"""What makes a recovered batch certain: the server recomputes the update from it with its own weights, and compares."""
+"""What makes a recovered batch certain: the server recomputes the update from it with its own weights, and compares.
+
+`certify` asks the layer and everything after it; `certify_layer` the layer alone, where the rest is not known.
+"""
 
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear.filtering import Observed, gram, matching_coefficient, recover_scales, zero_rows
+from spear.filtering import Observed, determined, gram, matching_coefficient, recover_scales, zero_rows
 from spear.target import CHUNK, Target
 from spear.tracing import Layer
+
+LEAST_SPARE = 8  # zeros of a column beyond the b - 1 that fix it, for one layer's word to count
+SHARPEST = 1e-3  # of a column's largest entry: what one layer's zeros must be told from
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,53 @@ class Certificate:
             off, allows = float(self.samples[worst]), float(self.limits[worst])
             return f"a sample's own gradient is off by {off:.0e}, rounding allows {allows:.0e}"
         if not self.holds:
+            bound = float(self.error.max())
+            return f"an input is determined to {bound:.0e} only, a certificate needs {self.allowed:.0e}"
+        return ""
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """The evidence of one layer alone: W, beta, dL/dW and dL/dbeta, whatever the layers after it and the loss are.
+
+    G and X multiply to the gradient, to the relative residual `gradients`, and agree in `matching` of the m b signs.
+    Where every column of G is fixed by its zeros, with `spare` ones left, no other G has this pattern, so that `error`
+    bounds the inputs to first order as in `Certificate`. Two things are out of its sight. Samples with one activation
+    pattern and parallel columns of G look like one, their mean: hence the `disclosed` number of samples must be the
+    `rank`. And the length of an input is that of dL/dW over dL/dbeta: both must come from one loss, which a full
+    certificate would notice.
+    """
+
+    matching: float
+    spare: int
+    gradients: float
+    error: Float[Tensor, " b"]
+    limit: float
+    allowed: float
+    tolerance: float
+    rank: int
+    disclosed: int | None
+
+    @property
+    def holds(self) -> bool:
+        """Every sign agrees, every zero is clear and to spare, and the batch has as many samples as directions."""
+        return not self.why_not()
+
+    def why_not(self) -> str:
+        """The first condition that fails, in words; empty where the certificate holds."""
+        if self.disclosed is None:
+            return "one layer cannot tell a sample from the mean of several, and the number of samples is not disclosed"
+        if self.disclosed != self.rank:
+            return f"the gradient shows {self.rank} directions for {self.disclosed} samples"
+        if self.matching < 1:
+            return f"matching coefficient {self.matching:.6f} instead of 1"
+        if self.tolerance > SHARPEST:
+            return f"zeros are told from entries of {self.tolerance:.0e} only, one layer alone needs {SHARPEST:.0e}"
+        if self.spare < LEAST_SPARE:
+            return f"a column has {self.spare} zeros to spare, one layer alone needs {LEAST_SPARE}"
+        if not self.gradients <= self.limit:
+            return f"the batch reproduces the gradients to {self.gradients:.0e}, rounding allows {self.limit:.0e}"
+        if not bool((self.error <= self.allowed).all()):
             bound = float(self.error.max())
             return f"an input is determined to {bound:.0e} only, a certificate needs {self.allowed:.0e}"
         return ""
@@ -101,7 +154,7 @@ def input_error(
 
 def certify(target: Target, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"], labels: Int[Tensor, " b"]) -> Certificate:
     """The evidence for a batch X with its labels, recovered from the directions `q` of all columns."""
-    layer, observed, low = target.layer, target.observed, target.low
+    layer, observed = target.layer, target.observed
     G = (observed.L @ (q.mT * recover_scales(observed, q))).mT
     with torch.no_grad():
         Z = layer.linear(X)
@@ -111,18 +164,73 @@ def certify(target: Target, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"], la
     G_again, again = explain(layer, X, Z, labels, target.scale)
     received = target.gradients.received  # as it came, and compared piece by piece: it may fill the memory
     compared = {name: _compare(again.pop(name), received[name]) for name in list(again) if name in received}
-    m, n = layer.linear.weight.shape
-    rounding = max(low.noise, target.eps * low.largest) / (m**0.5 + n**0.5)
-    misfit = compared[f"{layer.name}.weight"][0] / (m * n) ** 0.5
     return Certificate(
         matching=float(matching_coefficient(observed, q)),
         samples=torch.linalg.vector_norm(G_again - G, dim=1) / torch.linalg.vector_norm(G, dim=1),
         gradients=max(relative for _, relative in compared.values()),
-        error=input_error(observed, q, X, max(rounding, misfit)),
+        error=input_error(observed, q, X, _entry_error(target, compared[f"{layer.name}.weight"][0])),
         limit=target.eps**0.5,
         limits=target.eps**0.5 + 10 * target.eps / confidence,
-        allowed=1e-6 if target.eps < 1e-10 else 1e-3,
+        allowed=_allowed(target),
     )
+
+
+def certify_layer(target: Target, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"]) -> LayerCertificate:
+    """The evidence for inputs X, recovered from the directions `q` of all columns, from this layer alone."""
+    name, observed, received = target.layer.name, target.observed, target.gradients.received
+    G = observed.L @ (q.mT * recover_scales(observed, q))
+    again = {f"{name}.weight": G @ X, f"{name}.bias": G.sum(1)}
+    compared = {key: _compare(value, received[key]) for key, value in again.items()}
+    return LayerCertificate(
+        matching=float(matching_coefficient(observed, q)),
+        spare=spare_zeros(observed, q),
+        gradients=max(relative for _, relative in compared.values()),
+        error=input_error(observed, q, X, _entry_error(target, compared[f"{name}.weight"][0])),
+        limit=target.eps**0.5,
+        allowed=_allowed(target),
+        tolerance=observed.tolerance,
+        rank=target.low.rank,
+        disclosed=target.disclosed,
+    )
+
+
+def spare_zeros(observed: Observed, q: Float[Tensor, "b b"]) -> int:
+    """How many zeros each column has at least beyond the b - 1 that fix it; 0 where a single one is indispensable.
+
+    A neuron that no sample activates is zero in every direction, and neurons of equal weights, up to a factor, are one.
+    A single sample has nothing to be told from: all m rows are to spare.
+    """
+    m, b = observed.L.shape
+    if b == 1:
+        return m
+    live = torch.linalg.vector_norm(observed.L, dim=1) > 1e-9
+    own = live & _one_of_each(observed.B)
+    zeros = zero_rows(observed.L, q, tolerance=observed.tolerance) & own
+    fixed = determined(observed.L[own], q, tolerance=observed.tolerance)
+    return int(torch.where(fixed, zeros.sum(1) - (b - 1), 0).min())
+
+
+def _one_of_each(B: Float[Tensor, "m b"]) -> Bool[Tensor, " m"]:
+    """One row of each group that differ by a positive factor, told by the angle of two random products they share."""
+    generator = torch.Generator().manual_seed(0)
+    across = torch.randn(B.shape[1], 2, generator=generator, dtype=B.dtype).to(B.device)
+    over, under = (B @ across).unbind(1)
+    turn = torch.atan2(over, under).sort()
+    own = torch.ones_like(turn.indices, dtype=torch.bool)
+    own[turn.indices[1:]] = turn.values.diff() > 1e-9
+    return own
+
+
+def _entry_error(target: Target, misfit: float) -> float:
+    """The error of each entry of the gradient: its rounding, or what the recovered batch leaves of it."""
+    m, n = target.layer.linear.weight.shape
+    rounding = max(target.low.noise, target.eps * target.low.largest) / (m**0.5 + n**0.5)
+    return max(rounding, misfit / (m * n) ** 0.5)
+
+
+def _allowed(target: Target) -> float:
+    """The relative error under which an input counts as recovered."""
+    return 1e-6 if target.eps < 1e-10 else 1e-3
 
 
 def _compare(again: Tensor, received: Tensor) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spear.federated import SharedUpdate
 from spear.lowrank import LowRank, decompose
-from spear.target import check_gradients, compute_device, input_shape
+from spear.target import check_gradients, compute_device, input_shape, rounding_unit
 from spear.tracing import chain
 
 
@@ -23,7 +23,7 @@ class Problem:
 
     `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
     `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
-    `precision` is the unit roundoff of the gradients as they were sent (they are held in float64),
+    `precision` is the unit roundoff of the gradients as they were sent, relative to them (they are held in float64),
     `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`.
     """
 
@@ -198,7 +198,7 @@ def open_problem(
         return gradients[name].to(device, torch.float64)
 
     biased = [layer.linear.bias is not None for layer in layers]
-    precision = max(torch.finfo(g.dtype).eps for g in gradients.values()) / 2
+    precision = rounding_unit(model, update) / 2
     return Problem(
         tuple(layer.linear.weight.detach().to(device, torch.float64) for layer in layers),
         tuple(

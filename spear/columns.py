@@ -6,8 +6,8 @@ the search (`spear.dictionary`, `spear.layer`) and share this loop. Directions a
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,19 +15,22 @@ from torch import Tensor
 
 from spear import filtering, sparsity
 from spear.filtering import Observed
-from spear.search import CROWD, FEWEST_ZEROS, Budget, Found, Progress, choose, thresholds
+from spear.search import CROWD, Budget, Found, Progress, choose, thresholds
 
 SMALL = 0.3  # times the root mean square of L q: an entry this small may be a zero
 TRIM = 0.72  # share of the small entries that the polish trusts: the smallest
+SHRINK = 0.8  # factor by which that share falls in each round: not all that is small is zero
 LOOSE = 2  # times the tolerance: what counts as zero in the last polish
 RIDGE = 1e-13  # keeps the Gram matrix of rows with a kernel positive definite
 CONVERGING = 0.5  # factor by which a round of the polish must bring the residual down, from the third on
 SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could make them)
 ALIKE = 0.95  # |cosine| of two search results that lead to the same column
 LEAST_STARTS, MOST_STARTS = 16, 64
-IDLE = 4  # rounds in a row of the longest search without a new column, after which there is no hope
+IDLE = 6  # rounds in a row of the longest search without a new column, after which there is no hope
 
-Search = Callable[[Float[Tensor, "k b"], Float[Tensor, "b r"], int], Float[Tensor, "k b"]]
+CURIOSITY = 1.5  # factor by which the promise of the searches that wait grows in each round
+
+Search = Callable[[Float[Tensor, "b r"], int, int, torch.Generator], Float[Tensor, "k b"]]
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,25 @@ class Lengths:
     factor: int = 3
 
     def next(self, steps: int, success: float) -> int:
-        """Longer if tripling can pay, shorter if it is not needed."""
-        if success < 1 / self.factor:
+        """Longer if that can pay, shorter if it is not needed; `success` is that of the starts that came back."""
+        if success < 0.5:
             return min(steps * self.factor, self.longest)
-        return max(steps // self.factor, self.shortest) if success > 0.9 else steps
+        return max(steps // self.factor, self.shortest) if success > 0.95 else steps
+
+
+@dataclass(frozen=True)
+class Way:
+    """A search, the steps it takes at present, the rounds it had, and the new columns a start and step last brought."""
+
+    search: Search
+    steps: int
+    rounds: int = 0
+    promise: float = math.inf
 
 
 def collect(
     observed: Observed,
-    search: Search,
+    searches: Sequence[Search],
     lengths: Lengths,
     budget: Budget,
     seed: int,
@@ -57,33 +70,44 @@ def collect(
 ) -> Found:
     """Directions, round by round, until they explain the layer (lambda = `goal`), or hope or the budget is gone.
 
-    `search` leads starts (k, b) towards columns, given a basis of the space that the v of the others lie in, and a
-    number of steps. What it finds is polished and tested; every column found confines the rest. `proposals` counts
-    starts.
+    A search leads a number of starts of its own towards columns, given a basis of the space that the v of the others
+    lie in, that number, and a number of steps. What it finds is polished and tested; every column found confines the
+    rest. Of several searches the one that lately brought most takes the next round. `proposals` counts starts.
     """
+    observed = observed.alive()
     b = observed.L.shape[1]
     generator = torch.Generator().manual_seed(seed)
     least = thresholds(observed, sparsity.FALSE_REJECTION)[1]
-    q, basis, matching = choose(observed, observed.L.new_zeros(0, b), least)
-    starts, rounds, idle, steps, spent = 0, 0, 0, lengths.shortest, ""
+    q, basis, matching = choose(observed, observed.L.new_zeros(0, b), least, last=1)
+    ways, starts, rounds, idle, spent = [Way(search, lengths.shortest) for search in searches], 0, 0, 0, ""
     while matching < goal and not (spent := budget.spent(starts)):
-        free = complement(q if len(basis) < b else q[:0])
+        free = complement(q[basis] if len(basis) < b else q[:0])
         count = min(MOST_STARTS, max(LEAST_STARTS, free.shape[1]))
-        new, share = settle(observed, search(draw(observed, free, count, generator), free, steps), least)
+        way = max(ways, key=lambda w: (w.promise, -w.rounds))
+        ends = way.search(free, count, way.steps, generator)
+        new, hits = settle(observed, ends, least)
         before, reached, q = len(q), (len(basis), matching), torch.cat([q, new])
         q = q[different(q, observed.tolerance)][: CROWD * b]
         starts, rounds = starts + count, rounds + 1
         if len(q) > before:
-            q, basis, matching = choose(observed, q, least)
-        stuck = steps == lengths.longest or len(basis) == b
+            q, basis, matching = choose(observed, q, least, last=1)
+        stuck = way.steps == lengths.longest or len(basis) == b
         idle = 0 if (len(basis), matching) > reached else idle + stuck
-        steps = lengths.next(steps, share)
+        ways = _judged(
+            ways, way, lengths.next(way.steps, hits / len(ends)), (len(basis) - reached[0]) / (count * way.steps)
+        )
         if progress is not None:
             progress(Progress(len(basis), b, starts, time.monotonic() - budget.started))
         if idle == IDLE and matching < goal:
-            spent = f"{IDLE} rounds of {steps:,} steps found no further column"
+            spent = f"{IDLE} rounds of {lengths.longest:,} steps found no further column"
             break
     return Found(q, basis, matching, starts, rounds, spent)
+
+
+def _judged(ways: Sequence[Way], used: Way, steps: int, promise: float) -> list[Way]:
+    """The ways after a round of one of them: that one with its yield, the others with a little more promise."""
+    after = Way(used.search, steps, used.rounds + 1, promise)
+    return [after if w is used else replace(w, promise=CURIOSITY * w.promise) for w in ways]
 
 
 def different(q: Float[Tensor, "h b"], tolerance: float) -> Int[Tensor, " k"]:
@@ -108,14 +132,14 @@ def draw(
     v = (observed.L[rows] @ free) @ free.mT
     noise = torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device) @ free @ free.mT
     size = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    v = torch.where(size > 1e-9, v, noise)  # a dead neuron's row is zero
+    v = torch.where(size > 1e-9, v, noise)  # the row of a neuron that only known samples activate is zero
     if observed.d is not None:
         v = torch.where((v @ observed.d < 0)[:, None], -v, v)
     return unit(v)
 
 
-def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[Float[Tensor, "j b"], float]:
-    """The columns that search results lead to, polished and tested, and the share of the results that led to one."""
+def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[Float[Tensor, "j b"], int]:
+    """The columns that search results lead to, polished and tested, and the number of results that led to one."""
     L, tolerance = observed.L, observed.tolerance
     first, group = groups(ends.to(L.dtype))
     q, exact = polish(L, first, tolerance=tolerance)
@@ -125,7 +149,7 @@ def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[
     parts, whole = polish(L, separate(observed, q[exact & ~sure], least), tolerance=tolerance)
     parts = parts[whole & filtering.sparsity_filter(L, parts, least, tolerance=tolerance)]
     parts = parts[filtering.determined(L, parts, tolerance=tolerance)]
-    return torch.cat([q[sure], parts]), float(sure[group].double().mean())
+    return torch.cat([q[sure], parts]), int(sure[group].sum())
 
 
 def separate(observed: Observed, q: Float[Tensor, "h b"], least: int) -> Float[Tensor, "k b"]:
@@ -167,7 +191,7 @@ def groups(q: Float[Tensor, "k b"]) -> tuple[Float[Tensor, "g b"], Tensor]:
 
 
 def polish(
-    L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, rounds: int = 6, tolerance: float = 1e-9
+    L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, rounds: int = 8, tolerance: float = 1e-9
 ) -> tuple[Float[Tensor, "h b"], Bool[Tensor, " h"]]:
     """Each direction from its smallest rows: the vector that they annihilate best, by inverse iteration; repeated.
 
@@ -180,7 +204,7 @@ def polish(
         for part in going.nonzero()[:, 0].split(chunk):
             r, before = (q[part] @ L.mT).abs(), residual[part]
             small = (r < SMALL * r.square().mean(1, keepdim=True).sqrt()).sum(1)
-            count = (TRIM * small).long().clamp_min(round(FEWEST_ZEROS * len(L)))
+            count = (TRIM * SHRINK**k * small).long()
             q[part], residual[part] = smallest_rows(L, q[part], count)
             going[part] = (residual[part] > tolerance) & ((residual[part] < CONVERGING * before) | (k < 2))
     exact = residual <= tolerance

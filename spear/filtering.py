@@ -4,7 +4,7 @@ Directions are rows here: `q` (h, b) holds h candidates for columns of the disag
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +32,12 @@ class Observed:
     B: Float[Tensor, "m b"]
     d: Float[Tensor, " b"] | None
     tolerance: float = 1e-7
+
+    def alive(self) -> "Observed":
+        """The same without the neurons that no sample activates: they are zeros of every direction, true or false."""
+        norms = torch.linalg.vector_norm(self.L, dim=1)
+        live = norms > self.tolerance * norms.max()
+        return replace(self, L=self.L[live], B=self.B[live])
 
 
 def zero_rows(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: float = 1e-7) -> Bool[Tensor, "h m"]:

@@ -4,22 +4,22 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from spear import denoising, dictionary, network, pruned, seeding, sequential, theory
 from spear import layer as layers
-from spear.certificate import certify, recover_labels
 from spear.chain import Problem, open_problem
 from spear.defences import as_gradient, is_perturbed
 from spear.federated import SharedUpdate
-from spear.filtering import disaggregate
 from spear.likelihood import Noisy
+from spear.local_steps import Training
 from spear.lowrank import MIN_GAP
+from spear.reconstruction import Reconstruction, Stats, nothing, reconstruct
 from spear.search import Budget, Found, Progress, search
 from spear.target import Target, prepare, under_noise
 
@@ -28,43 +28,10 @@ DESCENTS = ("dictionary", "layer")
 EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 Search = Callable[..., Found]
+COARSE = 1e-6  # rounding of a gradient, relative to it, that is noise: of weights in single precision a step apart
 SAME_INPUT = 1e-4  # relative distance under which two methods returned the same input
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an attack cost: `seconds`, `proposals` (kernel vectors tested) and `rounds` of sampling."""
-
-    seconds: float
-    proposals: int = 0
-    rounds: int = 0
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What the server recovered: k samples, in no particular order.
-
-    `inputs` (k, *input shape) and `labels` (k,) or None; `residuals` (k,) is, per sample, the relative distance between
-    its own gradient as recovered and as recomputed from input and label (infinite without labels); `certified` (k,)
-    tells which samples are beyond doubt. `rank` is the batch size that the gradient shows, `complete` whether the whole
-    batch, as far as the client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in
-    words. Under noise nothing is certified or complete; `expected_error` (k,) is then each input's expected relative
-    error |guess - truth| / |truth|, from what the server knows alone. `weights` (k,) are the weights in the loss, where
-    clipping, or an average over unequal clients, made them differ from sample to sample.
-    """
-
-    inputs: Float[Tensor, "k *input_shape"]
-    labels: Int[Tensor, " k"] | None
-    rank: int
-    residuals: Float[Tensor, " k"]
-    certified: Bool[Tensor, " k"]
-    complete: bool
-    reason: str
-    stats: Stats
-    expected_error: Float[Tensor, " k"] | None = None
-    weights: Float[Tensor, " k"] | None = None
 
 
 def attack(
@@ -87,14 +54,16 @@ def attack(
 
     `method` says how much is used. Of one linear layer that a ReLU follows: `"sampling"`, SPEAR as published;
     `"guided"`, sampling where guesses of the batch point, `approximate` images or none (`spear.seeding`);
-    `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled
-    (batches of up to a fifth of its width). Of a fully connected network: `"network"`, every layer (batches of
-    hundreds). `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the
-    whole batch. `layer` names the one linear layer, the default being the first whose input is the data up to
-    reshaping. `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals`
-    (kernels that sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete
-    result that says so. Without either, sampling declines a batch too large for any budget at once. From rounded or
-    noisy gradients of a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`,
+    `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
+    of up to a quarter of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
+    `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
+    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
+    layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on
+    with weights that are not the client's), inputs come without labels, certified by that layer (`LayerCertificate`).
+    `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
+    sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
+    so. Without either, sampling declines a batch too large for any budget at once. From rounded or noisy gradients of
+    a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`,
     `"dictionary"` and `"layer"` without one; neither are certified. From several local steps (FedAvg) the former
     retrace the training. `false_rejection` is the chance at which sampling's sparsity filter may reject a true
     direction. The result depends on `seed`, not on the device. `progress` is called after each round.
@@ -159,11 +128,12 @@ def _retrace(
     model: nn.Module, update: SharedUpdate, budget: Budget, seed: int, device: str | torch.device | None
 ) -> Reconstruction:
     """A client's samples from several local steps."""
-    training = sequential.Training.of(update)
-    problem = open_problem(model, replace(as_gradient(update), local_steps=1, learning_rate=None), device=device)
+    training = Training.of(update)
+    problem = open_problem(model, replace(update, local_steps=1, learning_rate=None), device=device)
     seconds = math.inf if budget.seconds is None else budget.seconds
     found = sequential.recover(problem, training, seconds=seconds, generator=torch.Generator().manual_seed(seed))
-    return _entries(found, problem)
+    known = len(found.inputs) > 0 and bool(found.residuals.isfinite().all()) and not found.complete
+    return replace(_entries(found, problem), expected_error=found.residuals if known else None)
 
 
 def _complete(problem: Problem, budget: Budget, seed: int) -> Reconstruction:
@@ -200,7 +170,8 @@ def _every_layer(
     if pruned.is_pruned(problem):
         return _complete(problem, budget, seed)
     noisy = denoising.open_noisy(problem, sigma=None, weighted=update.clip is not None)
-    found = _approximate(noisy, budget, seed) if denoising.is_visible(noisy) else exact
+    seen = problem.precision > COARSE or denoising.is_visible(noisy)
+    found = _approximate(noisy, budget, seed) if seen else exact
     return found if len(found.inputs) else exact
 
 
@@ -268,14 +239,14 @@ def _one_layer(
     seen = under_noise(target) if method in DESCENTS and _shows_noise(target) else None
     obstacle = "" if seen else _obstacle(target, method, budget)
     if obstacle:
-        return _nothing(target, obstacle, Stats(0.0))
+        return nothing(target, obstacle, Stats(0.0))
     target, goal = (seen, {"goal": PLAUSIBLE}) if seen else (target, {})
     found = search(target.observed, budget=budget, seed=seed, progress=progress, **goal)
     stats = Stats(time.monotonic() - budget.started, found.proposals, found.rounds)
     if found.matching < goal.get("goal", 1):
         reached = f"{len(found.basis)} of {target.low.rank} directions, matching coefficient {found.matching:.6f}"
-        return _nothing(target, f"{method}: {found.spent}: {reached}", stats)
-    return _reconstruct(target, found, stats)
+        return nothing(target, f"{method}: {found.spent}: {reached}", stats)
+    return reconstruct(target, found, stats)
 
 
 def _shows_noise(target: Target) -> bool:
@@ -336,61 +307,3 @@ def _hopeless(target: Target, budget: Budget, most: float) -> bool:
         return False
     m, b = target.observed.L.shape
     return theory.expected_proposals(theory.half_rates(m, b)) > most
-
-
-def _reconstruct(target: Target, found: Found, stats: Stats) -> Reconstruction:
-    """The batch behind a full set of directions, with its labels and its certificate."""
-    q = found.q[found.basis]
-    G, X = disaggregate(target.observed, q)
-    doubt = _doubt(target)
-    if doubt:
-        unknown = torch.full_like(X[0], float("inf"))
-        return _result(target, X.mT, None, unknown, f"recovered, but not certified: {doubt}", stats, certain=False)
-    with torch.no_grad():
-        Z = target.layer.linear(X.mT)
-    labels = recover_labels(target.layer, Z, G.mT, target.scale)
-    certificate = certify(target, q, X.mT, labels)
-    certain = certificate.holds and target.low.gap >= MIN_GAP
-    if not certificate.holds:
-        reason = f"recovered, but not certified: {certificate.why_not()}"
-    elif not certain:
-        reason = "recovered, but not certified: the gradient carries noise"
-    elif len(labels) < target.count:
-        reason = f"{len(labels)} of {target.count} samples: the others leave no trace above rounding"
-    else:
-        reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.gradients:.0e}"
-    return _result(target, X.mT, labels, certificate.samples, reason, stats, certain=certain)
-
-
-def _doubt(target: Target) -> str:
-    """What keeps the server from recomputing the update, in words; empty where it can."""
-    name = target.layer.name
-    if target.observed.d is None:
-        return f"{name} has no bias, so each input is known up to a positive factor only (here: unit length)"
-    if target.layer.tail is None:
-        return f"the outputs depend on more than {name}, by a branch around it"
-    if target.loss != "cross_entropy":
-        return f"one layer shows labels under cross-entropy alone; the client's loss is {target.loss}"
-    return ""
-
-
-def _result(
-    target: Target,
-    X: Float[Tensor, "k n"],
-    labels: Int[Tensor, " k"] | None,
-    residuals: Float[Tensor, " k"],
-    reason: str,
-    stats: Stats,
-    *,
-    certain: bool,
-) -> Reconstruction:
-    inputs = X.unflatten(1, target.input_shape).contiguous()
-    certified = torch.full((len(X),), certain, device=X.device)
-    complete = certain and len(X) >= target.count
-    return Reconstruction(inputs, labels, target.low.rank, residuals, certified, complete, reason, stats)
-
-
-def _nothing(target: Target, reason: str, stats: Stats) -> Reconstruction:
-    """No sample at all: an image that the zero pattern contradicts is never returned."""
-    R = target.observed.R
-    return _result(target, R.new_zeros(0, R.shape[1]), None, R.new_zeros(0), reason, stats, certain=False)

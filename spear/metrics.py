@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spear import sampling
 from spear.filtering import Observed
-from spear.inversion import Reconstruction
+from spear.reconstruction import Reconstruction
 
 PSNR_CAP = 200.0
 RECOVERED = {torch.float64: 1e-6}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spear import inversion
 from spear.federated import SharedUpdate
-from spear.inversion import Reconstruction
+from spear.reconstruction import Reconstruction
 
 log = logging.getLogger(__name__)
 

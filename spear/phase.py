@@ -97,6 +97,21 @@ def complement(spaces: Spaces, solved: Solved) -> Float[Tensor, "b r"]:
     return torch.linalg.qr((solved.t / spaces.singular).T, mode="complete")[0][:, len(solved) :]
 
 
+def leaning(spaces: Spaces, free: Float[Tensor, "b r"]) -> Float[Tensor, " m"]:
+    """How far each unit leans to being active in the unsolved samples: mean over spread of its pre-activation.
+
+    Their s are taken for normal with the covariance S² that the gradient shows, within the span of `free`, given that
+    the last entry of [y; 1] = Vᵀ s is 1. Deep layers and images make samples alike: there it foretells most masks. At
+    most 3 in size, as no more can be known from so rough a model.
+    """
+    triangle = torch.linalg.qr(free / spaces.singular[:, None])[1]
+    both = torch.cat([spaces.lift, spaces.rows[:, -1:].T]) @ free
+    white = torch.linalg.solve_triangular(triangle, both, upper=True, left=False)
+    lift, ones = white[:-1], normalise(white[-1:])[0]
+    mean = lift @ ones
+    return (mean / (lift.pow(2).sum(1) - mean**2).clamp_min(TINY).sqrt()).clamp(-3, 3)
+
+
 @dataclass(frozen=True)
 class Iterate:
     """A batch of starts: u towards span(U), h the guessed back-propagated vector, v the pre-activations' partner."""
@@ -128,6 +143,7 @@ def search(
     relaxation: float = 0.5,
     near: float = 0.0,
     evened: Evened | None = None,
+    lean: Float[Tensor, " m"] | None = None,
     until: float = math.inf,
 ) -> Iterate:
     """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
@@ -135,7 +151,8 @@ def search(
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
     that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Norms of h and
     v are kept at 1. With `evened`, made for these starts, span(U) is projected on with weights on the units. The
-    returned `target` is u's last value among {0, h_j}.
+    returned `target` is u's last value among {0, h_j}. A positive `lean` (`leaning`) is evidence that a unit is active,
+    which counts most where h_j is small.
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
     halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
@@ -147,7 +164,7 @@ def search(
     for done in range(0, steps, EVERY):
         if not len(number) or time.perf_counter() > until:
             break
-        iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation, evened)
+        iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation, evened, lean)
         if near:
             fit = misfit(iterate.target, basis)
             over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
@@ -167,9 +184,11 @@ def relax(
     head: Float[Tensor, "m free"] | None,
     relaxation: float,
     evened: Evened | None,
+    lean: Float[Tensor, " m"] | None,
 ) -> Iterate:
     """The steps of `search`. Choices between two values are made by a sign: comparisons are slow at this size."""
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
+    push = None if lean is None else lean * h.abs() * h.shape[1] ** -0.5
     for _ in range(steps):
         pu = evened.project(u, basis) if evened else project(u, basis)
         ru = torch.lerp(u, pu, 2.0)
@@ -179,6 +198,8 @@ def relax(
             ph = project(h, head)
             rh = torch.lerp(h, ph, 2.0)
             x, evidence = (ru + rh) / 2, ru * ru - (ru - rh) ** 2 / 2
+        if push is not None:
+            evidence.add_(push)
         if partner is not None:
             pv = project(v, partner)
             rv = torch.lerp(v, pv, 2.0)
@@ -198,7 +219,7 @@ def relax(
 
 
 def search_evened(
-    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], *, steps: int, **options: float
+    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], *, steps: int, **options: float | Tensor
 ) -> Iterate:
     """`search` with rows evened out: each start's h is that of its label; options as there."""
     order = labels.argsort()

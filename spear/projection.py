@@ -131,19 +131,19 @@ def label(
 
 
 def class_sines(
-    problem: Problem, inputs: Float[Tensor, "s n"], basis: Float[Tensor, "m b"]
+    problem: Problem, inputs: Float[Tensor, "s n"], basis: Float[Tensor, "m b"], layer: int = 0
 ) -> Float[Tensor, "s classes"]:
-    """Of each class's back-propagated vector at the first layer to the span of its gradient."""
-    sines = [(d - d @ basis @ basis.T).norm(dim=1) / d.norm(dim=1) for d in each_class(problem, inputs)]
+    """Of each class's back-propagated vector at a layer to the span of its gradient."""
+    sines = [(d - d @ basis @ basis.T).norm(dim=1) / d.norm(dim=1) for d in each_class(problem, inputs, layer)]
     return torch.stack(sines, 1)
 
 
-def each_class(problem: Problem, inputs: Float[Tensor, "s n"]) -> Iterator[Float[Tensor, "s m"]]:
-    """The samples' back-propagated vectors at the first layer, class by class."""
+def each_class(problem: Problem, inputs: Float[Tensor, "s n"], layer: int = 0) -> Iterator[Float[Tensor, "s m"]]:
+    """The samples' back-propagated vectors at a layer, class by class."""
     for k in range(problem.classes):
         counts = torch.zeros(len(inputs), problem.classes, dtype=inputs.dtype, device=inputs.device)
         counts[:, k] = 1
-        yield passes(problem, inputs, Targets(counts, 1.0, 0.0)).deltas[0]
+        yield passes(problem, inputs, Targets(counts, 1.0, 0.0)).deltas[layer]
 
 
 @dataclass(frozen=True)

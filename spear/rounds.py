@@ -13,6 +13,7 @@ from spear.lowrank import LowRank
 from spear.phase import Iterate, Solved, Spaces, Tolerances
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
+LEAN = 0.2  # weight of what a unit's average pre-activation says; 0.1 to 0.3 are as good
 
 
 @dataclass(frozen=True)
@@ -143,20 +144,27 @@ class Run:
         starts = int(min(128 if b < 0.3 * m else 256, max(32, 1.5 * self.left)))
         if self.left <= 16 and self.problem.classes <= 20:
             starts = max(starts, 2 * self.problem.classes)
-        steps = 100 if b < 0.3 * m else 200
-        if b > 0.42 * m:
-            steps = int(200 * math.exp(10 * (b / m - 0.42)))
-        share = 0.0 if self.problem.last == 0 else self.left / b
-        wanted = share <= 0.7 or (self.alone < 0.3 and not self.crowded and self.problem.last > 0)
-        weight = (0.5 if share > 0.4 else 1.0) if wanted else 0.0
+        steps = 100 if b < 0.3 * m else 200 if b < 0.45 * m else 300
+        weight = self._partner_weight()
         evened = not free and not weight and self.crowded and self.problem.classes <= 20
         return Plan(free, starts, steps * min(1 + self.idle, 5), weight, evened)
+
+    def _partner_weight(self) -> float:
+        """How much the pre-activations count: all with one hidden layer, else once that promises more than without."""
+        share = self.left / self.spaces.rank
+        alone = self.idle % 2 == 0 if self.crowded else share > 0.7 and self.alone >= 0.3
+        if self.problem.last and alone:
+            return 0.0
+        return 0.5 if self.problem.last and share > 0.4 else 1.0
 
     def _search(self, free: Float[Tensor, "b r"]) -> Solved:
         plan = self.plan()
         start, labels, partner = self.begin(plan, free)
         head = self.heads if plan.free else None
-        options = {"steps": plan.steps, "near": self.tolerances.near, "until": self.until}
+        near = self.tolerances.near / (10 if plan.evened else 1)  # a crowded span is near to everything
+        options = {"steps": plan.steps, "near": near, "until": self.until}
+        if not plan.free and not self.restricted and self.problem.biases[self.problem.last] is not None:
+            options["lean"] = LEAN * phase.leaning(self.spaces, free).float()
         if plan.evened:
             end = phase.search_evened(start, labels, self.low, **options)
         else:

@@ -76,6 +76,7 @@ def search(
 
     Rounds are taken in order, whoever computes them: the result does not depend on `executor`.
     """
+    observed = observed.alive()
     b = observed.L.shape[1]
     q, proposals, rounds, spent = observed.L.new_zeros(0, b), 0, 0, ""
     q, basis, matching = choose(observed, q, thresholds(observed, false_rejection)[0])
@@ -123,11 +124,10 @@ def _draw(
 def thresholds(observed: Observed, false_rejection: float) -> tuple[int, int]:
     """How many zeros to ask of a direction: as many as at initialisation, and as few as a trained network leaves.
 
-    A neuron that no sample activates is a zero of every direction, true or false; a few must be left beside those.
+    A neuron that no sample activates is a zero of every direction, true or false: `observed` is to be without those.
     """
     m, b = observed.L.shape
-    norms = torch.linalg.vector_norm(observed.L, dim=1)
-    least = int((norms <= observed.tolerance * norms.max()).sum()) + b + 2
+    least = b + 2
     usual = max(least, sparsity.threshold(m, false_rejection=false_rejection))
     return usual, max(least, min(usual, 2 * b, round(FEWEST_ZEROS * m)))
 
@@ -149,21 +149,21 @@ def merge(
 
 
 def choose(
-    observed: Observed, q: Float[Tensor, "h b"], threshold: int
+    observed: Observed, q: Float[Tensor, "h b"], threshold: int, *, last: int = 2
 ) -> tuple[Float[Tensor, "j b"], Int[Tensor, " k"], float]:
     """Candidates, the best basis among them and its lambda (0 while they do not span): both greedy stages.
 
-    The last one or two columns are not sampled but solved for, and join the candidates. The very last has the signs of
-    its pre-activations to determine it, where its zeros alone may not: it need only complete the pattern.
+    The `last` columns, one or two, are not searched but solved for, and join the candidates. The very last has the
+    signs of its pre-activations to determine it, where its zeros alone may not: it need only complete the pattern.
     """
     basis = _greedy(observed, q)
     b = observed.L.shape[1]
-    if b - 2 <= len(basis) < b:
-        last = sampling.refine(observed.L, filtering.last_columns(observed, q[basis]), tolerance=observed.tolerance)
-        whole = torch.cat([q[basis], last])
+    if b - last <= len(basis) < b:
+        solved = sampling.refine(observed.L, filtering.last_columns(observed, q[basis]), tolerance=observed.tolerance)
+        whole = torch.cat([q[basis], solved])
         if len(whole) == b and filtering.matching_coefficient(observed, whole) == 1:
             return whole, torch.arange(b, device=q.device), 1.0
-        q = merge(observed, q, last, threshold)
+        q = merge(observed, q, solved, threshold)
         basis = _greedy(observed, q)
     if len(basis) < b:
         return q, basis, 0.0

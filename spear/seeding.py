@@ -70,6 +70,7 @@ def _guided(
     false_rejection: float,
 ) -> Found:
     """Rounds of guided proposals until lambda = 1, the budget is spent or guesses lead nowhere."""
+    observed = observed.alive()
     generator = torch.Generator(observed.L.device).manual_seed(seed)
     pool = None if approximate is None else guesses(observed, approximate)
     threshold, b = thresholds(observed, false_rejection)[0], observed.L.shape[1]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spear import adult, baselines, data, metrics
 from spear.adult import Column
 from spear.federated import SharedUpdate
-from spear.inversion import Reconstruction, Stats
+from spear.reconstruction import Reconstruction, Stats
 from spear.target import check_gradients
 
 QUARTERS = ("lowest quarter", "second quarter", "third quarter", "highest quarter")

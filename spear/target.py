@@ -15,6 +15,7 @@ from spear.tracing import Layer, find_layer
 
 MOST_UNDER_NOISE = 0.4  # of the smaller side: the share of a gradient's singular values that may rise above noise
 PRECISIONS = (torch.float32, torch.float64)
+COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
 CHUNK = 2**22  # entries of a gradient that are looked at in one piece
 
 
@@ -42,19 +43,24 @@ class Widened(Mapping[str, Tensor]):
 class Target:
     """One layer prepared for an attack: the server's copy of it and the gradients by name, in float64 on one device.
 
-    `count` is the number of samples in the loss (disclosed, or else the rank), `eps` the rounding unit of the update as
-    it came, `input_shape` the shape of one input of the layer.
+    `disclosed` is the number of samples in the loss, where it is known, `eps` the rounding unit of the update as it
+    came, `input_shape` the shape of one input of the layer.
     """
 
     layer: Layer
     gradients: Widened
     low: LowRank
     observed: Observed
-    count: int
+    disclosed: int | None
     eps: float
     scale: float
     input_shape: tuple[int, ...]
     loss: str = "cross_entropy"
+
+    @property
+    def count(self) -> int:
+        """The number of samples in the loss: the disclosed one, or else the rank."""
+        return self.low.rank if self.disclosed is None else self.disclosed
 
 
 def prepare(
@@ -81,12 +87,12 @@ def prepare(
     for module in (found.linear, found.tail):
         if module is not None:
             module.to(device, torch.float64).eval().requires_grad_(True)
-    eps = max(torch.finfo(g.dtype).eps for g in gradients.values())
+    eps = rounding_unit(model, update)
     gradients = Widened(gradients, device)
     low, observed = observe(found, gradients, batch_size, eps)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
-    return Target(found, gradients, low, observed, count, eps, scale, _input_shape(found, update), update.loss)
+    return Target(found, gradients, low, observed, disclosed, eps, scale, _input_shape(found, update), update.loss)
 
 
 def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:
@@ -162,6 +168,25 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     return {name: g if scale == 1 else g / scale for name, g in update.gradients.items()}
+
+
+def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
+    """The relative spacing of the gradients as they came; of a change of weights, a tenth of theirs against it.
+
+    The rounding of many weights is noise of a fifth of their spacing, and spreads over all singular values: far below
+    `lowrank.VISIBLE` times what is returned.
+    """
+    eps = max(torch.finfo(g.dtype).eps for g in update.gradients.values())
+    if update.learning_rate is None:
+        return eps
+    parameters = dict(model.named_parameters())
+    sizes = [(_size(parameters[name]), _size(g)) for name, g in update.gradients.items()]
+    return min(eps * max([1.0, *(0.1 * weights / change for weights, change in sizes if change)]), COARSEST)
+
+
+def _size(tensor: Tensor) -> float:
+    parts = [float(torch.linalg.vector_norm(part.detach().double())) for part in tensor.flatten().split(CHUNK)]
+    return math.hypot(*parts)
 
 
 def _required(gradients: Mapping[str, Tensor], name: str) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from spear import models
 from spear.federated import SharedUpdate, gradient
 from spear.filtering import Observed
-from spear.inversion import Reconstruction, attack
+from spear.inversion import attack
 from spear.metrics import evaluate
+from spear.reconstruction import Reconstruction
 from spear.target import Target, prepare
 
 

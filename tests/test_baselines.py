@@ -10,7 +10,7 @@ from torch import nn
 from spear import baselines, data, metrics, models
 from spear.baselines import closed_form, dlg, infer_labels, inverting_gradients
 from spear.federated import SharedUpdate, gradient
-from spear.inversion import Stats
+from spear.reconstruction import Stats
 from spear.tracing import linear_layers
 
 DIGITS = (1, 8, 8)

@@ -1,7 +1,5 @@
 """The loop over columns that the descents share: starts, polish, mixtures."""
 
-import math
-
 import pytest
 import torch
 from problems import make
@@ -113,10 +111,9 @@ def test_lengths_go_up_where_few_starts_succeed_and_down_where_nearly_all_do():
     assert lengths.next(240, 1.0) == lengths.next(80, 1.0) == 80
 
 
-def test_settle_reports_the_share_of_starts_that_led_to_a_column():
+def test_settle_counts_the_starts_that_led_to_a_column():
     problem = make(8, 120, 40)
     ends = torch.cat([problem.q[[0, 0, 1]], columns.unit(normal(1, 8))])
-    q, share = columns.settle(problem.observed, ends, 20)
-    assert share >= 0.75
+    q, hits = columns.settle(problem.observed, ends, 20)
+    assert hits in (3, 4)
     assert ((q @ problem.q.mT).abs() > 1 - 1e-12).any(0)[:2].all()
-    assert math.isclose(share * 4, round(share * 4))

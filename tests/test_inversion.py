@@ -106,18 +106,19 @@ def test_without_bias_inputs_come_up_to_scale_and_uncertified():
     assert torch.isinf(result.residuals).all()
 
 
-def test_another_loss_gives_the_images_without_labels_or_certificate():
+def test_another_loss_gives_the_images_without_labels_certified_by_the_layer_alone():
     x, y = batch(6, 50)
     model = models.fcnn((50,), 100, 3, 10)
     update = gradient(model, x, y, loss="squared_error")
     result = attack(model, update, method="sampling")
-    assert evaluate(result, x).recall == 1
+    assert evaluate(result, x).recall == evaluate(result, x).precision == 1
+    assert result.complete
     assert result.labels is None
-    assert not result.certified.any()
+    assert torch.isinf(result.residuals).all()
     assert "labels under cross-entropy alone; the client's loss is squared_error" in result.reason
 
 
-def test_a_branch_around_the_layer_is_not_certified():
+def test_a_layer_with_a_branch_around_it_is_certified_alone():
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
@@ -134,8 +135,14 @@ def test_a_branch_around_the_layer_is_not_certified():
     assert attack(model, update).complete
     result = attack(model, update, layer="b")
     assert evaluate(result, model.a(x).relu().detach()).recall == 1
-    assert not result.complete
+    assert result.complete
+    assert result.labels is None
+    assert "certified by b alone" in result.reason
     assert "depend on more than b, by a branch around it" in result.reason
+    unknown = attack(model, replace(update, count=None), layer="b")
+    assert len(unknown.inputs) == 5
+    assert not unknown.certified.any()
+    assert "one layer cannot tell a sample from the mean of several" in unknown.reason
 
 
 @pytest.mark.parametrize("options", [{"max_proposals": 2000}, {"time_limit": 0.2}])

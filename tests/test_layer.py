@@ -5,13 +5,14 @@ import torch
 from problems import batch, make
 from torch import nn
 
-from spear import layer, models
+from spear import ablations, data, layer, models
 from spear.columns import complement
 from spear.federated import SharedUpdate, gradient
 from spear.filtering import disaggregate
 from spear.inversion import attack
 from spear.metrics import evaluate
 from spear.search import Budget
+from spear.target import prepare
 
 NO_LIMIT = Budget(0.0, None, None)
 
@@ -53,8 +54,8 @@ def test_a_column_is_a_fixed_point():
     everything = torch.eye(8, dtype=torch.float64)
     V = torch.linalg.inv(problem.q).mT
     sign = torch.sign(V.mT @ problem.observed.d)
-    found = layer.reflect(problem.observed, problem.q * sign[:, None], everything, steps=100)
-    print((found.double() @ problem.q.mT).abs().amax(1))
+    found = layer.reflect(problem.observed, problem.q, V * sign[:, None], everything, layer.schedule(100))
+    assert len(found) == 6
     assert ((found.double() @ problem.q.mT).abs().amax(1) > 0.98).float().mean() > 0.7
 
 
@@ -62,9 +63,56 @@ def test_a_column_is_a_fixed_point():
 def test_all_starts_at_once_are_each_start_alone(seed):
     problem = make(10, 120, 60, seed=seed)
     starts, free = problem.observed.L[:5], complement(problem.q[:2])
-    together = layer.reflect(problem.observed, starts, free, steps=40)
-    alone = torch.cat([layer.reflect(problem.observed, q[None], free, steps=40) for q in starts])
-    assert ((together * alone).sum(1) > 0.99).all()
+    together = layer.reflect(problem.observed, starts, starts, free, layer.schedule(40))
+    alone = torch.cat([layer.reflect(problem.observed, q, q, free, layer.schedule(40)) for q in starts.split(1)])
+    assert len(together) == 4  # of five starts, three quarters
+    assert ((together @ alone.mT).amax(1) > 0.99).all()
+
+
+def test_stages_count_their_steps_and_drop_starts():
+    problem = make(8, 60, 40)
+    stages = layer.schedule(70)
+    assert [stage.steps for stage in stages] == [70, 60, 40, 100, 100]
+    assert all(stage.coupling == 0 for stage in layer.schedule(70, coupled=False))
+    assert layer.operations(problem.observed, 16, 70) == 8 * 60 * 8 * (16 * 170 + 12 * 200)
+
+
+@pytest.mark.parametrize("spread", [0, 3, 6])
+def test_balanced_starts_give_every_sample_a_like_share(spread):
+    """v = V a: the coefficients a are alike in units of the inputs, though gradients differ by many orders."""
+    x, _ = batch(8, 40)
+    model = models.fcnn((40,), 200, 2, 10)
+    weight = torch.logspace(0, -spread, 8, dtype=torch.float64)
+    G = (model.fc1(x).mT > 0) * normal(200, 8) * weight
+    observed = prepare(model, SharedUpdate({"fc1.weight": G @ x, "fc1.bias": G.sum(1)}, count=8)).observed
+    q, v = layer.balanced(observed, torch.eye(8, dtype=torch.float64), 4000, torch.Generator().manual_seed(0))
+    share = ((v @ observed.R @ torch.linalg.pinv(x)) * x.norm(dim=1)).square()
+    share = (share / share.sum(1, keepdim=True)).mean(0)
+    assert float(share.max() / share.min()) < 3
+    assert (v @ observed.d >= 0).all()
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(4000, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("seed", range(2))
+def test_trained_networks(depth, seed):
+    """After 300 steps the sizes of the columns differ by orders: all that are above rounding come back."""
+    x, y = data.load("digits", count=60, seed=seed)
+    model = models.fcnn((1, 8, 8), 300, depth, 10, seed=seed)
+    ablations.train(model, torch.optim.SGD(model.parameters(), lr=0.05), x[20:], y[20:], steps=300, seed=seed)
+    result = attack(model, gradient(model, x[:20], y[:20]), method="layer")
+    report = evaluate(result, x[:20], y[:20])
+    assert (report.recall, report.precision) == (1, 1), result.reason
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_deep_layers_where_samples_agree(seed):
+    """The last hidden layer of six: four neurons of five tell no sample from another."""
+    x, y = data.load("digits", count=6, seed=seed)
+    model = models.fcnn((1, 8, 8), 400, 6, 10, seed=seed)
+    result = attack(model, gradient(model, x, y), method="layer", layer="fc5")
+    report = evaluate(result, ablations.layer_truth(model, "fc5", x, y)[0].mT, y)
+    assert (report.recall, report.precision) == (1, 1), result.reason
 
 
 @pytest.mark.parametrize(("b", "m"), [(1, 20), (2, 20), (3, 40), (12, 150), (40, 300)])
@@ -197,8 +245,6 @@ def test_auto_couples_one_layer_where_the_model_is_no_chain():
 
 @pytest.mark.parametrize(("dataset", "b"), [("mnist", 48), ("cifar10", 48)])
 def test_real_images(real_data, dataset, b):
-    from spear import data
-
     x, y = data.load(dataset, count=b, root=real_data)
     model = models.fcnn(x.shape[1:], 300, 4, 10)
     result = attack(model, gradient(model, x, y), method="layer")

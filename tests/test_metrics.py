@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from spear.inversion import Reconstruction, Stats
 from spear.metrics import evaluate
+from spear.reconstruction import Reconstruction, Stats
 
 
 def normal(*shape, seed=0):

@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -220,3 +221,38 @@ def test_join_keeps_one_of_each_direction():
 def test_distinct_masks_by_increasing_misfit():
     mask = torch.tensor([[1, 0, 1], [1, 1, 1], [1, 0, 1], [0, 0, 1]]).bool()
     assert phase.distinct(mask, torch.tensor([3.0, 2.0, 1.0, 0.5])).tolist() == [3, 2, 1]
+
+
+def test_leaning_equals_the_textbook_normal_of_the_unsolved_samples():
+    spaces, deltas, errors, _ = opened()
+    free = phase.complement(spaces, solved(spaces, deltas, errors)[torch.arange(8)])
+    covariance = free @ torch.linalg.inv(free.T @ torch.diag(spaces.singular**-2) @ free) @ free.T
+    ones = spaces.rows[:, -1]
+    gain = covariance @ ones / (ones @ covariance @ ones)
+    known = (covariance - torch.outer(gain, covariance @ ones)) / (ones @ covariance @ ones)
+    mean, spread = spaces.lift @ gain, torch.einsum("mb,bc,mc->m", spaces.lift, known, spaces.lift).sqrt()
+    assert torch.allclose(phase.leaning(spaces, free), (mean / spread).clamp(-3, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_leaning_foretells_masks_and_does_not_know_the_gradients_scale_or_basis(seed):
+    spaces, deltas, _, _ = opened(batch=60, seed=seed)
+    free = torch.eye(spaces.rank, dtype=torch.float64)
+    lean = phase.leaning(spaces, free)
+    assert ((lean > 0) == (deltas != 0)).double().mean() > 0.6
+    turned = torch.linalg.qr(torch.randn(60, 60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    assert torch.allclose(phase.leaning(spaces, turned), lean, atol=1e-6)
+    larger = replace(spaces, singular=7 * spaces.singular)
+    assert torch.allclose(phase.leaning(larger, free), lean, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_a_crowded_span_leaning_finds_more(seed):
+    spaces, deltas, errors, _ = opened((60, 160, 160, 10), batch=88, seed=seed)
+    begin, labels = starts(spaces, deltas, errors, count=64), errors[:64].argmin(1)
+    lean = 0.2 * phase.leaning(spaces, torch.eye(88, dtype=torch.float64)).float()
+    found = {}
+    for words, options in {"plain": {}, "leaning": {"lean": lean}}.items():
+        end = phase.search_evened(begin, labels, spaces.basis.float(), steps=200, **options)
+        found[words] = len(phase.refine(spaces, end, head=None, tolerances=Tolerances()))
+    assert found["leaning"] > found["plain"]

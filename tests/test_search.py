@@ -48,11 +48,14 @@ def test_neurons_that_nobody_activates_do_not_count_as_zeros(dead, seed):
         model.fc1.bias[:dead] = -100.0
     update = gradient(model, inputs, labels)
     observed = prepare(model, update).observed
-    silent = int((observed.L.norm(dim=1) < 1e-9).sum())
-    assert silent >= dead
-    usual, fewest = thresholds(observed, RATE)
-    assert usual == max(sparsity.threshold(120), silent + 5 + 2)
-    assert silent + 5 + 2 <= fewest <= usual
+    live = observed.L.norm(dim=1) > 1e-9
+    assert int(live.sum()) <= 120 - dead
+    awake = observed.alive()
+    assert torch.equal(awake.L, observed.L[live])
+    assert torch.equal(awake.B, observed.B[live])
+    usual, fewest = thresholds(awake, RATE)
+    assert usual == max(sparsity.threshold(int(live.sum())), 5 + 2)
+    assert 5 + 2 <= fewest <= usual
     result = attack(model, update, method="sampling", max_proposals=1_000_000)
     assert result.complete, result.reason
     assert evaluate(result, inputs, labels).recall == 1

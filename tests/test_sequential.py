@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import batch
 
-from spear import attack, clients, metrics, models, sequential
+from spear import attack, clients, data, local_steps, metrics, models
 from spear.chain import open_problem
-from spear.federated import gradient
+from spear.federated import SharedUpdate, gradient
 
 
 def _client(b: int = 8, m: int = 150, n: int = 60, seed: int = 0):
@@ -47,10 +47,10 @@ def test_shuffled_epochs_and_momentum(options):
 def test_simulated_steps_are_the_clients():
     model, inputs, labels = _client()
     update = clients.local_training(model, inputs, labels, epochs=2, mini_batch=3, learning_rate=0.1, momentum=0.9)
-    training = sequential.Training.of(update)
+    training = local_steps.Training.of(update)
     problem = open_problem(model, replace(update, local_steps=1, learning_rate=None))
     assert training.sizes == (3, 3, 2, 3, 3, 2)
-    state, T = sequential.State(problem), torch.zeros(8, 150, dtype=torch.float64)
+    state, T = local_steps.State(problem), torch.zeros(8, 150, dtype=torch.float64)
     for step, index in enumerate([*torch.arange(8).split(3)] * 2):
         state, deltas = state.after(inputs[index], labels[index], training)
         T[index] += training.scale(step) * deltas
@@ -79,7 +79,7 @@ def test_a_false_story_is_never_certified(seed, wrong):
             for n, g in update.gradients.items()
         }
         update = replace(update, gradients=noise)
-    result = attack(model, update, time_limit=5)
+    result = attack(model, update, time_limit=1)
     assert metrics.evaluate(result, inputs, labels).precision == 1
 
 
@@ -88,7 +88,7 @@ def test_too_many_samples_for_the_width_is_said():
     update = clients.local_training(model, inputs, labels, epochs=2, mini_batch=10)
     result = attack(model, update)
     assert not len(result.inputs)
-    assert "20 samples in 4 steps need layers wider than 30" in result.reason
+    assert "20 samples in 4 steps need layers wider than 55; the narrowest has 30" in result.reason
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,93 @@ def test_aggregation_hides_nobody():
     assert metrics.evaluate(result, inputs, labels).recall == 1
 
 
-def test_steps_too_small_to_tell_apart_give_samples_without_a_certificate():
+def test_small_steps_leave_enough_to_tell_them_apart():
     model, inputs, labels = _client()
     update = clients.local_training(model, inputs, labels, epochs=3, mini_batch=4, learning_rate=0.001)
     result = attack(model, update)
+    assert result.complete, result.reason
+    assert metrics.evaluate(result, inputs, labels).recall == 1
+
+
+def _single(model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor, **options) -> SharedUpdate:
+    return clients.local_training(model.float(), inputs.float(), labels, **options)
+
+
+@pytest.mark.parametrize("mini_batch", [4, 3])
+@pytest.mark.parametrize("rate", [0.01, 0.1])
+def test_weights_in_single_precision_give_samples_with_their_expected_error(mini_batch, rate):
+    off = []
+    for seed in range(4):
+        model, inputs, labels = _client(seed=seed)
+        result = attack(model, _single(model, inputs, labels, learning_rate=rate, mini_batch=mini_batch))
+        seen = metrics.evaluate(result, inputs.float(), labels)
+        assert (seen.recall, seen.precision, seen.label_accuracy) == (1, 1, 1), result.reason
+        assert not result.certified.any()
+        assert "times the weights' rounding: expected relative error" in result.reason
+        off.append(20 * torch.log10(result.expected_error[seen.match].double() / seen.relative_error))
+    assert float((torch.cat(off).abs() < 3).double().mean()) >= 0.9
+
+
+@pytest.mark.parametrize("options", [{"epochs": 2}, {"epochs": 3, "shuffle": True}])
+@pytest.mark.parametrize("rate", [0.01, 0.1])
+def test_in_single_precision_steps_that_look_alike_cost_accuracy_and_the_error_says_so(options, rate):
+    for seed in range(2):
+        model, inputs, labels = _client(seed=seed)
+        options = {"mini_batch": 4, "learning_rate": rate, "generator": _generator()} | options
+        result = attack(model, _single(model, inputs, labels, **options))
+        seen = metrics.evaluate(result, inputs.float(), labels)
+        assert seen.label_accuracy == 1, result.reason
+        assert not result.certified.any()
+        assert (seen.relative_error < 1.41 * result.expected_error[seen.match]).double().mean() >= 0.9
+
+
+def test_one_small_step_in_single_precision_is_a_gradient_with_noise():
+    model, inputs, labels = _client(m=300)
+    result = attack(model, _single(model, inputs, labels, learning_rate=1e-4))
+    seen = metrics.evaluate(result, inputs, labels)
     assert not result.certified.any()
-    assert not result.complete
-    assert result.reason
+    assert (seen.label_accuracy, bool((seen.psnr > 40).all())) == (1, True), result.reason
+    off = 20 * torch.log10(result.expected_error[seen.match] / seen.relative_error)
+    assert float((off.abs() < 3).double().mean()) >= 0.9
+
+
+def test_a_change_below_the_rounding_of_the_weights_is_lost():
+    model, inputs, labels = _client()
+    result = attack(model, _single(model, inputs, labels, learning_rate=1e-7, epochs=2))
+    assert not len(result.inputs)
+    assert "the change of the weights is lost in their rounding" in result.reason
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_the_rounding_of_weights(steps):
+    weights = torch.randn(200, 100, generator=_generator(), dtype=torch.float64)
+    change = 1e-4 * torch.randn(steps, 200, 100, generator=_generator(1), dtype=torch.float64)
+    rounded = weights = weights.float()
+    for step in change:
+        rounded = (rounded.double() + step).float()
+    error = rounded.double() - weights.double() - change.sum(0)
+    expected = local_steps.rounding(weights.double(), torch.finfo(torch.float32).eps, steps)
+    assert float(error.std()) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_step_from_float64_weights_is_rounded_more_than_its_gradient():
+    model, inputs, labels = _client()
+    update = clients.local_training(model, inputs, labels, learning_rate=1e-5)
+    problem = open_problem(model, update)
+    exact = gradient(model, inputs, labels).gradients["fc1.weight"]
+    error = float((problem.weight_gradients[0] - exact).norm() / exact.norm())
+    assert 2.0**-52 < error < 5 * problem.precision
+    assert metrics.evaluate(attack(model, update), inputs, labels).recall == 1
+
+
+@pytest.mark.parametrize(("mini_batch", "epochs", "rate"), [(5, 1, 0.001), (5, 2, 0.01), (20, 5, 0.001)])
+def test_samples_that_random_starts_hardly_meet(mini_batch, epochs, rate):
+    try:
+        inputs, labels = data.load("mnist", count=20, seed=1)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    model = models.fcnn(inputs.shape[1:], 400, 3, 10, seed=1)
+    options = {"mini_batch": mini_batch, "epochs": epochs, "learning_rate": rate}
+    result = attack(model, clients.local_training(model, inputs, labels, **options))
+    assert result.complete, result.reason
+    assert metrics.evaluate(result, inputs, labels).recall == 1

@@ -10,7 +10,7 @@ from sklearn.datasets import load_breast_cancer
 from spear import attack, models, tabular
 from spear.adult import Column
 from spear.federated import gradient
-from spear.inversion import Reconstruction, Stats
+from spear.reconstruction import Reconstruction, Stats
 
 COLUMNS = (Column("size", 0, ()), Column("colour", 1, ("red", "green", "blue")), Column("weight", 4, ()))
 
