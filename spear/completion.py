@@ -8,7 +8,11 @@ stay out. What is sent because it is large (top-k) can be completed like what is
 arrive are exact, and the smallest rank that fits them all has no freedom left.
 """
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -118,9 +122,18 @@ def strongest(rest: Float[Tensor, "m n"], count: int) -> Float[Tensor, "n count"
 
 
 def factorise(
-    J: Float[Tensor, "m n"], kept: Bool[Tensor, "m n"], most: int, *, tolerance: float, steps: int = 300
+    J: Float[Tensor, "m n"],
+    kept: Bool[Tensor, "m n"],
+    *,
+    most: int,
+    tolerance: float,
+    until: float = math.inf,
+    steps: int = 300,
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-    """Factors of J from the entries `kept`, of the least rank up to `most` at which the residual does not settle."""
+    """Factors of J from the entries `kept`, of the least rank up to `most` at which the residual does not settle.
+
+    Steps end when the clock (`time.perf_counter`) shows `until`.
+    """
     weight = kept.to(J)
     sent = weight * J
     growth = _Growth(strongest(sent, 1))
@@ -129,6 +142,8 @@ def factorise(
         rest = weight * (sent - Q @ B)
         residual = float(rest.norm() / sent.norm())
         if residual < tolerance and residual > growth.before / 2:  # rounding: no further
+            break
+        if time.perf_counter() > until:
             break
         growth.adapt(rest, B, residual, most)
     return Q, B
@@ -147,12 +162,13 @@ def complete(
     *,
     most: int | None = None,
     precision: float = 2.0**-53,
+    until: float = math.inf,
     generator: Generator,
 ) -> Completed:
     """The whole gradient from the entries `kept`; its rank, at most `most`, is found.
 
-    `precision` is the unit roundoff of the entries. A wide gradient is completed on some of its columns first. Raises
-    `ValueError` where nothing arrived.
+    `precision` is the unit roundoff of the entries, `until` when to stop on the clock `time.perf_counter`. A wide
+    gradient is completed on some of its columns first. Raises `ValueError` where nothing arrived.
     """
     if not (kept & (J != 0)).any():
         raise ValueError("the gradient has rank 0: it is zero everywhere")
@@ -163,7 +179,8 @@ def complete(
         parts.insert(0, parts[0] & (torch.rand(n, generator=generator).to(J.device) < m / n))
     for columns in parts:
         rank = max(1, min(most_rank(kept[:, columns]), most or min(J.shape)))
-        part = _core_part(J, kept, taking_part, columns, rank, tolerance)
+        solve = partial(factorise, most=rank, tolerance=tolerance, until=until)
+        part = _core_part(J, kept, taking_part, columns, rank, solve)
         held_out = part.off(kept & ~taking_part)
         if held_out < CONFIRMED * tolerance:
             part = part.spread()
@@ -177,7 +194,7 @@ def _core_part(
     taking_part: Bool[Tensor, "m n"],
     columns: Bool[Tensor, " n"],
     most: int,
-    tolerance: float,
+    solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> "_Part":
     """The factors of the rows and `columns` that have enough entries for the rank found, which is `most` at most."""
     allowed = kept & columns
@@ -185,7 +202,7 @@ def _core_part(
     if not kept[rows][:, columns].sum() > 0.9 * allowed.sum():
         rows, columns = allowed.any(1), allowed.any(0)
     while True:
-        factors = factorise(J[rows][:, columns], taking_part[rows][:, columns], most, tolerance=tolerance)
+        factors = solve(J[rows][:, columns], taking_part[rows][:, columns])
         inner = core(allowed, len(factors[1]))
         fewer = rows & inner[0], columns & inner[1]
         if not fewer[0].any() or (torch.equal(fewer[0], rows) and torch.equal(fewer[1], columns)):

@@ -4,6 +4,7 @@ Where a row or column of a gradient did not arrive often enough to be completed,
 hidden unit is one equation less, an input (a pixel that hardly any neuron sent) one unknown more.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -188,10 +189,10 @@ class Pruned:
         return inverse @ completion.masked_least_squares(basis, rest, kept.to(rest))[0], noise
 
 
-def open_pruned(problem: Problem, generator: Generator) -> Pruned:
-    """Complete the first two gradients."""
+def open_pruned(problem: Problem, generator: Generator, until: float = math.inf) -> Pruned:
+    """Complete the first two gradients, until `time.perf_counter` shows `until`."""
     kept = kept_entries(problem)
-    options = {"most": problem.batch_size, "precision": problem.precision, "generator": generator}
+    options = {"most": problem.batch_size, "precision": problem.precision, "until": until, "generator": generator}
     first, second = (completion.complete(problem.augmented(k), kept[k], **options) for k in (0, 1))
     return Pruned(problem, kept, first, second)
 
@@ -206,7 +207,7 @@ def recover(problem: Problem, *, budget: Budget, generator: Generator) -> Recove
         return _nothing(
             problem, "pruned gradients need two hidden layers, the first of them with a bias", (0, 0), begin
         )
-    pruned = open_pruned(problem, generator)
+    pruned = open_pruned(problem, generator, begin + budget.seconds)
     reason = _refusal(pruned)
     if reason:
         return _nothing(problem, reason, (pruned.rank, 0), begin)

@@ -161,3 +161,5 @@ def test_an_empty_budget_says_so():
     found = recover(open_problem(model, sent), budget=Budget(starts=0), generator=_generator())
     assert not found.complete
     assert found.reason == "found 0 of 5 samples in 0 starts"
+    none = recover(open_problem(model, sent), budget=Budget(seconds=0.0), generator=_generator())
+    assert "gave no completion that the others confirm" in none.reason
