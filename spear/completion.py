@@ -128,7 +128,7 @@ def factorise(
     most: int,
     tolerance: float,
     until: float = math.inf,
-    steps: int = 300,
+    steps: int = 200,
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
     """Factors of J from the entries `kept`, of the least rank up to `most` at which the residual does not settle.
 
@@ -176,7 +176,8 @@ def complete(
     taking_part = kept & (torch.rand(kept.shape, generator=generator).to(J.device) >= HELD_OUT)
     parts, (m, n) = [kept.any(0)], J.shape
     if n > WIDE * m:
-        parts.insert(0, parts[0] & (torch.rand(n, generator=generator).to(J.device) < m / n))
+        some = parts[0] & (torch.rand(n, generator=generator).to(J.device) < m / n)
+        parts = [some, *parts] if most_rank(kept[:, some]) >= (most or 1) else parts
     for columns in parts:
         rank = max(1, min(most_rank(kept[:, columns]), most or min(J.shape)))
         solve = partial(factorise, most=rank, tolerance=tolerance, until=until)

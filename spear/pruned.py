@@ -189,12 +189,23 @@ class Pruned:
         return inverse @ completion.masked_least_squares(basis, rest, kept.to(rest))[0], noise
 
 
-def open_pruned(problem: Problem, generator: Generator, until: float = math.inf) -> Pruned:
-    """Complete the first two gradients, until `time.perf_counter` shows `until`."""
-    kept = kept_entries(problem)
-    options = {"most": problem.batch_size, "precision": problem.precision, "until": until, "generator": generator}
-    first, second = (completion.complete(problem.augmented(k), kept[k], **options) for k in (0, 1))
-    return Pruned(problem, kept, first, second)
+def open_pruned(problem: Problem, generator: Generator, until: float = math.inf) -> Pruned | str:
+    """The first two gradients completed, the second first, until `time.perf_counter` shows `until`; or why not."""
+    kept, parts = kept_entries(problem), []
+    for k in (1, 0):
+        if completion.most_rank(kept[k]) < (problem.batch_size or 1):
+            return _too_few(k, kept[k])
+        options = {"most": problem.batch_size, "precision": problem.precision, "until": until, "generator": generator}
+        parts.insert(0, completion.complete(problem.augmented(k), kept[k], **options))
+        if not parts[0].exact:
+            return f"{_too_few(k, kept[k])}, and gave no completion that the others confirm"
+    pruned = Pruned(problem, kept, *parts)
+    return _refusal(pruned) or pruned
+
+
+def _too_few(k: int, kept: Bool[Tensor, "m n"]) -> str:
+    arrived = f"{int(kept.sum())} entries of layer {k + 1}'s gradient arrived, {float(kept.double().mean()):.0%}"
+    return f"{arrived}: they bear a rank of {completion.most_rank(kept)} at most"
 
 
 def recover(problem: Problem, *, budget: Budget, generator: Generator) -> Recovery:
@@ -208,9 +219,8 @@ def recover(problem: Problem, *, budget: Budget, generator: Generator) -> Recove
             problem, "pruned gradients need two hidden layers, the first of them with a bias", (0, 0), begin
         )
     pruned = open_pruned(problem, generator, begin + budget.seconds)
-    reason = _refusal(pruned)
-    if reason:
-        return _nothing(problem, reason, (pruned.rank, 0), begin)
+    if isinstance(pruned, str):
+        return _nothing(problem, pruned, (problem.batch_size or 0, 0), begin)
     sight = Sight.of(problem, pruned.first, pruned.second)
     found, starts, idle = problem.weights[0].new_zeros(0, problem.weights[0].shape[1]), 0, 0
     while sight.left and idle < IDLE and starts < budget.starts:
@@ -227,13 +237,7 @@ def recover(problem: Problem, *, budget: Budget, generator: Generator) -> Recove
 
 
 def _refusal(pruned: Pruned) -> str:
-    """Why the entries that arrived do not do, in words; empty where they may."""
-    for k, part in enumerate((pruned.first, pruned.second)):
-        kept = pruned.kept[k]
-        if not part.exact:
-            said = f"{int(kept.sum())} entries of layer {k + 1}'s gradient arrived, {float(kept.double().mean()):.0%}"
-            most = completion.most_rank(kept)
-            return f"{said}: they bear a rank of {most} at most, and gave no completion that the others confirm"
+    """Why the completed gradients do not do, in words; empty where they may."""
     if pruned.first.rank != pruned.second.rank:
         ranks = f"{pruned.first.rank} and {pruned.second.rank}"
         return f"the completed gradients have ranks {ranks}: samples cannot be told apart"

@@ -130,8 +130,8 @@ def test_too_few_entries_say_how_many_there_were():
     sent = defences.pruned_randomly(gradient(model, inputs, labels), 0.1, generator=_generator())
     result = attack(model, sent)
     assert not len(result.inputs)
-    arrived = sum(int((sent.gradients[f"fc1.{kind}"] != 0).sum()) for kind in ("weight", "bias"))
-    assert f"{arrived} entries of layer 1's gradient arrived" in result.reason
+    arrived = sum(int((sent.gradients[f"fc2.{kind}"] != 0).sum()) for kind in ("weight", "bias"))
+    assert f"{arrived} entries of layer 2's gradient arrived" in result.reason
     assert "they bear a rank of" in result.reason
 
 
