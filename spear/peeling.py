@@ -126,6 +126,7 @@ def descend(
     """
     top = problem.last
     y, scale = activations(problem, rows, mask, d)
+    mask = without_mistakes(problem, y, mask, d)
     logits = lambda y: problem.apply(top + 1, problem.apply(top, y) * mask)  # noqa: E731
     errors, shift = d * scale[:, None], float("inf")
     targets = replace(decode(problem, errors, problem.activate(logits(y))), measured=errors)
@@ -142,6 +143,19 @@ def descend(
         deltas = h * (positive(y) if spans is None else corrected(positive(y), h, spans[k]))
         y = solve(deltas, problem.augmented(k))[:, : problem.weights[k].shape[1]]
     return y, targets
+
+
+def without_mistakes(
+    problem: Problem, y: Float[Tensor, "s in1"], mask: Bool[Tensor, "s m"], d: Float[Tensor, "s outputs"]
+) -> Bool[Tensor, "s m"]:
+    """The masks at the last hidden layer, the pre-activation deciding where h_j is too small for u_j to tell 0 from it.
+
+    Among thousands of units some h_j happens to be as small as the rounding of the directions.
+    """
+    h = d @ problem.weights[problem.last + 1]
+    least = 1e-4 if problem.precision < 1e-12 else 0.03
+    faint = h.abs() < least * h.pow(2).mean(1, keepdim=True).sqrt()
+    return torch.where(faint, problem.apply(problem.last, y) > 0, mask)
 
 
 def corrected(

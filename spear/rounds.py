@@ -98,7 +98,8 @@ class Run:
 
     def _dismiss(self) -> None:
         """Let the solved samples whose activations the layer below determines leave the problem."""
-        index, s = self.determined(starts=2)
+        m, b = self.spaces.basis.shape
+        index, s = self.determined(starts=2 if b < 0.5 * m else 6)  # in a crowd fewer starts arrive, below as well
         if not len(index):
             return
         back, leaving = self.spaces.basis.T @ self.whole.basis, self.solved[index]

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from network_problems import case
 
 from spear.chain import Problem, Targets, forward, passes
-from spear.peeling import above_gap, above_noise, check, decode, descend, solve
+from spear.peeling import above_gap, above_noise, check, decode, descend, solve, without_mistakes
 
 
 def truth(made) -> Targets:
@@ -44,6 +46,23 @@ def test_descend_from_the_top_layers_vectors(bias, positive):
     inputs, targets = descend(made.problem, rows, run.deltas[1] != 0, run.deltas[2] / scale, positive=positive)
     assert (inputs - made.inputs).norm() < 1e-10 * made.inputs.norm()
     assert torch.equal(targets.counts, truth(made).counts)
+
+
+@pytest.mark.parametrize("precision", [1e-16, 6e-8])
+def test_a_unit_whose_h_vanishes_takes_its_state_from_the_pre_activation(precision):
+    made = case((30, 40, 50, 5), 7)
+    run = passes(made.problem, made.inputs, truth(made))
+    head = made.problem.weights[2].clone()
+    head[:, 3] *= 1e-9
+    problem = replace(made.problem, weights=(*made.problem.weights[:2], head), precision=precision)
+    mask = made.problem.apply(1, run.inputs[1]) > 0
+    wrong = mask.clone()
+    wrong[:, 3:5] = ~mask[:, 3:5]
+    repaired = without_mistakes(problem, run.inputs[1], wrong, run.deltas[2])
+    assert torch.equal(repaired[:, 3], mask[:, 3])
+    shown = (run.deltas[2] @ head).abs()[:, 4] > 0.1 * (run.deltas[2] @ head).pow(2).mean(1).sqrt()
+    assert torch.equal(repaired[shown, 4], wrong[shown, 4])
+    assert shown.any()
 
 
 @pytest.mark.parametrize("known", [True, False])
