@@ -55,7 +55,8 @@ class Audit:
     `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
     attacked (None: the data), `count` the batch size of the simulations. `result` is what came back, `outcome` its
     comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
-    `seconds` is what the audit took, `memory` the largest that the process has been until then, in bytes.
+    `time_limit` and `trial_limit` are the seconds that the attack and each simulated one had, `seconds` is what the
+    audit took, `memory` the largest that the process has been until then, in bytes.
     """
 
     model: str
@@ -71,8 +72,15 @@ class Audit:
     reaches: tuple[Reach, ...]
     defences: tuple[Tested, ...]
     picture: tuple[int, ...]
+    time_limit: float | int
+    trial_limit: float | int
     seconds: float
     memory: int
+
+    @property
+    def in_time(self) -> bool:
+        """Whether the attack ended by itself, not by its time limit."""
+        return self.result.stats.seconds < self.time_limit
 
     @property
     def status(self) -> int:
@@ -132,6 +140,8 @@ def audit(
         _reaches(model, sample, target, options, say),
         _defences(model, result, sample, count, options, say),
         sample.picture if options.layer is None else (target.inputs,),
+        time_limit,
+        trial_limit,
         time.monotonic() - started,
         peak_memory(),
     )

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spear.filtering import Observed, determined, gram, matching_coefficient, recover_scales, zero_rows
-from spear.target import CHUNK, Target
+from spear.streaming import Outer, Streamed, pieces
+from spear.target import Target
 from spear.tracing import Layer
 
 LEAST_SPARE = 8  # zeros of a column beyond the b - 1 that fix it, for one layer's word to count
@@ -124,14 +125,33 @@ def recover_labels(layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"
 
 def explain(
     layer: Layer, X: Float[Tensor, "b n"], Z: Float[Tensor, "b m"], labels: Int[Tensor, " b"], scale: float
-) -> tuple[Float[Tensor, "b m"], dict[str, Tensor]]:
-    """G, and the gradients of the layer and of everything after it, by name, that a batch would give."""
-    parameters = dict(layer.tail.named_parameters())
-    Z = Z.detach().requires_grad_(True)
+) -> tuple[Float[Tensor, "b m"], dict[str, Tensor | Outer]]:
+    """G, and the gradients of the layer and of everything after it, by name, that a batch would give.
+
+    Those of linear layers come as the outer products that they are: each may be large.
+    """
+    parameters, seen, Z = dict(layer.tail.named_parameters()), {}, Z.detach().requires_grad_(True)
+    linear = {name: part for name, part in layer.tail.named_modules() if isinstance(part, Streamed)}
+    keep = lambda name: lambda _module, given, result: seen.setdefault(name, []).append((given[0], result))  # noqa: E731
+    hooks = [part.register_forward_hook(keep(name)) for name, part in linear.items()]
     loss = scale * F.cross_entropy(layer.tail(Z), labels, reduction="sum")
-    G, *rest = torch.autograd.grad(loss, [Z, *parameters.values()], materialize_grads=True)
-    own = {f"{layer.name}.weight": G.mT @ X, f"{layer.name}.bias": G.sum(0)}
-    return G, own | dict(zip(parameters, rest, strict=True))
+    for hook in hooks:
+        hook.remove()
+    calls = [(name, x.detach(), z) for name, pairs in seen.items() for x, z in pairs]
+    wanted = [Z, *parameters.values(), *(z for _, _, z in calls)]
+    G, *rest = torch.autograd.grad(loss, wanted, materialize_grads=True)
+    gradients = dict(zip(parameters, rest, strict=False))
+    own = _linear(layer.name, [(G, X)])
+    for name in seen:
+        pairs = [(delta, x) for (n, x, _), delta in zip(calls, rest[len(parameters) :], strict=True) if n == name]
+        own |= _linear(name, pairs)
+    return G, own | gradients
+
+
+def _linear(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor | Outer]:
+    """The gradients of a linear layer's weight and bias, from the (delta, input) of its calls."""
+    deltas, inputs = (torch.cat([x.flatten(0, -2) for x in side]) for side in zip(*pairs, strict=True))
+    return {f"{name}.weight": Outer(deltas, inputs), f"{name}.bias": deltas.sum(0)}
 
 
 def input_error(
@@ -179,7 +199,7 @@ def certify_layer(target: Target, q: Float[Tensor, "b b"], X: Float[Tensor, "b n
     """The evidence for inputs X, recovered from the directions `q` of all columns, from this layer alone."""
     name, observed, received = target.layer.name, target.observed, target.gradients.received
     G = observed.L @ (q.mT * recover_scales(observed, q))
-    again = {f"{name}.weight": G @ X, f"{name}.bias": G.sum(1)}
+    again = {f"{name}.weight": Outer(G.mT, X), f"{name}.bias": G.sum(1)}
     compared = {key: _compare(value, received[key]) for key, value in again.items()}
     return LayerCertificate(
         matching=float(matching_coefficient(observed, q)),
@@ -233,11 +253,12 @@ def _allowed(target: Target) -> float:
     return 1e-6 if target.eps < 1e-10 else 1e-3
 
 
-def _compare(again: Tensor, received: Tensor) -> tuple[float, float]:
+def _compare(again: Tensor | Outer, received: Tensor) -> tuple[float, float]:
     """|again - received|, and relative to |received|; 0 / 0 = 0, as for a neuron that no sample activates."""
     apart, whole = 0.0, 0.0
-    for a, r in zip(again.flatten().split(CHUNK), received.flatten().split(CHUNK), strict=True):
-        r = r.to(a)
+    for part in pieces(len(received), received[:1].numel()):
+        a = again[part]
+        r = received[part].to(a)
         apart = math.hypot(apart, float(torch.linalg.vector_norm(a - r)))
         whole = math.hypot(whole, float(torch.linalg.vector_norm(r)))
     return apart, apart / max(whole, 1e-300) if apart else 0.0

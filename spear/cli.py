@@ -26,7 +26,7 @@ from rich.table import Table
 from safetensors.torch import save
 
 from spear import cluster, data, gallery, inversion, loading, paths, plots, readme, runner, runs
-from spear.cli_audit import audit
+from spear.cli_audit import MiniBatch, Momentum, Rate, Samples, Steps, audit
 from spear.federated import SharedUpdate
 
 BAR = (
@@ -157,6 +157,11 @@ def attack(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(inversion.METHODS)}.")] = "auto",
     layer: Annotated[str | None, typer.Option(help="Linear layer to attack; default the first.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default: read off the gradient's rank.")] = None,
+    learning_rate: Rate = None,
+    local_steps: Steps = None,
+    mini_batch: MiniBatch = None,
+    momentum: Momentum = None,
+    samples: Samples = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default cpu.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers sample.")] = None,
@@ -174,7 +179,9 @@ def attack(
     for path in (output, picture):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path}: no such folder")
-    module, shared = loading.load(model, weights).module, SharedUpdate.load(update)
+    told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
+    shared = SharedUpdate.load(update).telling(**told, momentum=momentum, count=samples)
+    module = loading.load(model, weights).module
     progress = Progress(*BAR, console=stderr, transient=True, disable=not stderr.is_terminal)
     with _executor(scheduler) as executor, progress as bar:
         task = bar.add_task("sampling", total=None, proposals=0)

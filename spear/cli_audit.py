@@ -18,6 +18,13 @@ from spear.trials import Tested
 
 stderr = Console(stderr=True)
 
+# What a client disclosed of its training, for updates that do not say it themselves.
+Rate = Annotated[float | None, typer.Option(help="The update is a change of weights by SGD with this rate.")]
+Steps = Annotated[int | None, typer.Option(help="Local steps behind the change of weights; default 1.")]
+MiniBatch = Annotated[int | None, typer.Option(help="Samples of each local step.")]
+Momentum = Annotated[float | None, typer.Option(help="Of the local SGD; default 0.")]
+Samples = Annotated[int | None, typer.Option(help="How many samples the client says it used.")]
+
 
 def audit(
     model: Annotated[str, typer.Argument(help="TorchScript or torch.export file, or PACKAGE.MODULE:FACTORY.")],
@@ -25,7 +32,11 @@ def audit(
     weights: Annotated[Path | None, typer.Option(help="The model's weights, safetensors.")] = None,
     before: Annotated[Path | None, typer.Option(help="Weights that the client received, safetensors.")] = None,
     after: Annotated[Path | None, typer.Option(help="Weights that it sent back, safetensors.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the step from --before to --after.")] = None,
+    learning_rate: Rate = None,
+    local_steps: Steps = None,
+    mini_batch: MiniBatch = None,
+    momentum: Momentum = None,
+    samples: Samples = None,
     data: Annotated[str | None, typer.Option(help="Data set by name, or a folder of pictures by class.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Batch size of simulated clients; default 16.")] = None,
     layer: Annotated[str | None, typer.Option(help="Linear layer to attack; default the first.")] = None,
@@ -49,10 +60,14 @@ def audit(
             raise FileNotFoundError(f"{path}: no such folder")
     _refuse_both(update, before, after, learning_rate)
     loaded = loading.load(model, weights or before)
+    told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
+    told |= {"momentum": momentum, "count": samples}
+    if update is None and after is None and any(value is not None for value in told.values()):
+        raise ValueError("what a client disclosed needs its update: UPDATE, or --before and --after")
     if update is not None:
-        shared = SharedUpdate.load(update)
+        shared = SharedUpdate.load(update).telling(**told)
     else:
-        shared = _step(loaded.module, before, after, learning_rate) if after else None
+        shared = _change(loaded.module, before, after, learning_rate).telling(**told) if after else None
     with stderr.status("audit") as status:
         result = run(
             loaded.module,
@@ -74,16 +89,16 @@ def audit(
     raise typer.Exit(result.status)
 
 
-def _refuse_both(update: Path | None, *difference: Path | float | None) -> None:
+def _refuse_both(update: Path | None, before: Path | None, after: Path | None, rate: float | None) -> None:
     """One update at most, and all that its form needs."""
-    given = [value is not None for value in difference]
+    given = [before is not None, after is not None]
     if update is not None and any(given):
         raise ValueError("give UPDATE, or --before, --after and --learning-rate, not both")
-    if any(given) and not all(given):
+    if any(given) and not (all(given) and rate is not None):
         raise ValueError("the difference of two sets of weights needs --before, --after and --learning-rate")
 
 
-def _step(model: nn.Module, before: Path, after: Path, learning_rate: float) -> SharedUpdate:
+def _change(model: nn.Module, before: Path, after: Path, learning_rate: float) -> SharedUpdate:
     (old, _), (new, _) = read_tensors(before), read_tensors(after)
     return difference(model, old, new, learning_rate=learning_rate)
 
@@ -99,6 +114,7 @@ def _print(audit: Audit) -> None:
     print(report.verdict(audit))
     print(f"certificate: {report.certificate(audit)}")
     print(f"the attack ended: {audit.result.reason}")
+    print(f"{audit.seconds:.0f} s, at most {audit.memory / 2**30:.1f} GiB; attacks below: {audit.trial_limit:g} s each")
     layers = [(x.name, f"{x.width}", x.gives_away, f"{x.limit or '-'}") for x in audit.layers]
     _table(("linear layer", "width", "its gradient gives away", "batches up to"), layers)
     reaches = [(r.method, f"{r.largest}", f"{r.failed}: {r.reason}" if r.failed else "-") for r in audit.reaches]

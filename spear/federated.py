@@ -4,8 +4,8 @@ Other clients are in `spear.clients`, what is done to an update before it is sen
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,28 @@ RANDOM_IN_TRAINING = (
     nn.modules.batchnorm._NormBase,
     nn.modules.dropout._DropoutNd,
 )
+
+
+@dataclass(frozen=True)
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each computed when it is asked for: together they may be too large."""
+
+    names: tuple[str, ...]
+    compute: Callable[[str], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class SharedUpdate:
     count: int | None = None
     input_shape: tuple[int, ...] | None = None
     local_steps: int = 1
-    learning_rate: float | None = None
+    learning_rate: float | int | None = None
     mini_batch: int | None = None
     momentum: float | int = 0.0
     clients: tuple[int, ...] | None = None
@@ -73,7 +95,24 @@ class SharedUpdate:
             raise ValueError(f"unknown pruning {self.pruning!r}: use 'random' or 'top-k'")
         if not self.loss_scale > 0:
             raise ValueError(f"a loss scale is positive, not {self.loss_scale}")
-        object.__setattr__(self, "gradients", {name: _tensor(name, value) for name, value in self.gradients.items()})
+        if not isinstance(self.gradients, Lazy):
+            tensors = {name: _tensor(name, value) for name, value in self.gradients.items()}
+            object.__setattr__(self, "gradients", tensors)
+
+    def telling(self, **told: float | int | None) -> "SharedUpdate":
+        """The update with what is known from elsewhere of the client's training, `None` where nothing is.
+
+        Raises `ValueError` where that contradicts what the update itself discloses, or itself.
+        """
+        usual = {f.name: f.default for f in fields(self)}
+        given = {name: value for name, value in told.items() if value is not None}
+        for name, value in given.items():
+            own = getattr(self, name)
+            if own not in (usual[name], value):
+                raise ValueError(f"the update says {name} {own}, not {value}")
+        update = replace(self, **given)
+        _check_training(update)
+        return update
 
     def save(self, path: str | Path) -> None:
         """Write the update as a safetensors file; nothing is pickled."""
@@ -109,6 +148,21 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def _check_training(update: SharedUpdate) -> None:
+    """What a client may say of its local training, or a `ValueError` that names what is wrong."""
+    steps, rate, size, count = update.local_steps, update.learning_rate, update.mini_batch, update.count
+    if rate is not None and not rate > 0:
+        raise ValueError(f"a learning rate is positive, not {rate}")
+    if not 0 <= update.momentum < 1:
+        raise ValueError(f"a momentum is at least 0 and under 1, not {update.momentum}")
+    if min(steps, size or 1, count or 1) < 1:
+        raise ValueError(f"local steps {steps}, mini-batch {size} and samples {count} are at least 1")
+    if size and count and size > count:
+        raise ValueError(f"a mini-batch of {size} does not come from {count} samples")
+    if rate is None and (steps > 1 or size or update.momentum):
+        raise ValueError("local steps, mini-batch and momentum are of a change of weights: its learning rate is needed")
 
 
 def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:

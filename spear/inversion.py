@@ -1,6 +1,5 @@
 """The attack: from a model and a client's update to the batch behind it. Nothing here ever sees the batch."""
 
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -60,13 +59,13 @@ def attack(
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
     layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on
     with weights that are not the client's), inputs come without labels, certified by that layer (`LayerCertificate`).
-    `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) and `max_proposals` (kernels that
-    sampling tests, starts of the others) bound each search: an exhausted budget gives an incomplete result that says
-    so. Without either, sampling declines a batch too large for any budget at once. From rounded or noisy gradients of
-    a fully connected network, `"auto"` and `"network"` return samples with an `expected_error`,
-    `"dictionary"` and `"layer"` without one; neither are certified. From several local steps (FedAvg) the former
-    retrace the training. `false_rejection` is the chance at which sampling's sparsity filter may reject a true
-    direction. The result depends on `seed`, not on the device. `progress` is called after each round.
+    `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) bounds the searches of all methods
+    together, `max_proposals` (kernels that sampling tests, starts of the others) each of them: an exhausted budget
+    gives an incomplete result that says so. Without either, sampling declines a batch too large for any budget at once.
+    From rounded or noisy gradients of a fully connected network, `"auto"` and `"network"` return samples with an
+    `expected_error`, `"dictionary"` and `"layer"` without one; neither are certified. From several local steps (FedAvg)
+    the former retrace the training. `false_rejection` is the chance at which sampling's sparsity filter may reject a
+    true direction. The result depends on `seed`, not on the device. `progress` is called after each round.
     `executor` computes the rounds of sampling, which otherwise run in threads: with one of a cluster, for example
     `distributed.Client(ADDRESS).get_executor()`, many machines share one large batch, and the result is the same.
 
@@ -117,6 +116,8 @@ def _strongest(
     for method in ("layer", "sampling"):
         if result is not None and (result.complete or result.expected_error is not None):
             break
+        if result is not None and budget.spent(0):
+            return replace(result, reason=f"{result.reason}; {budget.spent(0)}")
         if method == "sampling" and result is not None and _hopeless(target, budget, AFFORDABLE):
             break
         following = _one_layer(target, searches[method], method, budget, seed, progress)
@@ -130,8 +131,7 @@ def _retrace(
     """A client's samples from several local steps."""
     training = Training.of(update)
     problem = open_problem(model, replace(update, local_steps=1, learning_rate=None), device=device)
-    seconds = math.inf if budget.seconds is None else budget.seconds
-    found = sequential.recover(problem, training, seconds=seconds, generator=torch.Generator().manual_seed(seed))
+    found = sequential.recover(problem, training, seconds=budget.left, generator=torch.Generator().manual_seed(seed))
     known = len(found.inputs) > 0 and bool(found.residuals.isfinite().all()) and not found.complete
     return replace(_entries(found, problem), expected_error=found.residuals if known else None)
 
@@ -177,9 +177,8 @@ def _every_layer(
 
 def _approximate(noisy: Noisy, budget: Budget, seed: int) -> Reconstruction:
     problem, generator = noisy.problem, torch.Generator().manual_seed(seed)
-    seconds = math.inf if budget.seconds is None else budget.seconds - (time.monotonic() - budget.started)
     starts = network.Budget.starts if budget.proposals is None else budget.proposals
-    found = denoising.recover(noisy, seconds=seconds, starts=starts, generator=generator)
+    found = denoising.recover(noisy, seconds=budget.left, starts=starts, generator=generator)
     stats, estimate = Stats(0.0, found.starts, found.rounds), found.estimate
     shape = problem.input_shape
     if estimate is None:
@@ -235,7 +234,6 @@ def _one_layer(
     progress: Callable[[Progress], None] | None,
 ) -> Reconstruction:
     """The attack on one layer, by any search for the columns of its Q."""
-    budget = replace(budget, started=time.monotonic())
     seen = under_noise(target) if method in DESCENTS and _shows_noise(target) else None
     obstacle = "" if seen else _obstacle(target, method, budget)
     if obstacle:
@@ -273,7 +271,7 @@ def _network(
 
 def _limits(budget: Budget) -> network.Budget:
     return network.Budget(
-        math.inf if budget.seconds is None else float(budget.seconds),
+        budget.left,
         network.Budget.starts if budget.proposals is None else budget.proposals,
     )
 

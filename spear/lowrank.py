@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spear.streaming import Blocks
+
 MIN_GAP = 1e3
 OVERSAMPLING = 8
 VISIBLE = 1e2  # singular values above this many roundings of the largest belong to the batch
@@ -44,7 +46,7 @@ def augment(weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"]) -> Float[Te
 
 
 def decompose(
-    J: Float[Tensor, "m n"], rank: int | None = None, *, eps: float | None = None, expected: int = 0
+    J: Float[Tensor, "m n"] | Blocks, rank: int | None = None, *, eps: float | None = None, expected: int = 0
 ) -> LowRank:
     """Factorise a gradient at its numerical rank, or at a given one (SPEAR, the low-rank theorem).
 
@@ -56,10 +58,11 @@ def decompose(
     """
     if rank is not None and not 0 < rank <= min(J.shape):
         raise ValueError(f"rank {rank} is not between 1 and {min(J.shape)}, the smaller side of the gradient")
+    J = J if isinstance(J, Blocks) else Blocks(J, None, J)
     if not J.any():
         raise ValueError("the gradient has rank 0: it is zero everywhere")
     basis = range_basis(J, size=max(64, expected + 2 * OVERSAMPLING), eps=eps)
-    compressed = basis.mT @ J
+    compressed = J.after(basis)
     triangle = torch.linalg.qr(compressed.mT, mode="r")[1]  # the singular values and left vectors are the triangle's
     U, s, _ = torch.linalg.svd(triangle.mT, full_matrices=False)
     if rank is None:
@@ -70,7 +73,7 @@ def decompose(
     return LowRank(rank, basis @ U[:, :rank], U[:, :rank].mT @ compressed, gap, noise)
 
 
-def range_basis(J: Float[Tensor, "m n"], *, size: int = 64, eps: float | None = None) -> Float[Tensor, "m k"]:
+def range_basis(J: Blocks, *, size: int = 64, eps: float | None = None) -> Float[Tensor, "m k"]:
     """An orthonormal basis of J's columns up to rounding (Halko, Martinsson, Tropp 2011, Algorithm 4.1), grown by
     doubling.
 
@@ -78,15 +81,16 @@ def range_basis(J: Float[Tensor, "m n"], *, size: int = 64, eps: float | None = 
     """
     generator = torch.Generator().manual_seed(0)
     while size < min(J.shape) / 2:
-        sketch = torch.randn(J.shape[1], size, generator=generator, dtype=J.dtype).to(J.device)
-        basis, triangle = torch.linalg.qr(J @ sketch)
+        sketch = torch.randn(J.shape[1], size, generator=generator, dtype=J.like.dtype).to(J.like.device)
+        basis, triangle = torch.linalg.qr(J.times(sketch))
         s = torch.linalg.svdvals(triangle)
         rank, gap = detect_rank(s, eps=eps)
         reached = eps is None or s[-1] <= VISIBLE * eps * s[0]
         if reached and gap >= MIN_GAP and rank <= size - OVERSAMPLING:
             return basis
         size *= 2
-    return torch.linalg.qr(J)[0] if J.shape[0] > J.shape[1] else torch.eye(len(J), dtype=J.dtype, device=J.device)
+    m, n = J.shape
+    return torch.linalg.qr(J.whole())[0] if m > n else torch.eye(m, dtype=J.like.dtype, device=J.like.device)
 
 
 def detect_rank(s: Float[Tensor, " k"], *, eps: float | None = None) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from spear import inversion
-from spear.federated import SharedUpdate
+from spear.federated import Lazy, SharedUpdate
 from spear.reconstruction import Reconstruction
 
 log = logging.getLogger(__name__)
@@ -27,21 +27,20 @@ def difference(
     count: int | None = None,
     input_shape: tuple[int, ...] | None = None,
 ) -> SharedUpdate:
-    """The gradient behind one step of SGD, (before - after) / learning rate, from a client's weights by name.
+    """The change of a client's weights by name, before - after, by a step of SGD with `learning_rate`.
 
-    Entries that are no parameters of the model (running statistics) are left out. `count` and `input_shape` are what
-    the client discloses. Raises `ValueError` for a learning rate that is not positive, and for a parameter that is
-    missing or of another shape on one side.
+    Each is computed when it is asked for. Entries that are no parameters of the model (running statistics) are left
+    out. `count` and `input_shape` are what the client discloses; of several steps, see `SharedUpdate.telling`. Raises
+    `ValueError` for a learning rate that is not positive, and for a parameter that is missing or of another shape on
+    one side.
     """
-    if not learning_rate > 0:
-        raise ValueError(f"a learning rate is positive, not {learning_rate}")
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     for name in names:
         shapes = [tuple(weights[name].shape) if name in weights else None for weights in (before, after)]
         if None in shapes or shapes[0] != shapes[1]:
             raise ValueError(f"{name} has shape {shapes[0]} before the step and {shapes[1]} after it")
-    step = {name: (before[name] - after[name]) / learning_rate for name in names}
-    return SharedUpdate(step, count=count, input_shape=input_shape)
+    change = Lazy(names, lambda name: (before[name] - after[name]).detach())
+    return SharedUpdate(change, input_shape=input_shape).telling(learning_rate=learning_rate, count=count)
 
 
 @dataclass(frozen=True)

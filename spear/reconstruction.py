@@ -11,6 +11,7 @@ from spear.certificate import certify, certify_layer, recover_labels
 from spear.filtering import disaggregate
 from spear.lowrank import MIN_GAP
 from spear.search import Found
+from spear.streaming import weight_names
 from spear.target import Target
 
 
@@ -110,7 +111,7 @@ def _unknown_rest(target: Target) -> str:
 
 def _rest_is_sent(target: Target) -> bool:
     """Whether the update has a gradient of anything that follows the layer."""
-    return any(name in target.gradients for name, _ in target.layer.tail.named_parameters())
+    return any(name in target.gradients for name in weight_names(target.layer.tail))
 
 
 def _result(

@@ -21,6 +21,7 @@ SHOWN = 32  # pictures
 COLOURS = {
     "stops this attack": "good",
     "not in the time given": "open",
+    "only rounding hides it": "open",
     "blurs": "open",
     "does not stop it": "bad",
     "not attacked": "open",
@@ -60,6 +61,7 @@ def to_json(audit: Audit) -> str:
             "certified": int(audit.result.certified.sum()),
             "complete": audit.result.complete,
             "reason": audit.result.reason,
+            "in_time": audit.in_time,
             "labels": None if audit.result.labels is None else audit.result.labels.tolist(),
             "against_truth": None if audit.outcome is None else asdict(audit.outcome),
         },
@@ -67,6 +69,8 @@ def to_json(audit: Audit) -> str:
         "count": audit.count,
         "largest_batch": [asdict(reach) for reach in audit.reaches],
         "defences": [asdict(tested) | {"verdict": tested.verdict} for tested in audit.defences],
+        "time_limit": audit.time_limit,
+        "trial_limit": audit.trial_limit,
         "seconds": round(audit.seconds, 1),
         "peak_memory_bytes": audit.memory,
     }
@@ -77,7 +81,8 @@ def verdict(audit: Audit) -> str:
     """One sentence: what came back."""
     found, certified = len(audit.result.inputs), int(audit.result.certified.sum())
     if not found:
-        return f"Nothing was recovered from {audit.source} of {audit.count} samples."
+        time = "" if audit.in_time else f" in the {audit.time_limit:g} s given: more time may find more"
+        return f"Nothing was recovered from {audit.source} of {audit.count} samples{time}."
     whole = "the whole batch" if audit.result.complete else f"a batch of {audit.result.rank}"
     return f"{found} samples were recovered from {audit.source}, {whole}; {certified} of them are certified."
 

@@ -163,8 +163,9 @@ class Run:
         start, labels, partner = self.begin(plan, free)
         head = self.heads if plan.free else None
         near = self.tolerances.near / (10 if plan.evened else 1)  # a crowded span is near to everything
+        near = 0.0 if plan.free else near  # an h that moves goes on improving
         options = {"steps": plan.steps, "near": near, "until": self.until}
-        if not plan.free and not self.restricted and self.problem.biases[self.problem.last] is not None:
+        if self.crowded and not plan.free and self.problem.biases[self.problem.last] is not None:
             options["lean"] = LEAN * phase.leaning(self.spaces, free).float()
         if plan.evened:
             end = phase.search_evened(start, labels, self.low, **options)

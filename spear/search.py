@@ -42,6 +42,11 @@ class Budget:
         """What `time.monotonic` shows when the time is up."""
         return math.inf if self.seconds is None else self.started + self.seconds
 
+    @property
+    def left(self) -> float:
+        """The seconds that are left."""
+        return max(0.0, self.until - time.monotonic())
+
     def spent(self, proposals: int) -> str:
         """Which limit is reached, in words; empty while none is."""
         if time.monotonic() >= self.until:

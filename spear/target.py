@@ -1,6 +1,5 @@
 """What every attack begins with: the server's view of one layer, checked and decomposed."""
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -8,15 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from spear.federated import SharedUpdate
+from spear.federated import Lazy, SharedUpdate
 from spear.filtering import Observed
 from spear.lowrank import LowRank, decompose, rank_under_noise
+from spear.streaming import CHUNK, Blocks, Streamed, streamed
 from spear.tracing import Layer, find_layer
 
 MOST_UNDER_NOISE = 0.4  # of the smaller side: the share of a gradient's singular values that may rise above noise
 PRECISIONS = (torch.float32, torch.float64)
 COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
-CHUNK = 2**22  # entries of a gradient that are looked at in one piece
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,8 @@ def prepare(
     disclosed = update.count if batch_size is None else batch_size
     _check_count(disclosed, m, n, found.name)
     device = compute_device(device)
-    found = copy.deepcopy(found)
-    for module in (found.linear, found.tail):
-        if module is not None:
-            module.to(device, torch.float64).eval().requires_grad_(True)
+    tail = None if found.tail is None else streamed(found.tail, device)
+    found = replace(found, linear=Streamed(found.linear, device), tail=tail)
     eps = rounding_unit(model, update)
     gradients = Widened(gradients, device)
     low, observed = observe(found, gradients, batch_size, eps)
@@ -99,24 +96,17 @@ def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> t
     """The factorisation of a layer's gradient, and the server's view of the layer in its coordinates."""
     linear, n = layer.linear, layer.linear.in_features
     low = decompose(_jacobian(layer, gradients), rank, eps=eps)
-    with torch.no_grad():
-        B = linear.weight @ low.R[:, :n].mT
-        if linear.bias is not None:
-            B = B + torch.outer(linear.bias, low.R[:, n])
+    B = Blocks(linear.weight, linear.bias, low.R).times(low.R.mT)
     d = None if linear.bias is None else low.R[:, n]
     tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / low.smallest), 1e-2)
     return low, Observed(low.L, low.R[:, :n], B, d, tolerance)
 
 
-def _jacobian(layer: Layer, gradients: Widened) -> Tensor:
-    """J = [dL/dW | dL/dbeta] as `augment` makes it, or dL/dW alone where the layer has no bias; in one copy."""
-    if layer.linear.bias is None:
-        return _required(gradients, f"{layer.name}.weight")
-    dbeta = _required(gradients, f"{layer.name}.bias")
+def _jacobian(layer: Layer, gradients: Widened) -> Blocks:
+    """J = [dL/dW | dL/dbeta] as `augment` makes it, or dL/dW alone where the layer has no bias; read block by block."""
     dW = _required(gradients.received, f"{layer.name}.weight")
-    J = dbeta.new_empty(dW.shape[0], dW.shape[1] + 1)
-    J[:, :-1], J[:, -1] = dW.to(J.device), dbeta
-    return J
+    dbeta = None if layer.linear.bias is None else _required(gradients, f"{layer.name}.bias")
+    return Blocks(dW, dbeta, torch.empty(0, dtype=torch.float64, device=gradients.device))
 
 
 def under_noise(target: Target) -> Target | None:
@@ -125,7 +115,7 @@ def under_noise(target: Target) -> Target | None:
     The noise level is estimated from the singular values beyond the rank. `None` where no rank rises, or where what
     rises is too much of the layer to be told from noise.
     """
-    J = _jacobian(target.layer, target.gradients)
+    J = _jacobian(target.layer, target.gradients).whole()
     m, n = J.shape
     s = torch.linalg.svdvals(J)
     rank = rank_under_noise(s, (m, n))
@@ -147,7 +137,7 @@ def compute_device(device: str | torch.device | None) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]:
+def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tensor]:
     """The gradients of an update, each checked against the model's parameter of its name.
 
     Of the change of the weights by one step the gradient is what remains without the learning rate.
@@ -167,7 +157,8 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> dict[str, Tensor]
         if not all(part.isfinite().all() for part in g.flatten().split(CHUNK)):
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
-    return {name: g if scale == 1 else g / scale for name, g in update.gradients.items()}
+    received = update.gradients
+    return received if scale == 1 else Lazy(tuple(received), lambda name: received[name] / scale)
 
 
 def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:

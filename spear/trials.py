@@ -4,6 +4,7 @@ Here the client is simulated on samples that the auditor holds, so truth and gue
 simulation still sees the update alone.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,11 +92,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Defence:
-    """A defence by name, what to switch on, and the client that uses it."""
+    """A defence by name, what to switch on, and the client that uses it. `rounds`: what it sends are weights, whose
+    rounding in single precision may hide what the defence itself does not."""
 
     name: str
     advice: str
     client: Client
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,18 +106,22 @@ class Tested:
     """What was left of the attack behind a defence.
 
     `outcome` is None where such a client could not be simulated, or the attack does not take its update: `reason`.
+    `rounded` says that nothing came back in single precision, but in double precision it does.
     """
 
     name: str
     advice: str
     outcome: Outcome | None
     reason: str = ""
+    rounded: bool = False
 
     @property
     def verdict(self) -> str:
         """In words: whether not one sample came back recognisable, or some, or some exactly."""
         if self.outcome is None:
             return "not attacked"
+        if self.rounded:
+            return "only rounding hides it"
         if not self.outcome.recognised:
             return "stops this attack" if self.outcome.in_time else "not in the time given"
         return "does not stop it" if self.outcome.exact else "blurs"
@@ -147,20 +154,33 @@ def weigh(
 
     The first entry is no defence at all. `progress` is called with each defence's name before it is tried.
     """
-    inputs, labels = sample.take(count)
-    truth = entering(model, options.layer, inputs)
     tested = []
     for defence in _defences(others, count):
         if progress:
             progress(defence.name)
-        try:
-            update = defence.client(model, inputs, labels, Generator().manual_seed(options.seed))
-            result = options.attack(model, update)
-        except (ValueError, ImportError, NotImplementedError) as error:  # Opacus knows only its own layers
-            result = str(error)
-        outcome = None if isinstance(result, str) else compare(result, truth, labels, options.time_limit)
-        tested.append(Tested(defence.name, defence.advice, outcome, "" if outcome else str(result)))
+        batch = sample.take(count)
+        found = _behind(defence, model, batch, options)
+        nothing = not isinstance(found, str) and not found.recognised
+        if nothing and defence.rounds and next(model.parameters()).dtype == torch.float32:
+            again = _behind(defence, copy.deepcopy(model).double(), (batch[0].double(), batch[1]), options)
+            rounded = not isinstance(again, str) and again.recognised > 0
+        else:
+            rounded = False
+        outcome, reason = (None, found) if isinstance(found, str) else (found, "")
+        tested.append(Tested(defence.name, defence.advice, outcome, reason, rounded))
     return tuple(tested)
+
+
+def _behind(defence: Defence, model: nn.Module, batch: tuple[Tensor, Tensor], options: Options) -> Outcome | str:
+    """What the attack makes of a client's update behind a defence, or why there is none, in words."""
+    try:
+        update = defence.client(model, *batch, Generator().manual_seed(options.seed))
+        result = options.attack(model, update)
+    except (ValueError, ImportError, NotImplementedError) as error:  # Opacus knows only its own layers
+        return str(error)
+    if isinstance(result, str):
+        return result
+    return compare(result, entering(model, options.layer, batch[0]), batch[1], options.time_limit)
 
 
 def entering(
@@ -215,7 +235,7 @@ def _defences(others: Sample, count: int) -> tuple[Defence, ...]:
         Defence("4 bits", "round each entry at random to 4 bits", _then(defences.quantised, 4, draws=True)),
         Defence("random pruning", "send a random quarter", _then(defences.pruned_randomly, 0.25, draws=True)),
         Defence("top 10 %", "send the largest tenth of the entries", _then(defences.pruned_small, 0.1)),
-        Defence("local training", "two epochs of four mini-batches, learning rate 0.1", _local),
+        Defence("local training", "two epochs of four mini-batches, learning rate 0.1", _local, rounds=True),
         Defence("secure aggregation", f"sum over {AGGREGATED} clients of {count}", partial(_aggregated, others)),
         Defence("DP-SGD", f"clip at {CLIP:g}, noise multiplier {NOISE_MULTIPLIER:g}", _private),
     )

@@ -1,5 +1,6 @@
 """The audit: what it says of layers, reach and defences holds in the simulations it rests on; its page and its JSON."""
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -88,6 +89,27 @@ def test_defences(simulated: audit.Audit) -> None:
             assert 0 <= entry.outcome.exact <= entry.outcome.recognised <= entry.outcome.sent == 4
 
 
+def test_what_only_rounding_hides_is_no_protection(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = samples.choose("digits", SHAPE, CLASSES, most=4)
+    single = replace(sample, inputs=sample.inputs.float())
+
+    def attack(now: nn.Module, update: federated.SharedUpdate, **options) -> inversion.Reconstruction:
+        result = whole(now, update, **options)
+        if next(now.parameters()).dtype == torch.float64:
+            return result
+        held = {name: value for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
+        nothing = {name: value[:0] for name, value in held.items()}
+        return replace(result, **nothing, complete=False)
+
+    whole = inversion.attack
+    monkeypatch.setattr(inversion, "attack", attack)
+    options = trials.Options(time_limit=20)
+    everyone = samples.choose("digits", SHAPE, CLASSES, most=40)
+    others = replace(everyone, inputs=everyone.inputs.float())
+    tested = trials.weigh(copy.deepcopy(model).float(), single, 4, others=others, options=options)
+    assert {t.name for t in tested if t.verdict == "only rounding hides it"} == {"local training"}
+
+
 def test_an_update_is_attacked_and_defended(attacked: tuple) -> None:
     found, inputs, labels = attacked
     evaluation = metrics.evaluate(found.result, inputs, labels)
@@ -116,7 +138,10 @@ def test_a_convolution_before_the_layer() -> None:
 def test_nothing_recovered_is_status_0(model: nn.Module) -> None:
     found = audit.audit(model, count=39, trial_limit=0, time_limit=0)
     assert (found.status, len(found.result.inputs)) == (0, 0)
-    assert report.verdict(found) == "Nothing was recovered from a simulated update of 39 samples."
+    assert report.verdict(found) == (
+        "Nothing was recovered from a simulated update of 39 samples in the 0 s given: more time may find more."
+    )
+    assert json.loads(report.to_json(found))["attack"]["in_time"] is False
     assert report.certificate(found) == "none"
     assert "<img" not in report.html(found)
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spear import models
-from spear.federated import SharedUpdate, gradient
+from spear.federated import Lazy, SharedUpdate, gradient
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -151,3 +151,16 @@ def test_foreign_files(tmp_path):
 def test_bare_safetensors_file_of_gradients(tmp_path):
     save_file({"w": torch.ones(3)}, tmp_path / "bare.safetensors")
     assert torch.equal(SharedUpdate.load(tmp_path / "bare.safetensors").gradients["w"], torch.ones(3))
+
+
+def test_a_lazy_update_is_computed_when_asked_and_kept_as_it_is():
+    asked = []
+    lazy = Lazy(("a", "b"), lambda name: asked.append(name) or torch.ones(2))
+    update = SharedUpdate(lazy)
+    assert update.gradients is lazy
+    assert (len(lazy), list(lazy), "c" in lazy) == (2, ["a", "b"], False)
+    asked.clear()  # the type checker of the tests looks at one
+    assert torch.equal(update.gradients["b"], torch.ones(2))
+    assert asked == ["b"]
+    with pytest.raises(KeyError):
+        lazy["c"]

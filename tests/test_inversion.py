@@ -364,3 +364,12 @@ def test_clipping_that_is_not_disclosed(seed, count):
     assert result.certified[evaluation.match].tolist() == [True] * 4 + [count == 8] * 4
     if count:
         torch.testing.assert_close(result.weights[evaluation.match], factors / 8)
+
+
+def test_the_time_limit_is_that_of_all_methods_together():
+    inputs, labels = torch.randn(12, 30, dtype=torch.float64), torch.zeros(12, dtype=torch.long)
+    model = models.fcnn((30,), 40, 3, 5, seed=0)
+    result = spear.attack(model, gradient(model, inputs, labels), time_limit=0)
+    assert not result.complete
+    assert "gradient directions" in result.reason
+    assert not any(method in result.reason for method in ("layer:", "sampling:"))

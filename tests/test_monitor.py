@@ -35,8 +35,9 @@ def test_the_difference_of_weights_is_the_gradient(model: nn.Module) -> None:
     found = difference(model, before, before | stepped(model, 3), learning_rate=RATE, count=3, input_shape=SHAPE)
     assert (found.count, found.input_shape) == (3, SHAPE)
     assert found.gradients.keys() == update.gradients.keys()
-    for name, gradient in found.gradients.items():
-        torch.testing.assert_close(gradient, update.gradients[name], atol=1e-15, rtol=0)
+    assert found.learning_rate == RATE
+    for name, change in found.gradients.items():
+        torch.testing.assert_close(change / RATE, update.gradients[name], atol=1e-15, rtol=0)
 
 
 def test_weights_that_do_not_fit(model: nn.Module) -> None:
