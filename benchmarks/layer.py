@@ -111,7 +111,7 @@ def show(row: Row, batch: int, sampling: float | None) -> None:
 
 
 def summary(rows: list[Row]) -> pd.DataFrame:
-    """One line a case: how many of its seeds came back whole, the largest error, and the processor's seconds."""
+    """One line a case: how many of its seeds came back whole (every input to 1e-6), and the processor's seconds."""
     batch = {case.name: case.batch for case in CASES}
     frame = pd.DataFrame([asdict(row) for row in rows])
     frame["whole"] = (frame["recovered"] == frame["case"].map(batch)) & (frame["certified"] == frame["recovered"])
@@ -148,8 +148,8 @@ def main() -> None:
         sampling = row.seconds if case.method == "sampling" else sampling
         if not options.json:
             show(row, case.batch, sampling)
-    if options.csv is not None:
-        summary(rows).to_csv(options.csv, index=False, float_format="%.3g")
+        if options.csv is not None:
+            summary(rows).to_csv(options.csv, index=False, float_format="%.3g")
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
 

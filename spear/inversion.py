@@ -242,7 +242,9 @@ def _one_layer(
     found = search(target.observed, budget=budget, seed=seed, progress=progress, **goal)
     stats = Stats(time.monotonic() - budget.started, found.proposals, found.rounds)
     if found.matching < goal.get("goal", 1):
+        live, m = len(target.observed.alive().L), len(target.observed.L)
         reached = f"{len(found.basis)} of {target.low.rank} directions, matching coefficient {found.matching:.6f}"
+        reached += f"; of {m} neurons {live} tell anything, the others see no sample" if live < m else ""
         return nothing(target, f"{method}: {found.spent}: {reached}", stats)
     return reconstruct(target, found, stats)
 

@@ -217,6 +217,16 @@ def test_past_the_limit_is_an_honest_incomplete_result(method):
     assert f"{method}: " in result.reason
 
 
+def test_the_reason_counts_the_neurons_that_tell_anything():
+    """The last hidden layer of a deep and narrow network: most neurons agree on all samples."""
+    x, y = data.load("digits", count=8)
+    model = models.fcnn((1, 8, 8), 60, 6, 10)
+    result = attack(model, gradient(model, x, y), method="layer", layer="fc5", max_proposals=16)
+    silent = int((ablations.layer_truth(model, "fc5", x, y)[1] == 0).all(1).sum())
+    assert not len(result.inputs)
+    assert f"of 60 neurons {60 - silent} tell anything, the others see no sample" in result.reason
+
+
 @pytest.mark.parametrize("method", ["layer", "dictionary"])
 def test_budgets_are_kept(method):
     problem = make(45, 60, 80)
