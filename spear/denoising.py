@@ -20,6 +20,7 @@ from spear.projection import Factors, ascend, class_sines, distinct, each_class,
 
 SAME = 0.97  # cosine of two pre-activation vectors under noise that are one sample's
 FITS = 1.15  # a residual that many times larger than expected is no noise
+MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
 ROUNDING = 1e-12  # error of the linear algebra here, relative to the first singular value
 
 
@@ -248,21 +249,24 @@ def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
 def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Estimate | None:
     """The refined samples whose measured gradient has the direction and size of their own; none: `None`.
 
-    Where samples are missing, the others are known less well than the noise alone would allow: by how far they moved.
+    Where samples are missing, one round has to do, since what they add to the update is only guessed; the others are
+    known less well than the noise alone would allow: by how far they moved.
     """
-    raw, estimate = inputs, refine(noisy, inputs, label(noisy, inputs))
-    estimate = refine(noisy, estimate.inputs, label(noisy, estimate.inputs))
+    whole = len(inputs) == noisy.rank
+    raw, estimate = inputs, refine(noisy, inputs, label(noisy, inputs), rounds=15 if whole else 1)
+    if whole:
+        estimate = refine(noisy, estimate.inputs, label(noisy, estimate.inputs))
     for _ in range(4):
         good = _is_good(estimate)
         if bool(good.all()) or not bool(good.any()):
             break
         raw = raw[good]
-        estimate = refine(noisy, estimate.inputs[good], estimate.labels[good])
+        estimate = refine(noisy, raw, estimate.labels[good], rounds=1)
     if not bool(good.all()):
         return None
     if len(raw) < noisy.rank:
         moved = (estimate.inputs - raw).norm(dim=1) / raw.norm(dim=1)
-        estimate = replace(estimate, error=torch.hypot(estimate.error, moved))
+        estimate = replace(estimate, error=MOVED * torch.hypot(estimate.error, moved))
         estimate = estimate.only(_is_good(estimate))
     return estimate if len(estimate.labels) else None
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear import denoising, dictionary, network, seeding, sequential, theory
+from spear import denoising, dictionary, network, pruned, seeding, sequential, theory
 from spear import layer as layers
 from spear.chain import Problem, open_problem
 from spear.defences import as_gradient, is_perturbed
@@ -88,6 +88,8 @@ def attack(
         result = _retrace(model, update, budget, seed, device)
     elif method in ("auto", "network") and layer is None and is_perturbed(update):
         result = _denoise(model, update, batch_size, budget, seed, device)
+    elif method in ("auto", "network") and layer is None and update.pruning is not None:
+        result = _complete(open_problem(model, update, batch_size=batch_size, device=device), budget, seed)
     elif method == "network":
         problem = open_problem(model, update, batch_size=batch_size, device=device)
         result = _every_layer(problem, update, budget, seed, progress)
@@ -134,6 +136,12 @@ def _retrace(
     return replace(_entries(found, problem), expected_error=found.residuals if known else None)
 
 
+def _complete(problem: Problem, budget: Budget, seed: int) -> Reconstruction:
+    """What an update of which some entries were not sent gives back."""
+    generator = torch.Generator().manual_seed(seed)
+    return _entries(pruned.recover(problem, budget=_limits(budget), generator=generator), problem)
+
+
 def _denoise(
     model: nn.Module,
     update: SharedUpdate,
@@ -159,6 +167,8 @@ def _every_layer(
     exact = _network(problem, budget, seed, progress)
     if len(exact.inputs):
         return exact
+    if pruned.is_pruned(problem):
+        return _complete(problem, budget, seed)
     noisy = denoising.open_noisy(problem, sigma=None, weighted=update.clip is not None)
     seen = problem.precision > COARSE or denoising.is_visible(noisy)
     found = _approximate(noisy, budget, seed) if seen else exact
@@ -252,17 +262,20 @@ def _network(
     progress: Callable[[Progress], None] | None,
 ) -> Reconstruction:
     """The attack through every layer; an image that is in the batch k times is returned k times, with its k labels."""
-    limits = network.Budget(
-        budget.left,
-        network.Budget.starts if budget.proposals is None else budget.proposals,
-    )
 
     def report(s: network.Stats) -> None:
         if progress:
             progress(Progress(s.found, s.rank, s.starts, s.seconds))
 
     generator = torch.Generator().manual_seed(seed)
-    return _entries(network.recover(problem, budget=limits, generator=generator, progress=report), problem)
+    return _entries(network.recover(problem, budget=_limits(budget), generator=generator, progress=report), problem)
+
+
+def _limits(budget: Budget) -> network.Budget:
+    return network.Budget(
+        budget.left,
+        network.Budget.starts if budget.proposals is None else budget.proposals,
+    )
 
 
 def _entries(found: network.Recovery, problem: Problem) -> Reconstruction:

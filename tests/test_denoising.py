@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import batch
 
-from spear import attack, clients, defences, denoising, metrics, models
+from spear import attack, clients, data, defences, denoising, metrics, models
 from spear.chain import open_problem
 from spear.federated import gradient
 
@@ -86,6 +86,25 @@ def test_dp_sgd_with_weak_noise(noise_multiplier):
     assert seen.label_accuracy == 1
     assert not result.certified.any()
     assert float(seen.relative_error.max()) < 100 * noise_multiplier
+
+
+def test_dp_sgd_on_real_images_gives_half_of_them_recognisable(real_data):
+    """Noise of which not all samples stand out far enough: those that come back carry their expected error."""
+    inputs, labels = data.load("cifar10", count=32, root=real_data)
+    model = models.fcnn(inputs.shape[1:], 600, 3, 10)
+    norms = [
+        sum(g.norm() ** 2 for g in gradient(model, x[None], y[None]).gradients.values()) ** 0.5
+        for x, y in zip(inputs, labels, strict=True)
+    ]
+    clip = float(torch.stack(norms).median())
+    update = clients.private(model, inputs, labels, clip=clip, noise_multiplier=1e-3, generator=_generator())
+    result = attack(model, update)
+    seen = metrics.evaluate(result, inputs, labels)
+    assert not result.certified.any()
+    assert (seen.psnr > 20).double().mean() >= 0.5, result.reason
+    found = seen.match >= 0
+    off = 20 * torch.log10(seen.relative_error[found] / result.expected_error[seen.match[found]])
+    assert (off.abs() < 3).double().mean() >= 0.9, off
 
 
 def test_least_squares_with_the_true_activations_is_the_bound():
