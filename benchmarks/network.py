@@ -1,11 +1,11 @@
 """Whole batches through every layer: seconds, ratio to one SVD of the first gradient, recall and memory of each case.
 
-    python benchmarks/network.py [--cases NAME ...] [--long] [--seeds N] [--limit SECONDS] [--json]
+    python benchmarks/network.py [--cases NAME ...] [--long] [--seeds N] [--limit SECONDS] [--json] [--csv FILE]
 
 Every case runs in a process of its own, with all of torch's threads, the SVD in the same one: compare ratios, not
 seconds, between machines. Cases named sampling-N are the search of one layer on the batches of cifar10-N; the ratio of
 the two is printed last. Without names, the cases that take minutes run with --long only. Data sets that are not there
-are skipped.
+are skipped. `--csv` writes one row a case, over its seeds: benchmarks/network.csv is that of two threads.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 
 from spear import data, federated, metrics, models
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--limit", type=float, default=600.0)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows, chosen = [], options.cases or [c.name for c in CASES if options.long or not c.long]
     for case in (c for c in CASES if c.name in chosen):
@@ -126,6 +129,8 @@ def main() -> None:
                     continue
             if not options.json:
                 report(case, rows[-1])
+            if options.csv is not None:
+                summary(rows).to_csv(options.csv, index=False, float_format="%.3g")
     ratios = against_sampling(rows)
     if options.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "sampling_over_network": ratios}, indent=1))
@@ -140,6 +145,26 @@ def report(case: Case, row: Row) -> None:
     bar = "" if case.bar == math.inf else f" (bar {case.bar:g})"
     cost = f"{row.seconds:.2f} s{bar}, {row.seconds / row.svd_seconds:.1f} SVDs, {row.memory_gib:.1f} GiB"
     print(f"{row.case} seed {row.seed}: {found}, {cost} | {row.reason}", flush=True)
+
+
+def summary(rows: list[Row]) -> pd.DataFrame:
+    """One line a case: how many of its seeds came back whole, labels included, and what they cost."""
+    cases = {case.name: case for case in CASES}
+    frame = pd.DataFrame([asdict(row) for row in rows])
+    full = frame[["recovered", "certified"]].min(axis=1) == frame["case"].map(lambda name: cases[name].batch)
+    frame["whole"], frame["over"] = full & (frame["labels"] == 1), frame["seconds"] / frame["svd_seconds"]
+    grouped = frame.groupby("case", sort=False)
+    table = {
+        "layers": [cases[name].depth for name in frame["case"].unique()],
+        "width": [cases[name].width for name in frame["case"].unique()],
+        "batch": [cases[name].batch for name in frame["case"].unique()],
+        "seeds": grouped.size(),
+        "whole and certified": grouped["whole"].sum(),
+        "median seconds": grouped["seconds"].median(),
+        "times one SVD": grouped["over"].median(),
+        "peak GiB": grouped["memory_gib"].max(),
+    }
+    return pd.DataFrame(table).reset_index()
 
 
 def against_sampling(rows: list[Row]) -> dict[str, float]:
