@@ -1,5 +1,6 @@
 """Small problems with a known truth, for the tests of the attack."""
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,3 +81,16 @@ def judged(model: nn.Module, update: SharedUpdate, x: Tensor, y: Tensor, **optio
     assert evaluation.precision == 1, (result.reason, evaluation.relative_error)
     assert not result.complete or evaluation.recall == 1 or update.count is None
     return result
+
+
+def permuted_neurons(model, update):
+    """Model and update with the first hidden layer's neurons in another order: the same function, the same batch."""
+    order = torch.randperm(model.fc1.out_features, generator=torch.Generator().manual_seed(1))
+
+    def moved(tensors):
+        tensors = {n: t.detach()[order] if n.startswith("fc1") else t.detach() for n, t in tensors}
+        return tensors | {"fc2.weight": tensors["fc2.weight"][:, order]}
+
+    shuffled = copy.deepcopy(model)
+    shuffled.load_state_dict(moved(model.named_parameters()))
+    return shuffled, replace(update, gradients=moved(update.gradients.items()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import batch
+from problems import batch, permuted_neurons
 
 from spear import attack, clients, data, defences, denoising, metrics, models
 from spear.chain import open_problem
@@ -124,15 +124,8 @@ def test_least_squares_with_the_true_activations_is_the_bound():
 def test_permuted_samples_and_neurons_change_nothing():
     model, inputs, labels = _client()
     update = defences.noisy(gradient(model, inputs, labels), 1e-3, relative=True, generator=_generator())
-    order = torch.randperm(150, generator=_generator(1))
-    shuffled = models.fcnn((120,), 150, 3, 10)
-    weights = {n: p.detach()[order] if n.startswith("fc1") else p.detach() for n, p in model.named_parameters()}
-    weights["fc2.weight"] = weights["fc2.weight"][:, order]
-    shuffled.load_state_dict(weights)
-    moved = {n: g[order] if n.startswith("fc1") else g for n, g in update.gradients.items()}
-    moved["fc2.weight"] = moved["fc2.weight"][:, order]
     first = metrics.evaluate(attack(model, update), inputs, labels)
-    second = metrics.evaluate(attack(shuffled, replace(update, gradients=moved)), inputs, labels)
+    second = metrics.evaluate(attack(*permuted_neurons(model, update)), inputs, labels)
     torch.testing.assert_close(first.relative_error, second.relative_error, rtol=1e-3, atol=0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import batch
+from problems import batch, permuted_neurons
 
 from spear import attack, clients, data, defences, metrics, models
 from spear.chain import open_problem
@@ -71,14 +71,7 @@ def test_single_precision_sums_and_copies():
 def test_permuted_neurons_change_nothing():
     model, inputs, labels = _client()
     update = defences.pruned_randomly(gradient(model, inputs, labels), 0.4, generator=_generator())
-    order = torch.randperm(120, generator=_generator(1))
-    shuffled = models.fcnn((100,), 120, 3, 10)
-    weights = {n: p.detach()[order] if n.startswith("fc1") else p.detach() for n, p in model.named_parameters()}
-    weights["fc2.weight"] = weights["fc2.weight"][:, order]
-    shuffled.load_state_dict(weights)
-    moved = {n: g[order] if n.startswith("fc1") else g for n, g in update.gradients.items()}
-    moved["fc2.weight"] = moved["fc2.weight"][:, order]
-    _whole(shuffled, replace(update, gradients=moved), inputs, labels)
+    _whole(*permuted_neurons(model, update), inputs, labels)
 
 
 @given(
