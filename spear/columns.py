@@ -30,7 +30,7 @@ IDLE = 6  # rounds in a row of the longest search without a new column, after wh
 
 CURIOSITY = 1.5  # factor by which the promise of the searches that wait grows in each round
 
-Search = Callable[[Float[Tensor, "b r"], int, int, torch.Generator], Float[Tensor, "k b"]]
+Search = Callable[[Float[Tensor, "f b"], int, int, torch.Generator], Float[Tensor, "k b"]]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def collect(
 ) -> Found:
     """Directions, round by round, until they explain the layer (lambda = `goal`), or hope or the budget is gone.
 
-    A search leads a number of starts of its own towards columns, given a basis of the space that the v of the others
-    lie in, that number, and a number of steps. What it finds is polished and tested; every column found confines the
+    A search leads a number of starts of its own towards columns, given those that are known, that number, and a
+    number of steps. What it finds is polished and tested; every column found confines the
     rest. Of several searches the one that lately brought most takes the next round. `proposals` counts starts.
     """
     observed = observed.alive()
@@ -81,10 +81,10 @@ def collect(
     q, basis, matching = choose(observed, observed.L.new_zeros(0, b), least, last=1)
     ways, starts, rounds, idle, spent = [Way(search, lengths.shortest) for search in searches], 0, 0, 0, ""
     while matching < goal and not (spent := budget.spent(starts)):
-        free = complement(q[basis] if len(basis) < b else q[:0])
-        count = min(MOST_STARTS, max(LEAST_STARTS, free.shape[1]))
+        known = q[basis] if len(basis) < b else q[:0]
+        count = min(MOST_STARTS, max(LEAST_STARTS, b - len(known)))
         way = max(ways, key=lambda w: (w.promise, -w.rounds))
-        ends = way.search(free, count, way.steps, generator)
+        ends = way.search(known, count, way.steps, generator)
         new, hits = settle(observed, ends, least)
         before, reached, q = len(q), (len(basis), matching), torch.cat([q, new])
         q = q[different(q, observed.tolerance)][: CROWD * b]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.columns import Lengths, collect, draw, unit
+from spear.columns import Lengths, collect, complement, draw, unit
 from spear.filtering import Observed
 from spear.search import Budget, Found, Progress
 
@@ -97,7 +97,7 @@ def search(
     """All columns of Q, found as sparse vectors in the span of L."""
     L = observed.L.float()
 
-    def descend(free: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        return learner(L, draw(observed, free, count, generator).float(), steps=steps)
+    def descend(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        return learner(L, draw(observed, complement(known), count, generator).float(), steps=steps)
 
     return collect(observed, (descend,), lengths, budget, seed, progress, goal=goal)

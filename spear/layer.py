@@ -9,18 +9,17 @@ coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z a
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spear.columns import Lengths, collect, draw, unit
+from spear.coupling import Coupling, prior
 from spear.filtering import Observed
 from spear.search import Budget, Found, Progress
 
-DAMPING = 4  # times the coupling: how strongly q is drawn away from the directions where v has nothing
-SINGULAR = 1e-12  # of the largest singular value of B N: what is under it counts as it
 LENGTHS = Lengths(shortest=50, longest=450)
 
 
@@ -28,29 +27,37 @@ LENGTHS = Lengths(shortest=50, longest=450)
 class Stage:
     """A part of the schedule: its steps, the relaxation, and how strongly signs and q, v are coupled.
 
-    A row is inactive if z < 0 and g^2 < `trust` z^2; `coupling` is the weight of q ~ v in the linear step. The `kept`
-    share of the starts, those whose g is nearest to its space, goes on to the next stage.
+    A row is inactive if z < 0 and g^2 < `trust` z^2; `coupling`, `ridge` and `parting` are weights in the linear step
+    (`Coupling.step`). The `kept` share of the starts, those whose g is nearest to its space, goes on to the next stage.
     """
 
     steps: int
     relaxation: float
     trust: float
     coupling: float
+    ridge: float = 0.0
+    parting: float = 0.0
     kept: float = 1.0
 
 
 SETTLING = (
-    Stage(60, 0.4, 10.0, 0.05),
-    Stage(40, 0.4, 3.0, 0.02, kept=0.75),
-    Stage(100, 0.4, 3.0, 0.02),
-    Stage(100, 0.4, 3.0, 0.0),
+    Stage(60, 0.4, 10.0, 0.05, 0.01, 0.07, kept=0.75),
+    Stage(40, 0.4, 3.0, 0.02, 0.0, 0.04),
+    Stage(80, 1.0, 5.0, 0.02, 0.0, 0.02),
+    Stage(120, 1.0, 5.0, 0.0),
+)
+APART = (
+    Stage(60, 0.4, 10.0, 0.0),
+    Stage(40, 0.4, 3.0, 0.0, kept=0.75),
+    Stage(200, 0.4, 3.0, 0.0),
 )
 
 
 def schedule(steps: int, *, coupled: bool = True) -> tuple[Stage, ...]:
     """The search itself, of that many steps, and the stages in which it settles; without coupling of q and v."""
-    stages = (Stage(steps, 1.0, 20.0, 0.1), *SETTLING)
-    return stages if coupled else tuple(replace(stage, coupling=0.0) for stage in stages)
+    if coupled:
+        return Stage(steps, 1.0, 11.0, 0.6, 0.03, 0.07), *SETTLING
+    return Stage(steps, 1.0, 20.0, 0.0), *APART
 
 
 def operations(observed: Observed, count: int, steps: int) -> int:
@@ -71,19 +78,24 @@ def search(
 ) -> Found:
     """All columns of Q from the layer's weights and gradient.
 
-    Two searches take turns. One starts at rows of L with q = v and couples them. The other lets q and v go their ways,
-    as they do in trained networks and deep layers, half of them from starts in which every sample has a like share.
+    Two searches take turns. One starts at rows of L, v, with q = M v, and couples them. The other lets q and v go their
+    ways, as they do in trained networks and deep layers, half of them from starts in which every sample has a like
+    share.
     """
     observed = observed.alive()
+    given = prior(observed)
 
-    def coupled(free: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        v = draw(observed, free, count, generator)
-        return reflect(observed, v, v, free, schedule(steps))
+    def coupled(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        coupling = given(known)
+        v = draw(observed, coupling.free, count, generator)
+        return reflect(observed, coupling, v @ coupling.moment, v, schedule(steps))
 
-    def apart(free: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        rows = draw(observed, free, count // 2, generator)
-        q, v = balanced(observed, free, count - count // 2, generator)
-        return reflect(observed, torch.cat([rows, q]), torch.cat([rows, v]), free, schedule(steps, coupled=False))
+    def apart(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        coupling = given(known)
+        rows = draw(observed, coupling.free, count // 2, generator)
+        q, v = balanced(observed, coupling.free, count - count // 2, generator)
+        starts = torch.cat([rows, q]), torch.cat([rows, v])
+        return reflect(observed, coupling, *starts, schedule(steps, coupled=False))
 
     return collect(observed, (coupled, apart), LENGTHS, budget, seed, progress, goal=goal)
 
@@ -107,67 +119,35 @@ def balanced(
 
 def reflect(
     observed: Observed,
+    coupling: Coupling,
     q: Float[Tensor, "k b"],
     v: Float[Tensor, "k b"],
-    free: Float[Tensor, "b r"],
     stages: Sequence[Stage],
 ) -> Float[Tensor, "j b"]:
-    """Relaxed reflections from starts q, v towards columns whose v lies in the span of `free`, in float32.
+    """Relaxed reflections from starts q, v towards columns whose v lies in the span of `coupling.free`, in float32.
 
     x = (g, z) is reflected at the coupled signs and projected on the linear spaces, where q and v are drawn together:
     x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step. Of k starts
     those come back that no stage dropped.
     """
-    L, m = observed.L.float(), len(observed.L)
-    basis, triangle = torch.linalg.qr(observed.B @ free)  # z = B free w = basis c with c = triangle w
+    L, (m, b) = observed.L.float(), observed.L.shape
+    basis, triangle = torch.linalg.qr(observed.B @ coupling.free)  # z = B free w = basis c with c = triangle w
     C = basis.float()
     g = math.sqrt(m) * unit(q).float() @ L.mT
-    z = math.sqrt(m) * unit(v @ free @ triangle.mT).float() @ C.mT
+    z = math.sqrt(m) * unit(v @ coupling.free @ triangle.mT).float() @ C.mT
     for stage in stages:
-        linear, half = couple(triangle, free, stage.coupling), stage.relaxation / 2
+        step = coupling.step(triangle, stage.coupling, stage.ridge, stage.parting).float()
+        half = stage.relaxation / 2
         for _ in range(stage.steps):
             inactive = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)) < 0
             rg, rz = torch.where(inactive, -g, g), torch.where(inactive, z, z.abs())
-            q, c = linear.solve(rg @ L, rz @ C)
+            both = torch.cat([rg @ L, rz @ C], 1) @ step
+            q, c = unit(both[:, :b]), unit(both[:, b:])
             # P_B x is the mean of x and its reflection
-            g.mul_(1 - half).sub_(rg, alpha=half).addmm_(math.sqrt(m) * unit(q), L.mT, alpha=2 * half)
-            z.mul_(1 - half).sub_(rz, alpha=half).addmm_(math.sqrt(m) * unit(c), C.mT, alpha=2 * half)
+            g.mul_(1 - half).sub_(rg, alpha=half).addmm_(q, L.mT, alpha=2 * half * math.sqrt(m))
+            z.mul_(1 - half).sub_(rz, alpha=half).addmm_(c, C.mT, alpha=2 * half * math.sqrt(m))
         g = torch.where(inactive, 0, g)
         near = torch.linalg.vector_norm(g @ L, dim=1) / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-30)
         best = near.argsort(descending=True)[: math.ceil(stage.kept * len(g))]
         g, z = g[best], z[best]
     return unit(g @ L)
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """The linear step: minimise |L q - r_g|^2 + |B N w - r_z|^2 + k |N^T q - t w|^2, and draw q towards the span of N.
-
-    With k' = k / (1 + k) and orthonormal L: w = (N^T B^T B N + k' t^2)^-1 (N^T B^T r_z + k' t N^T L^T r_g), and the
-    part of q in N is (N^T L^T r_g + k t w) / (1 + k). The matrices below map rows of coordinates; c = triangle w.
-    """
-
-    free: Float[Tensor, "b r"]
-    from_z: Float[Tensor, "r r"]
-    from_q: Float[Tensor, "r r"]
-    to_q: Float[Tensor, "r r"]
-    kept: float
-    rest: float
-
-    def solve(
-        self, a: Float[Tensor, "k b"], e: Float[Tensor, "k r"]
-    ) -> tuple[Float[Tensor, "k b"], Float[Tensor, "k r"]]:
-        """q and c for a = L^T r_g and e = basis^T r_z."""
-        own = a @ self.free
-        c = e @ self.from_z + own @ self.from_q
-        return self.rest * a + (c @ self.to_q + (self.kept - self.rest) * own) @ self.free.mT, c
-
-
-def couple(triangle: Float[Tensor, "r r"], free: Float[Tensor, "b r"], k: float) -> Coupling:
-    """The linear step at coupling k: `triangle` is that of a QR decomposition of B N."""
-    U, s, Vh = torch.linalg.svd(triangle)
-    s = s.clamp_min(SINGULAR * s[0])
-    t, weight = float(triangle.norm()) / math.sqrt(len(s)), k / (1 + k)
-    damped = s / (s**2 + weight * t**2)
-    maps = (U * (s * damped) @ U.mT, weight * t * (Vh.mT * damped) @ U.mT, weight * t * (U / s) @ Vh)
-    return Coupling(free.float(), *(each.float() for each in maps), 1 - weight, 1 / (1 + DAMPING * k))
