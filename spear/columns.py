@@ -26,7 +26,7 @@ CONVERGING = 0.5  # factor by which a round of the polish must bring the residua
 SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could make them)
 ALIKE = 0.95  # |cosine| of two search results that lead to the same column
 LEAST_STARTS, MOST_STARTS = 16, 64
-IDLE = 6  # rounds in a row of the longest search without a new column, after which there is no hope
+IDLE = 10  # rounds in a row of the longest search without a new column, after which there is no hope
 
 CURIOSITY = 1.5  # factor by which the promise of the searches that wait grows in each round
 

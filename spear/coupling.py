@@ -10,7 +10,7 @@ a good part. Vectors are rows.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,10 @@ from spear.filtering import Observed
 
 SINGULAR = 1e-12  # of the largest singular value of B N: what is under it counts as it
 GRID = 4096  # points at which the density of Marchenko and Pastur is summed
-VISITS, DAMPED = 25, 0.7  # of expectation propagation for the v of known columns: rounds, and the share of the new message
+VISITS, DAMPED = (
+    25,
+    0.7,
+)  # of expectation propagation for the v of known columns: rounds, and the share of the new message
 FAR = 1e3  # standard deviations beyond which the hazard of a normal variable is that distance
 AGREED = 0.98  # share of a known column's signs that its v must have to be taken for it
 LEAST_DOUBT = 0.01  # share of a known v that is left in doubt, at least: its model is rough
@@ -67,6 +70,12 @@ class Coupling:
         return turn @ inverse @ turn.mT
 
 
+def uncoupled(known: Float[Tensor, "f b"]) -> Coupling:
+    """Nothing is taken to be known but unit columns, to which every other v is orthogonal."""
+    b = known.shape[1]
+    return Coupling(complement(known), torch.eye(b).to(known), known.new_zeros(b, b))
+
+
 def prior(observed: Observed) -> Callable[[Float[Tensor, "f b"]], Coupling]:
     """The coupling of the columns still sought, given unit columns that are known: M at first as it is of random Q."""
     m, b = observed.L.shape
@@ -74,12 +83,11 @@ def prior(observed: Observed) -> Callable[[Float[Tensor, "f b"]], Coupling]:
     fresh = right.mT @ (marchenko_pastur(b, b / m).to(right)[:, None] * right)
 
     def given(known: Float[Tensor, "f b"]) -> Coupling:
-        free = complement(known)
         if not len(known):
-            return Coupling(free, fresh, torch.zeros_like(fresh))
+            return replace(uncoupled(known), moment=fresh)
         v, doubt = duals(observed, known, fresh)
         moment = known.mT @ known + (1 - len(known) / b) * fresh
-        return Coupling(free, moment, v.mT @ (v / doubt.clamp_min(LEAST_DOUBT)[:, None]))
+        return Coupling(complement(known), moment, v.mT @ (v / doubt.clamp_min(LEAST_DOUBT)[:, None]))
 
     return given
 

@@ -9,18 +9,18 @@ coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z a
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spear.columns import Lengths, collect, draw, unit
-from spear.coupling import Coupling, prior
+from spear.coupling import Coupling, prior, uncoupled
 from spear.filtering import Observed
 from spear.search import Budget, Found, Progress
 
-LENGTHS = Lengths(shortest=50, longest=450)
+LENGTHS = Lengths(shortest=60, longest=240, factor=2)
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class Stage:
 
 
 SETTLING = (
-    Stage(60, 0.4, 10.0, 0.05, 0.01, 0.07, kept=0.75),
-    Stage(40, 0.4, 3.0, 0.02, 0.0, 0.04),
-    Stage(80, 1.0, 5.0, 0.02, 0.0, 0.02),
-    Stage(120, 1.0, 5.0, 0.0),
+    Stage(60, 1.0, 8.0, 0.1, 0.005, 0.08),
+    Stage(60, 1.0, 8.0, 0.03, 0.0, 0.04),
+    Stage(120, 1.0, 10.0, 0.0),
 )
 APART = (
     Stage(60, 0.4, 10.0, 0.0),
@@ -56,16 +55,21 @@ APART = (
 def schedule(steps: int, *, coupled: bool = True) -> tuple[Stage, ...]:
     """The search itself, of that many steps, and the stages in which it settles; without coupling of q and v."""
     if coupled:
-        return Stage(steps, 1.0, 11.0, 0.6, 0.03, 0.07), *SETTLING
+        *early, last = SETTLING
+        kept = 1.0 if steps <= LENGTHS.shortest else 0.5  # short searches are those of which most arrive
+        return Stage(steps, 1.0, 8.0, 0.3, 0.04, 0.15), *(replace(stage, kept=kept) for stage in early), last
     return Stage(steps, 1.0, 20.0, 0.0), *APART
 
 
 def operations(observed: Observed, count: int, steps: int) -> int:
-    """Multiplications and additions of `reflect`, about: four products of (k, m, b) for each step of k starts."""
-    total, stages = 0.0, schedule(steps)
-    for stage in stages:
+    """Multiplications and additions of `reflect` while no column is known, for k starts and each step.
+
+    Four products of (k, m, b) and one of (k, 2b, 2b).
+    """
+    (m, b), total = observed.L.shape, 0
+    for stage in schedule(steps):
         total, count = total + count * stage.steps, math.ceil(stage.kept * count)
-    return round(8 * observed.L.numel() * total)
+    return 2 * (2 * m * 2 * b + (2 * b) ** 2) * total
 
 
 def search(
@@ -91,11 +95,11 @@ def search(
         return reflect(observed, coupling, v @ coupling.moment, v, schedule(steps))
 
     def apart(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        coupling = given(known)
-        rows = draw(observed, coupling.free, count // 2, generator)
-        q, v = balanced(observed, coupling.free, count - count // 2, generator)
+        nothing = uncoupled(known)
+        rows = draw(observed, nothing.free, count // 2, generator)
+        q, v = balanced(observed, nothing.free, count - count // 2, generator)
         starts = torch.cat([rows, q]), torch.cat([rows, v])
-        return reflect(observed, coupling, *starts, schedule(steps, coupled=False))
+        return reflect(observed, nothing, *starts, schedule(steps, coupled=False))
 
     return collect(observed, (coupled, apart), LENGTHS, budget, seed, progress, goal=goal)
 

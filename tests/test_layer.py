@@ -5,8 +5,8 @@ import torch
 from problems import batch, make
 from torch import nn
 
-from spear import ablations, data, layer, models
-from spear.columns import complement
+from spear import ablations, columns, data, layer, models
+from spear.coupling import prior
 from spear.federated import SharedUpdate, gradient
 from spear.filtering import disaggregate
 from spear.inversion import attack
@@ -21,60 +21,50 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("k", [0.0, 0.1, 2.0])
-@pytest.mark.parametrize("known", [0, 3])
-def test_the_linear_step_solves_the_normal_equations(k, known):
-    """Against the minimiser of the three squares by least squares, for q in N; the rest of q is only drawn in."""
-    m, b = 50, 8
-    L, B = torch.linalg.qr(normal(m, b))[0], normal(m, b, seed=1)
-    free = complement(normal(known, b, seed=2))
-    basis, triangle = torch.linalg.qr(B @ free)
-    t = float((B @ free).norm()) / free.shape[1] ** 0.5
-    rg, rz = normal(m, seed=3), normal(m, seed=4)
-    zero = torch.zeros(free.shape[1], dtype=torch.float64)
-    r = free.shape[1]
-    rows = torch.cat(
-        [
-            torch.cat([L @ free, torch.zeros(m, r)], 1),
-            torch.cat([torch.zeros(m, r), B @ free], 1),
-            k**0.5 * torch.cat([torch.eye(r), -t * torch.eye(r)], 1),
-        ]
-    )
-    own, w = torch.linalg.lstsq(rows, torch.cat([L @ free @ free.mT @ L.mT @ rg, rz, zero])).solution.split(r)
-    q, c = layer.couple(triangle, free, k).solve((rg @ L).float()[None], (rz @ basis).float()[None])
-    torch.testing.assert_close((q @ free.float())[0].double(), own, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(c[0].double(), triangle @ w, rtol=1e-4, atol=1e-4)
-    rest = (q.double() - q.double() @ free @ free.mT)[0]
-    expected = (L.mT @ rg - free @ free.mT @ L.mT @ rg) / (1 + layer.DAMPING * k)
-    torch.testing.assert_close(rest, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_a_column_is_a_fixed_point():
     problem = make(8, 150, 60)
-    everything = torch.eye(8, dtype=torch.float64)
     V = torch.linalg.inv(problem.q).mT
     sign = torch.sign(V.mT @ problem.observed.d)
-    found = layer.reflect(problem.observed, problem.q, V * sign[:, None], everything, layer.schedule(100))
-    assert len(found) == 6
+    nothing = prior(problem.observed)(problem.q[:0])
+    found = layer.reflect(problem.observed, nothing, problem.q, V * sign[:, None], layer.schedule(50))
+    assert len(found) == 8
     assert ((found.double() @ problem.q.mT).abs().amax(1) > 0.98).float().mean() > 0.7
 
 
+@pytest.mark.parametrize("steps", [40, 100])
 @pytest.mark.parametrize("seed", range(3))
-def test_all_starts_at_once_are_each_start_alone(seed):
+def test_all_starts_at_once_are_each_start_alone(seed, steps):
     problem = make(10, 120, 60, seed=seed)
-    starts, free = problem.observed.L[:5], complement(problem.q[:2])
-    together = layer.reflect(problem.observed, starts, starts, free, layer.schedule(40))
-    alone = torch.cat([layer.reflect(problem.observed, q, q, free, layer.schedule(40)) for q in starts.split(1)])
-    assert len(together) == 4  # of five starts, three quarters
+    starts, coupling = problem.observed.L[:6], prior(problem.observed)(problem.q[:2])
+    stages = layer.schedule(steps)
+    together = layer.reflect(problem.observed, coupling, starts, starts, stages)
+    alone = torch.cat([layer.reflect(problem.observed, coupling, q, q, stages) for q in starts.split(1)])
+    assert len(together) == (6 if steps <= layer.LENGTHS.shortest else 3)  # a long search goes on with half of them
     assert ((together @ alone.mT).amax(1) > 0.99).all()
 
 
 def test_stages_count_their_steps_and_drop_starts():
     problem = make(8, 60, 40)
-    stages = layer.schedule(70)
-    assert [stage.steps for stage in stages] == [70, 60, 40, 100, 100]
-    assert all(stage.coupling == 0 for stage in layer.schedule(70, coupled=False))
-    assert layer.operations(problem.observed, 16, 70) == 8 * 60 * 8 * (16 * 170 + 12 * 200)
+    first, last = 70, layer.LENGTHS.shortest
+    after = sum(stage.steps for stage in layer.schedule(first)[2:])
+    each = 2 * (2 * 60 * 16 + 16**2)
+    assert layer.operations(problem.observed, 16, first) == each * (16 * (first + 60) + 8 * after)
+    assert layer.operations(problem.observed, 16, last) == each * 16 * (last + 60 + after)
+    assert all(
+        (stage.coupling, stage.ridge, stage.parting) == (0, 0, 0) for stage in layer.schedule(first, coupled=False)
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_known_columns_are_not_found_again(seed):
+    """The parting weight: q keeps away from known columns, though their v are known by their signs only."""
+    problem = make(40, 300, 120, seed=seed)
+    known = problem.q[:20]
+    coupling = prior(problem.observed)(known)
+    v = columns.draw(problem.observed, coupling.free, 32, torch.Generator().manual_seed(seed))
+    q = layer.reflect(problem.observed, coupling, v @ coupling.moment, v, layer.schedule(60)).double()
+    assert float(((q @ problem.q[20:].mT).abs().amax(1) > 0.98).double().mean()) > 0.5
+    assert not ((q @ known.mT).abs() > 0.98).any()
 
 
 @pytest.mark.parametrize("spread", [0, 3, 6])
@@ -253,7 +243,7 @@ def test_auto_couples_one_layer_where_the_model_is_no_chain():
     assert evaluate(result, x, y).recall == 1
 
 
-@pytest.mark.parametrize(("dataset", "b"), [("mnist", 48), ("cifar10", 48)])
+@pytest.mark.parametrize(("dataset", "b"), [("mnist", 48), ("mnist", 80), ("cifar10", 90)])
 def test_real_images(real_data, dataset, b):
     x, y = data.load(dataset, count=b, root=real_data)
     model = models.fcnn(x.shape[1:], 300, 4, 10)
