@@ -39,20 +39,20 @@ def test_all_starts_at_once_are_each_start_alone(seed, steps):
     stages = layer.schedule(steps)
     together = layer.reflect(problem.observed, coupling, starts, starts, stages)
     alone = torch.cat([layer.reflect(problem.observed, coupling, q, q, stages) for q in starts.split(1)])
-    assert len(together) == (6 if steps <= layer.LENGTHS.shortest else 3)  # a long search goes on with half of them
+    assert len(together) == (6 if steps <= layer.LENGTHS.shortest else 2)  # a long search halves them, twice
     assert ((together @ alone.mT).amax(1) > 0.99).all()
 
 
 def test_stages_count_their_steps_and_drop_starts():
     problem = make(8, 60, 40)
-    first, last = 70, layer.LENGTHS.shortest
-    after = sum(stage.steps for stage in layer.schedule(first)[2:])
-    each = 2 * (2 * 60 * 16 + 16**2)
-    assert layer.operations(problem.observed, 16, first) == each * (16 * (first + 60) + 8 * after)
-    assert layer.operations(problem.observed, 16, last) == each * 16 * (last + 60 + after)
-    assert all(
-        (stage.coupling, stage.ridge, stage.parting) == (0, 0, 0) for stage in layer.schedule(first, coupled=False)
-    )
+    long, short = 70, layer.LENGTHS.shortest
+    (_, *early, last), each = layer.schedule(long), 2 * (2 * 60 * 16 + 16**2)
+    steps = [stage.steps for stage in early]
+    assert layer.operations(problem.observed, 16, short) == each * 16 * (short + sum(steps) + last.steps)
+    halved = 16 * (long + steps[0]) + 8 * steps[1] + 4 * last.steps
+    assert layer.operations(problem.observed, 16, long) == each * halved
+    apart = layer.schedule(long, coupled=False)
+    assert all((stage.coupling, stage.ridge, stage.parting) == (0, 0, 0) for stage in apart)
 
 
 @pytest.mark.parametrize("seed", range(3))
