@@ -3,9 +3,9 @@
     V = Q^-T = M^-1 Q, so that v_i = M^-1 q_i for every sample i, whatever the lengths of the columns
 
 Fresh columns point every way, so that M has nearly the spectrum of Marchenko and Pastur; and as B = Z Q^T, the
-directions that Q stretches are those in which B is large. Columns already found make M exact on their span. They also
-bound where the others are: v_j is orthogonal to every known q, and q_j to every known v, which the signs of B v tell to
-a good part. Vectors are rows.
+directions that Q stretches are those in which B is large. Of every column found its part of M is known. Known columns
+also tell where the others are not: every other v is orthogonal to their q, and every other q to their v, which the
+signs of B v tell to a good part. Vectors are rows.
 """
 
 import math
@@ -22,10 +22,7 @@ from spear.filtering import Observed
 
 SINGULAR = 1e-12  # of the largest singular value of B N: what is under it counts as it
 GRID = 4096  # points at which the density of Marchenko and Pastur is summed
-VISITS, DAMPED = (
-    25,
-    0.7,
-)  # of expectation propagation for the v of known columns: rounds, and the share of the new message
+VISITS, DAMPED = 25, 0.7  # of expectation propagation: its rounds, and the share of the new message
 FAR = 1e3  # standard deviations beyond which the hazard of a normal variable is that distance
 AGREED = 0.98  # share of a known column's signs that its v must have to be taken for it
 LEAST_DOUBT = 0.01  # share of a known v that is left in doubt, at least: its model is rough
@@ -45,7 +42,7 @@ class Coupling:
     def step(
         self, triangle: Float[Tensor, "r r"], coupling: float, ridge: float, parting: float
     ) -> Float[Tensor, "c c"]:
-        """The linear step as one matrix, from rows (L^T r_g, basis^T r_z) to rows (q, c); c = triangle w, c = b + r.
+        """The linear step as one matrix, from rows (L^T r_g, basis^T r_z) to rows (q, c), c = triangle w.
 
         It minimises, over q and w, for the QR decomposition B N = basis triangle and t = |B N|_F / |M^1/2 N|_F,
 

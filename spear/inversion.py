@@ -54,7 +54,7 @@ def attack(
     `method` says how much is used. Of one linear layer that a ReLU follows: `"sampling"`, SPEAR as published;
     `"guided"`, sampling where guesses of the batch point, `approximate` images or none (`spear.seeding`);
     `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
-    of up to a quarter of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
+    of up to a third of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
     `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
     layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on

@@ -2,9 +2,9 @@
 
     G = L Q      Z = B V, V = Q^-T      supp(G) = {Z > 0}
 
-Both sides are linear in one unknown, and the ReLU couples them row by row. At initialisation q_i and v_i are nearly
-parallel, so a start v = q = a row of L is led to a column by relaxed reflections between the two linear spaces and the
-coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q (starts, b).
+Both sides are linear in one unknown, and the ReLU couples them row by row. What ties a column q to its v beside that,
+`spear.coupling` foretells. A row of L, as v, is led to a column by relaxed reflections between the two linear spaces
+and the coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q (starts, b).
 """
 
 import math
