@@ -29,6 +29,7 @@ LEAST_STARTS, MOST_STARTS = 16, 64
 IDLE = 10  # rounds in a row of the longest search without a new column, after which there is no hope
 
 CURIOSITY = 1.5  # factor by which the promise of the searches that wait grows in each round
+HOPE = 0.1  # columns that a round counts for where it found none: one failure is no proof
 
 Search = Callable[[Float[Tensor, "f b"], int, int, torch.Generator], Float[Tensor, "k b"]]
 
@@ -50,7 +51,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Way:
-    """A search, the steps it takes at present, the rounds it had, and the new columns a start and step last brought."""
+    """A search, the steps it takes at present, the rounds it had, and the new columns that a start and step brings.
+
+    The last round counts for half of that `promise`, the one before for a quarter, and so on.
+    """
 
     search: Search
     steps: int
@@ -93,9 +97,8 @@ def collect(
             q, basis, matching = choose(observed, q, least, last=1)
         stuck = way.steps == lengths.longest or len(basis) == b
         idle = 0 if (len(basis), matching) > reached else idle + stuck
-        ways = _judged(
-            ways, way, lengths.next(way.steps, hits / len(ends)), (len(basis) - reached[0]) / (count * way.steps)
-        )
+        gain = max(len(basis) - reached[0], HOPE) / (count * way.steps)
+        ways = _judged(ways, way, lengths.next(way.steps, hits / len(ends)), gain)
         if progress is not None:
             progress(Progress(len(basis), b, starts, time.monotonic() - budget.started))
         if idle == IDLE and matching < goal:
@@ -104,8 +107,9 @@ def collect(
     return Found(q, basis, matching, starts, rounds, spent)
 
 
-def _judged(ways: Sequence[Way], used: Way, steps: int, promise: float) -> list[Way]:
-    """The ways after a round of one of them: that one with its yield, the others with a little more promise."""
+def _judged(ways: Sequence[Way], used: Way, steps: int, gain: float) -> list[Way]:
+    """The ways after a round of one of them: that one with its gain, the others with a little more promise."""
+    promise = gain if math.isinf(used.promise) else (used.promise + gain) / 2
     after = Way(used.search, steps, used.rounds + 1, promise)
     return [after if w is used else replace(w, promise=CURIOSITY * w.promise) for w in ways]
 
