@@ -36,7 +36,7 @@ Search = Callable[[Float[Tensor, "f b"], int, int, torch.Generator], Float[Tenso
 
 @dataclass(frozen=True)
 class Lengths:
-    """The numbers of steps that a search may take: from `shortest` to `longest`, tripled where few starts succeed."""
+    """The numbers of steps a search may take: from `shortest` to `longest`, `factor` times as many where few succeed."""
 
     shortest: int
     longest: int
@@ -74,9 +74,9 @@ def collect(
 ) -> Found:
     """Directions, round by round, until they explain the layer (lambda = `goal`), or hope or the budget is gone.
 
-    A search leads a number of starts of its own towards columns, given those that are known, that number, and a
-    number of steps. What it finds is polished and tested; every column found confines the
-    rest. Of several searches the one that lately brought most takes the next round. `proposals` counts starts.
+    A search leads a number of starts of its own towards columns, given those that are known, that number, and a number
+    of steps. What it finds is polished and tested; every column found confines the rest. Of several searches the one
+    that lately brought most takes the next round. `proposals` counts starts.
     """
     observed = observed.alive()
     b = observed.L.shape[1]

@@ -6,6 +6,7 @@ from problems import make
 
 from spear import columns, filtering
 from spear.columns import Lengths
+from spear.search import Budget
 
 SEEDS = range(5)
 
@@ -117,3 +118,32 @@ def test_settle_counts_the_starts_that_led_to_a_column():
     q, hits = columns.settle(problem.observed, ends, 20)
     assert hits in (3, 4)
     assert ((q @ problem.q.mT).abs() > 1 - 1e-12).any(0)[:2].all()
+
+
+def test_a_search_that_failed_once_is_not_given_up_for_one_that_never_found_anything():
+    """The first search brings a column a round, but nothing in its third; the other brings nothing at all."""
+    problem, calls = make(10, 120, 60), {"brings": 0, "barren": 0}
+
+    def brings(known, count, steps, generator):
+        calls["brings"] += 1
+        return problem.q[[0 if calls["brings"] == 3 else len(known)] * count]
+
+    def barren(known, count, steps, generator):
+        calls["barren"] += 1
+        return columns.unit(torch.randn(count, 10, generator=generator, dtype=torch.float64))
+
+    lengths, budget = Lengths(shortest=10, longest=10), Budget(0.0, None, None)
+    found = columns.collect(problem.observed, (barren, brings), lengths, budget, 0)
+    assert found.matching == 1, found.spent
+    assert calls["brings"] > calls["barren"] > 0
+
+
+def test_collecting_stops_where_no_search_brings_anything():
+    problem = make(10, 120, 60)
+
+    def barren(known, count, steps, generator):
+        return columns.unit(torch.randn(count, 10, generator=generator, dtype=torch.float64))
+
+    found = columns.collect(problem.observed, (barren,), Lengths(10, 10), Budget(0.0, None, None), 0)
+    assert (found.matching, found.rounds) == (0, columns.IDLE)
+    assert f"{columns.IDLE} rounds of 10 steps found no further column" in found.spent
