@@ -36,7 +36,7 @@ Search = Callable[[Float[Tensor, "f b"], int, int, torch.Generator], Float[Tenso
 
 @dataclass(frozen=True)
 class Lengths:
-    """The numbers of steps a search may take: from `shortest` to `longest`, `factor` times as many where few succeed."""
+    """The steps that a search may take, `shortest` to `longest`: `factor` times as many where few starts succeed."""
 
     shortest: int
     longest: int
