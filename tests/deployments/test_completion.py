@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from spear.accuracy import Accuracy
 from spear.deployments import completion
 
 
