@@ -64,5 +64,5 @@ class Accuracy:
 
     @property
     def copied(self) -> float:
-        """The error that copies are held to: two images e apart, masks equal, pass for copies of their mean up to e²."""
+        """What copies are held to: two images e apart with equal masks pass for copies of their mean, up to e²."""
         return self.recovered**2 / 10

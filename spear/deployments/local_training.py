@@ -2,9 +2,9 @@
 
 Whatever the learning rate, the rows of the first layer's change span all samples, and those of the second layer's hold
 ReLU(z) of every sample at every visit. So the samples of step t solve the projection problem at the weights of step t,
-to rounding; the others only nearly (`spear.deployments.step_samples`). One epoch gives all samples; the later ones verify them. In single
-precision the rounding of the weights is noise of known size: samples then carry an expected error, no certificate.
-Vectors are rows.
+to rounding; the others only nearly (`spear.deployments.step_samples`). One epoch gives all samples; the later ones
+verify them. In single precision the rounding of the weights is noise of known size: samples then carry an expected
+error, no certificate. Vectors are rows.
 """
 
 import time

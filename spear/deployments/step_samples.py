@@ -1,4 +1,4 @@
-"""The samples of one local step, by projections at the weights of that step (see `spear.deployments.local_training`). Rows: vectors."""
+"""The samples of one local step, by projections at its weights (see `local_training` for the whole). Vectors are rows."""
 
 import time
 from dataclasses import dataclass, replace
