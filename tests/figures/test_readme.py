@@ -36,8 +36,9 @@ def test_links_and_pictures_exist(repository, page):
 
 def test_modules_and_folders_named_in_the_readme_exist(repository):
     text = (repository / "README.md").read_text()
-    modules = {name for name in re.findall(r"`(spear(?:\.[a-z_]+)+)`", text) if name != "spear.attack"}
+    modules = {name.replace(".", "/") for name in re.findall(r"`(spear(?:\.[a-z_]+)+)`", text)}
+    files = {f"spear/{name}" for name in re.findall(r"`((?:\w+/)*(?:\w+\.py|\w+/))`", text) if name != "spear/"}
     assert modules
-    for name in sorted(modules):
-        place = repository.joinpath(*name.split("."))
-        assert place.is_dir() or place.with_suffix(".py").is_file(), name
+    assert files
+    places = [repository / name for name in sorted(modules | files)]
+    assert [place for place in places if not (place.exists() or place.with_suffix(".py").is_file())] == []
