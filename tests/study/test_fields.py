@@ -1,11 +1,8 @@
-"""Tables: the stand-in, scores by field, and the TabLeak-like baseline."""
-
-import itertools
+"""Tables: scores by field, and the TabLeak-like baseline."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_breast_cancer
 
 from spear import attack, models
 from spear.baselines import tableak
@@ -37,51 +34,6 @@ def victim(count=3, seed=0):
     return table, model, gradient(model, table.inputs, table.labels)
 
 
-def test_the_stand_in_is_scikit_learns_table():
-    table = tables.load("cancer", count=569)
-    values, labels = load_breast_cancer(return_X_y=True, as_frame=True)
-    order = torch.randperm(569, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(table.labels, torch.tensor(labels.to_numpy())[order])
-    assert [column.name for column in table.columns] == list(values)
-    assert [c.start for c in table.columns[1:]] == [c.stop for c in table.columns[:-1]]
-    assert table.columns[-1].stop == table.inputs.shape[1] == 10 + 20 * 4
-    for column in table.columns:
-        part, original = (
-            table.inputs[:, column.start : column.stop],
-            torch.tensor(values[column.name].to_numpy())[order],
-        )
-        if column.categories:
-            assert (part.sum(1) == 1).all()
-            assert part.sum(0).min() > 100
-            quarter = part.argmax(1)
-            for low, high in itertools.pairwise(range(4)):
-                assert original[quarter == low].max() < original[quarter == high].min()
-        else:
-            torch.testing.assert_close(part[:, 0], (original - original.mean()) / original.std())
-
-
-def test_a_larger_count_extends_the_smaller_one():
-    small, large = (tables.load("cancer", count=count, seed=3) for count in (4, 9))
-    assert torch.equal(large.inputs[:4], small.inputs)
-    assert not torch.equal(tables.load("cancer", count=4, seed=4).inputs, small.inputs)
-
-
-def test_bad_tables(tmp_path):
-    with pytest.raises(ValueError, match="unknown table 'wine': use 'adult' or 'cancer'"):
-        tables.load("wine", count=3)
-    with pytest.raises(ValueError, match="cancer has 569 rows, so count must be 1 to 569, not 570"):
-        tables.load("cancer", count=570)
-    with pytest.raises(FileNotFoundError, match="spear data fetch adult"):
-        tables.load("adult", count=3, root=tmp_path)
-
-
-def test_adult_is_that_of_the_data_root(real_data):
-    if not (real_data / "adult.csv").is_file():
-        pytest.skip("no adult.csv under the data root")
-    table = tables.load("adult", count=5, root=real_data)
-    assert table.inputs.shape == (5, table.columns[-1].stop)
-
-
 def test_fields_are_counted_one_by_one():
     truth = rows((0.0, 0, 8.0), (3.0, 1, -2.0), (9.0, 2, 5.0))
     guess = rows((3.2, 1, -2.5), (0.0, 2, 8.0))  # of the second and the first row, in this order
@@ -91,11 +43,6 @@ def test_fields_are_counted_one_by_one():
     errors = [0.2, 0.5, 0.0, 0.0, 0.1, 1.0]
     assert fields.error == pytest.approx(sum(errors) / 6)
     assert fields.continuous == pytest.approx(sum(e <= 0.319 for e in errors) / 6)
-
-
-def test_the_typical_row_is_made_of_modes_and_means():
-    table = tables.Rows(rows((1.0, 0, 2.0), (2.0, 2, 4.0), (6.0, 2, 0.0)), torch.zeros(3, dtype=torch.long), COLUMNS)
-    assert torch.equal(tables.typical(table), rows((3.0, 2, 2.0))[0])
 
 
 def test_an_exact_recovery_knows_every_field():
