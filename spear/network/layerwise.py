@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spear.directions import unit_rows
 from spear.network.deflation import SPARE_ROWS
 from spear.network.labels import decode
 from spear.network.problem import NetworkView, Targets
@@ -88,8 +89,7 @@ def without_mistakes(
     Among thousands of units some h_j happens to be as small as the rounding of the directions.
     """
     h = d @ problem.weights[problem.last + 1]
-    least = 1e-4 if problem.precision < 1e-12 else 0.03
-    faint = h.abs() < least * h.pow(2).mean(1, keepdim=True).sqrt()
+    faint = h.abs() < problem.accuracy.faint * h.pow(2).mean(1, keepdim=True).sqrt()
     return torch.where(faint, problem.apply(problem.last, y) > 0, mask)
 
 
@@ -133,7 +133,7 @@ def down(
     """
     determined = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for k in range(problem.last - 1, -1, -1):
-        rows = lows[k].R / lows[k].R.norm(dim=1, keepdim=True)
+        rows = unit_rows(lows[k].R)
         lift = problem.affine(k) @ rows.T
         active = above_gap(y)
         determined &= active.sum(1) >= len(rows) + SPARE_ROWS

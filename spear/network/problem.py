@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from spear.accuracy import Accuracy
 from spear.federated.received import check_gradients, compute_device, input_shape, rounding_unit
 from spear.federated.update import SharedUpdate
 from spear.models.tracing import chain
@@ -63,6 +64,11 @@ class NetworkView:
     def classes(self) -> int:
         """How many labels there are: one for each output, two where there is one output."""
         return max(self.outputs, 2)
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """What the rounding of the gradients lets be asked of samples."""
+        return Accuracy.of(2 * self.precision)
 
     def unit(self, size: int) -> float:
         """dLoss/dlogits of one copy of a sample over (`activate(logits)` - one-hot label), in a batch of `size`."""
@@ -132,9 +138,9 @@ def forward(
 class Targets:
     """Who is in the batch: `counts[i]` (classes,) says how often sample i bears each label.
 
-    `unit` is one copy's weight in the loss (`NetworkView.unit`), `error` how far the counts were from integers before they
-    were rounded. `measured`, where it is given, is dLoss/dlogits as the gradient shows it: it stands in for that of a
-    weak sample whose input is not known well enough to compute it. `whole` says that counts are whole numbers of
+    `unit` is one copy's weight in the loss (`NetworkView.unit`), `error` how far the counts were from integers before
+    they were rounded. `measured`, where it is given, is dLoss/dlogits as the gradient shows it: it stands in for that
+    of a weak sample whose input is not known well enough to compute it. `whole` says that counts are whole numbers of
     copies; else every sample has one label, its count the sample's weight in units of `unit`.
     """
 
