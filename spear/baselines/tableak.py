@@ -3,10 +3,10 @@
 import time
 from collections.abc import Sequence
 
+import scipy  # its parts load when they are first used
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from spear.baselines import closed_form
@@ -95,6 +95,6 @@ def pool(rows: Float[Tensor, "restarts b n"], distance: Float[Tensor, " restarts
     best = rows[distance.nan_to_num(torch.inf).argmin()]
     aligned = []
     for start in rows:
-        order = linear_sum_assignment(torch.cdist(best, start).nan_to_num(1e9).cpu())[1]
+        order = scipy.optimize.linear_sum_assignment(torch.cdist(best, start).nan_to_num(1e9).cpu())[1]
         aligned.append(start[torch.as_tensor(order, dtype=torch.long, device=rows.device)])
     return torch.stack(aligned).nanmedian(0).values

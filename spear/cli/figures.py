@@ -10,7 +10,6 @@ from rich.table import Table
 
 from spear import paths
 from spear.cli.shared import console, executor_of
-from spear.data import catalog
 from spear.figures import gallery, markdown, schedule
 from spear.figures.table import Run, load
 
@@ -38,6 +37,8 @@ def figures(
     if profile not in CELL_TIMEOUTS:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(CELL_TIMEOUTS)}")
     if dataset is not None:
+        from spear.data import catalog
+
         catalog.classes(dataset)  # says what is wrong with it
     table = load(paths.notebooks() / "runs.yaml", profile, dataset)
     chosen = _chosen(table, only or [])

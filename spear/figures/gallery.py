@@ -14,9 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from spear.figures.table import Run
 
 KEY = "spear"
@@ -43,6 +40,9 @@ class Origin:
 
 def stamped(picture: bytes, origin: Origin) -> bytes:
     """A PNG with its origin as a text inside; pixels and resolution stay, other texts go."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
     image, text, result = Image.open(io.BytesIO(picture)), PngInfo(), io.BytesIO()
     text.add_text(KEY, json.dumps(asdict(origin)))
     image.save(result, "png", pnginfo=text, dpi=image.info.get("dpi"))
@@ -51,6 +51,8 @@ def stamped(picture: bytes, origin: Origin) -> bytes:
 
 def origin(picture: Path) -> Origin | None:
     """What `stamped` wrote into a PNG; `None` for one without. Raises `OSError` for a file that is no picture."""
+    from PIL import Image
+
     with Image.open(picture) as image:
         text = image.text.get(KEY)
     return None if text is None else Origin(**json.loads(text))
