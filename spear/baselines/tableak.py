@@ -16,6 +16,8 @@ from spear.federated.received import check_gradients
 from spear.federated.update import SharedUpdate
 from spear.reconstruction import Reconstruction, Stats
 
+RATE = 0.06  # of Adam; continuous columns are in standard deviations
+
 
 def tableak(
     model: nn.Module,
@@ -24,7 +26,6 @@ def tableak(
     *,
     steps: int = 1500,
     restarts: int = 30,
-    rate: float | int = 0.06,
     seed: int = 0,
 ) -> Reconstruction:
     """Gradient matching in the manner of TabLeak (Vero, Balunović, Dimitrov, Vechev, ICML 2023).
@@ -41,7 +42,7 @@ def tableak(
     like = next(model.parameters())
     z = torch.randn(restarts, len(labels), columns[-1].stop, generator=generator, dtype=like.dtype).to(like.device)
     z.requires_grad_(True)
-    optimizer = torch.optim.Adam([z], lr=rate)
+    optimizer = torch.optim.Adam([z], lr=RATE)
     for _ in range(steps):
         (z.grad,) = torch.autograd.grad(torch.vmap(distance)(z).sum(), z)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The README's tables, written from the CSV files that stand beside the figures.
+"""Tables in Markdown pages, README.md and figures/README.md, written from CSV files.
 
 A table stands between two comments, the first of which names its file and, optionally, the columns that it shows::
 
