@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 
 FINE = 2e-12  # rounding units under this are float64's, a change of weights included: the algebra is then the limit
-SHARP = (
-    1e-10  # the same for inputs: what a batch's conditioning makes of a unit in between is still under 1e-6
-)
+SHARP = 1e-10  # the same for inputs: what a batch's conditioning makes of a unit in between is still under 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, eps: float) -> "Accuracy":
+        """For gradients whose entries are `eps` of their size apart."""
         fine = eps < FINE
         return cls(
             recovered=1e-6 if eps < SHARP else 1e-3,

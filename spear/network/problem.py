@@ -58,6 +58,7 @@ class NetworkView:
 
     @property
     def outputs(self) -> int:
+        """Width of the output layer."""
         return self.weights[-1].shape[0]
 
     @property
@@ -152,6 +153,7 @@ class Targets:
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
+        """How often each sample is in the batch, or its weight in units of `unit`."""
         return self.counts.sum(1)
 
     def errors(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
