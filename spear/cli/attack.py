@@ -2,6 +2,7 @@
 
 import io
 import sys
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from spear import inversion, paths, plots, reconstruction
 from spear.cli.shared import MiniBatch, Momentum, Rate, Samples, Steps, executor_of, stderr
 from spear.federated.update import SharedUpdate
 from spear.models import files
+from spear.published.algorithm import Sampling
+from spear.published.guided import Guided
 
 BAR = (
     TextColumn("{task.description}"),
@@ -61,13 +64,12 @@ def attack(
         result = inversion.attack(
             module,
             shared,
-            method=method,
+            method=_with_executor(method, executor),
             layer=layer,
             batch_size=batch_size,
             time_limit=time_limit,
             device=device,
             progress=lambda p: bar.update(task, completed=p.found, total=p.rank, proposals=p.proposals),
-            executor=executor,
         )
     _print(result)
     if output is not None:
@@ -75,6 +77,17 @@ def attack(
     if picture is not None:
         _draw(result, picture)
     raise typer.Exit(1 if len(result.inputs) else 0)
+
+
+def _with_executor(method: str, executor: Executor | None) -> str | inversion.Method:
+    """The method with an executor for its rounds of sampling, where there is one."""
+    if executor is None:
+        return method
+    sampling = Sampling(executor=executor)
+    able = {"auto": inversion.Auto(sampling), "sampling": sampling, "guided": Guided(executor=executor)}
+    if method not in able:
+        raise ValueError(f"a scheduler computes rounds of sampling: method {method!r} has none; use {', '.join(able)}")
+    return able[method]
 
 
 def _print(result: reconstruction.Reconstruction) -> None:

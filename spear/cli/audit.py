@@ -10,8 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from spear import paths
-from spear.audit import report
-from spear.audit import assessment
+from spear.audit import assessment, report
 from spear.audit.assessment import Audit
 from spear.audit.simulation import Tested
 from spear.cli.shared import MiniBatch, Momentum, Rate, Samples, Steps, stderr

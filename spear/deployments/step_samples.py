@@ -1,6 +1,5 @@
-"""The samples of one local step, by projections at the weights of that step (see `spear.deployments.local_training`). Rows: vectors."""
+"""The samples of one local step, by projections at its weights (`spear.deployments.local_training`). Rows: vectors."""
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +10,7 @@ from torch import Generator, Tensor
 from spear.deployments.simulation import Training, rounding
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.projection import Factors, ascend, class_sines, distinct, polish
+from spear.reconstruction import Budget, Refusal
 
 EXACT = 1e-7  # sine to the second layer's rows of a sample of this step, far from that of another's
 ALONE = 1e-4  # the same where all other samples are known
@@ -65,20 +65,21 @@ class Unexplained:
         return class_sines(problem, inputs, self.columns, layer=1).argmin(1)
 
 
-def open_unexplained(problem: NetworkView, training: Training) -> Unexplained | str:
-    """The first two layers' changes; or, in words, why projections cannot tell samples from them."""
+def open_unexplained(problem: NetworkView, training: Training) -> Unexplained:
+    """The first two layers' changes. Raises `Refusal` where projections cannot tell samples from them."""
     if problem.last == 0 or problem.biases[0] is None:
-        return "several local steps are retraced from two hidden layers, the first of them with a bias"
+        raise Refusal("several local steps are retraced from two hidden layers, the first of them with a bias")
     steps, width = len(training.sizes), min(len(w) for w in problem.weights[:2])
     sigmas = [rounding(problem.affine(k), 2 * problem.precision, steps) for k in (0, 1)]
     first, second = (
         _factors(problem.augmented(k), sigmas[k], (training.count, sum(training.sizes))[k]) for k in (0, 1)
     )
     if not len(first.singular) or not len(second.singular):
-        return f"the change of the weights is lost in their rounding, {max(sigmas):.0e} per entry"
+        raise Refusal(f"the change of the weights is lost in their rounding, {max(sigmas):.0e} per entry")
     needed = len(second.singular) + training.count + 5
     if needed > width:
-        return f"{training.count} samples in {steps} steps need layers wider than {needed}; the narrowest has {width}"
+        wider = f"layers wider than {needed}; the narrowest has {width}"
+        raise Refusal(f"{training.count} samples in {steps} steps need {wider}")
     return Unexplained(first, second, second.basis, sigmas[1], training.count, training.epochs == 1)
 
 
@@ -94,13 +95,14 @@ def _factors(change: Float[Tensor, "m n"], sigma: float, most: int) -> Factors:
 class Step:
     """One step to retrace: the weights that it began with, its number of samples, the `weight` of each in the change.
 
-    `until` is when the search must end (`time.perf_counter`).
+    The search ends with the `budget`, of which `spent` starts are gone.
     """
 
     problem: NetworkView
     size: int
     weight: float
-    until: float
+    budget: Budget
+    spent: int
 
     def find(
         self,
@@ -120,7 +122,8 @@ class Step:
         least = SAME if self.problem.precision < 1e-12 else BLURRED
         for trial in range(TRIES):
             left = rest.without(self, found)
-            if len(found) >= self.size or time.perf_counter() > self.until or not len(left.first.singular):
+            over = self.budget.spent(self.spent + used)
+            if len(found) >= self.size or over or not len(left.first.singular):
                 break
             search = Projections.at(self.problem, left)
             taken = torch.cat([known, found])

@@ -5,8 +5,8 @@ from network_problems import assert_labels, case, errors
 from spear.network import one_by_one, projection, whole_batch
 from spear.network.one_by_one import KnownSamples
 from spear.network.projection import Factors
-from spear.network.recovery import Budget
 from spear.published.lowrank import decompose
+from spear.reconstruction import Budget, Terms
 
 
 def opened(sizes=(60, 150, 150, 10), batch=24, seed=0):
@@ -65,7 +65,7 @@ def test_labels_by_the_span_of_the_first_gradient():
 def test_where_the_last_layer_says_too_little_the_input_side_takes_over(sizes):
     """Deep networks of random inputs, whose last layers blur the samples, and more classes than units."""
     made = case(sizes, 20)
-    found = whole_batch.recover(made.problem, budget=Budget(seconds=60.0))
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(seconds=60.0)))
     assert found.complete, found.reason
     assert errors(made.inputs, found.inputs).max() < 1e-9
     assert_labels(made, found)

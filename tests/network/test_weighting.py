@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from network_problems import DTYPE, Case, case, errors, logits
 from problems import batch
@@ -14,7 +14,8 @@ from spear.federated import clients, gradient, privacy
 from spear.network import check, recovery, whole_batch
 from spear.network.labels import bias_system, decode_weighted, reweighed
 from spear.network.problem import NetworkView, Targets, forward, passes
-from spear.network.recovery import Budget, Recovery
+from spear.network.recovery import Judged
+from spear.reconstruction import Budget, Terms
 
 
 def weighted(sizes: tuple[int, ...], inputs: Tensor, weights: Tensor, *, seed: int = 0, **options: object) -> Case:
@@ -38,7 +39,7 @@ def _drawn(b: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, (0.02 + 0.98 * torch.rand(b, generator=generator, dtype=DTYPE)) / b
 
 
-def _right(found: Recovery, made: Case, weights: Tensor) -> None:
+def _right(found: Judged, made: Case, weights: Tensor) -> None:
     """What is certified is in the batch, with its label and with its weight."""
     for x, counts, weight in zip(found.inputs, found.counts, found.weights, strict=True):
         off = (made.inputs - x).norm(dim=1) / x.norm()
@@ -53,7 +54,7 @@ def _right(found: Recovery, made: Case, weights: Tensor) -> None:
 def test_unequal_weights_are_recovered_with_the_samples(sizes, seed):
     x, weights = _drawn(20, 60, seed)
     made = weighted(sizes, x, weights, seed=seed)
-    found = whole_batch.recover(made.problem)
+    found = whole_batch.distinct_samples(made.problem, Terms())
     assert found.complete, found.reason
     assert found.certified.all()
     assert errors(found.inputs, x).max() < 1e-9
@@ -111,8 +112,8 @@ def test_equal_weights_are_not_reported():
     spread=st.sampled_from((0.0, 1.0, 3.0)),
     known=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
-def test_no_weights_make_a_false_certificate(seed, depth, outputs, n, b, scale, spread, known):
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_weights_make_a_false_certificate(monkeypatch, seed, depth, outputs, n, b, scale, spread, known):
     """Narrow layers, saturated networks, near-copies, few classes: a sample is certified rightly or not at all."""
     generator = Generator().manual_seed(seed)
     sizes = (n, *torch.randint(6, 40, (depth,), generator=generator).tolist(), outputs)
@@ -123,7 +124,8 @@ def test_no_weights_make_a_false_certificate(seed, depth, outputs, n, b, scale, 
     made = weighted(sizes, x, weights, seed=seed, known=known)
     if not made.problem.weight_gradients[0].any():
         return
-    found = whole_batch.recover(made.problem, budget=Budget(0.3, idle=1))
+    monkeypatch.setattr(whole_batch, "IDLE", 1)
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(0.3)))
     if found.weights is not None:
         _right(found, made, weights)
     elif len(found.inputs):
