@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from spear.accuracy import Accuracy
+
 SPARE = 4  # entries of a row or column beyond the rank
 STALLED = 0.9  # a residual that falls by less in one step has settled
 GAP = 8.0  # ratio of successive singular values past which the further ones are left over from the growth
@@ -28,6 +30,7 @@ SPREADS = 10
 CONFIRMED = 1e3  # times the tolerance: the residual of entries held out up to which they were
 WIDE = 2.0  # columns per row from which a random part of them, as many as there are rows, shows the column space
 CHUNK = 2**24  # entries of the normal equations that are held at once
+EXACT = Accuracy.of_dtype(torch.float64).completed
 
 
 @dataclass(frozen=True)
@@ -161,18 +164,17 @@ def complete(
     kept: Bool[Tensor, "m n"],
     *,
     most: int | None = None,
-    precision: float = 2.0**-53,
+    tolerance: float = EXACT,
     until: float = math.inf,
     generator: Generator,
 ) -> Completed:
     """The whole gradient from the entries `kept`; its rank, at most `most`, is found.
 
-    `precision` is the unit roundoff of the entries, `until` when to stop on the clock `time.monotonic`. A wide
+    `tolerance` is the residual of an exact completion, `until` when to stop on the clock `time.monotonic`. A wide
     gradient is completed on some of its columns first. Raises `ValueError` where nothing arrived.
     """
     if not (kept & (J != 0)).any():
         raise ValueError("the gradient has rank 0: it is zero everywhere")
-    tolerance = max(1e-13, 8 * precision)
     taking_part = kept & (torch.rand(kept.shape, generator=generator).to(J.device) >= HELD_OUT)
     parts, (m, n) = [kept.any(0)], J.shape
     if n > WIDE * m:

@@ -63,11 +63,6 @@ class Sight:
     def left(self) -> int:
         return len(self.factors[0].singular)
 
-    @property
-    def sine(self) -> float:
-        """What a sample's sines stay under: the exact step's is the root of a difference of rounding."""
-        return 1e-6 if self.problem.precision < 1e-12 else 1e-3
-
     def search(self, starts: int, generator: Generator) -> Float[Tensor, "k n"]:
         """Inputs whose pre-activations and activations fit both gradients to rounding, from random starts."""
         first, second = self.known
@@ -83,9 +78,10 @@ class Sight:
         end, sine = ascend(F.normalize(c, dim=1).float(), lift.float(), span.float())
         end = end[distinct(end, sine, 0.9999)[: (sine < 0.2).sum()]].double()
         found = lift.new_zeros(0, lift.shape[1])
+        limit = self.problem.accuracy.projection
         for part in end.split(32):
             c, sine, apart = polish(part, lift, span, rounds=12)
-            found = torch.cat([found, c[(sine < self.sine) & (apart > 1e2 * sine)]])
+            found = torch.cat([found, c[(sine < limit) & (apart > 1e2 * sine)]])
         found = found[distinct(found, torch.zeros_like(found[:, 0]), SAME)]
         x = torch.linalg.solve_triangular(triangle, found.T, upper=True).T @ rows
         return x[:, :-1] / x[:, -1:]
@@ -96,7 +92,7 @@ class Sight:
         own = torch.stack([d[:, rows] for d in each_class(self.problem, inputs)], 1)
         sines = (own - own @ basis @ basis.T).norm(dim=2) / own.norm(dim=2).clamp_min(1e-300)
         ranked, order = sines.sort(dim=1)
-        sure = (ranked[:, 0] < 1e-2 * ranked[:, 1]) & (ranked[:, 0] < self.sine)
+        sure = (ranked[:, 0] < 1e-2 * ranked[:, 1]) & (ranked[:, 0] < self.problem.accuracy.projection)
         x, label = inputs[sure], order[sure, 0]
         run = passes(self.problem, x, Targets(F.one_hot(label, self.problem.classes).to(x), 1.0, 0.0))
         parts = []
@@ -200,7 +196,12 @@ def open_pruned(problem: NetworkView, generator: Generator, until: float = math.
     for k in (1, 0):
         if completion.most_rank(kept[k]) < (problem.batch_size or 1):
             raise Refusal(_too_few(k, kept[k]))
-        options = {"most": problem.batch_size, "precision": problem.precision, "until": until, "generator": generator}
+        options = {
+            "most": problem.batch_size,
+            "tolerance": problem.accuracy.completed,
+            "until": until,
+            "generator": generator,
+        }
         parts.insert(0, completion.complete(problem.augmented(k), kept[k], **options))
         if not parts[0].exact:
             raise Refusal(f"{_too_few(k, kept[k])}, and gave no completion that the others confirm")

@@ -1,4 +1,4 @@
-"""The samples of one local step, by projections at its weights (`spear.deployments.local_training`). Rows: vectors."""
+"""The samples of one local step, by projections at its weights (see `local_training` for the whole). Vectors are rows."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,6 @@ EXACT = 1e-7  # sine to the second layer's rows of a sample of this step, far fr
 ALONE = 1e-4  # the same where all other samples are known
 NOISE = 3  # times the sine that rounding leaves of zero: still a sample of this step
 NEAR = 0.05  # sine of what may be of this step or a later one
-SAME, BLURRED = 1e-4, 0.02  # relative distance of two candidates that are one sample; in single precision
 TRIES = 40  # searches for one mini-batch
 VISIBLE = 2.0  # times the largest singular value of pure rounding: belongs to the samples
 
@@ -119,7 +118,7 @@ class Step:
         tried first.
         """
         found, used, judge = known[:0], 0, Projections.at(self.problem, whole)
-        least = SAME if self.problem.precision < 1e-12 else BLURRED
+        least = self.problem.accuracy.same
         for trial in range(TRIES):
             left = rest.without(self, found)
             over = self.budget.spent(self.spent + used)

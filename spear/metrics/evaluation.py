@@ -9,11 +9,10 @@ from scipy.optimize import linear_sum_assignment
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from spear.accuracy import Accuracy
 from spear.reconstruction import Reconstruction
 
 PSNR_CAP = 200.0
-RECOVERED = {torch.float64: 1e-6}
-RECOVERED_BELOW = 1e-3
 WINDOW = 7  # side of the squares over which SSIM averages, in pixels
 
 
@@ -64,7 +63,7 @@ def evaluate(
     match[rows] = columns
     relative = torch.full((len(truth),), torch.inf, dtype=torch.float64)
     relative[rows] = error[rows, columns]
-    recovered = relative < RECOVERED.get(inputs.dtype, RECOVERED_BELOW)
+    recovered = relative < Accuracy.of_dtype(inputs.dtype).recovered
     certified = reconstruction.certified.cpu()
     true_certified = certified[match[recovered]].sum()
     peak = float(truth.max() - truth.min()) if data_range is None else data_range

@@ -74,11 +74,11 @@ def certify(problem: NetworkView, final: Misfit, targets: Targets) -> Bool[Tenso
     Two images closer than e and with equal masks look like two copies of their mean, up to e squared: copies are held
     to that. Where the batch size is not known, pairs of such images look like one of each: then every layer is.
     """
-    limit = 1e-6 if problem.precision < 1e-12 else 1e-3
+    accuracy = problem.accuracy
     copied = targets.copies > 1.5 if targets.whole else torch.zeros_like(final.inputs, dtype=torch.bool)
     unsure = bool(copied.any()) or (problem.batch_size is None and problem.reduction == "mean")
-    layer = limit**2 / 10 if unsure else max(1e-9, 100 * problem.precision)
-    allowed = torch.where(copied, limit**2 / 10, limit / 2)
+    layer = accuracy.copied if unsure else accuracy.layer
+    allowed = torch.where(copied, accuracy.copied, accuracy.recovered / 2)
     return (final.inputs < allowed) & (max(final.layers) < layer) & (targets.error < 1e-4)
 
 
@@ -88,7 +88,7 @@ def best_check(
     """Correct the inputs by what the check leaves over, as long as that helps; the best check and its inputs."""
     best, corrected = check(problem, inputs, targets)
     for _ in range(rounds):
-        if best.worst < 500 * problem.precision:
+        if best.worst < problem.accuracy.explained:
             break
         trial, following = check(problem, corrected, targets)
         before, after = max(best.layers), max(trial.layers)

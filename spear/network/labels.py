@@ -12,8 +12,6 @@ from torch import Tensor
 
 from spear.network.problem import NetworkView, Targets, passes
 
-AGREE = 1e-6  # relative difference at which a weight read at the top and one read from all biases are the same
-
 
 def decode_weighted(
     problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"], unit: float
@@ -60,8 +58,7 @@ def reweighed(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targe
     if not bool(D.isfinite().all()):
         return replace(targets, error=float("inf"))
     copies = torch.linalg.lstsq(D.T, g[:, None]).solution[:, 0]
-    limit = AGREE if problem.precision < 1e-12 else 1e-2
-    agree = (copies > 0) & ((copies / targets.copies - 1).abs() < limit)
+    agree = (copies > 0) & ((copies / targets.copies - 1).abs() < problem.accuracy.weight)
     error = targets.error if bool(agree.all()) else float("inf")
     return replace(targets, counts=single * copies[:, None], error=error)
 

@@ -88,8 +88,7 @@ def without_mistakes(
     Among thousands of units some h_j happens to be as small as the rounding of the directions.
     """
     h = d @ problem.weights[problem.last + 1]
-    least = 1e-4 if problem.precision < 1e-12 else 0.03
-    faint = h.abs() < least * h.pow(2).mean(1, keepdim=True).sqrt()
+    faint = h.abs() < problem.accuracy.faint * h.pow(2).mean(1, keepdim=True).sqrt()
     return torch.where(faint, problem.apply(problem.last, y) > 0, mask)
 
 

@@ -131,7 +131,7 @@ def conclude_partly(problem: NetworkView, run: PhaseSearch, reached: Reached, re
     sharp = [low for low in lows if low.rank == rank and low.gap > MIN_GAP]
     ready = len(sharp) > 1 and sharp[0] is lows[0] and sharp[1] is lows[1] and problem.biases[0] is not None
     if ready and not terms.budget.spent(run.starts) and rank < 0.4 * min(len(low.L) for low in lows[:2]):
-        options = {"accept": sureness(problem), "until": terms.budget.until, "generator": run.generator}
+        options = {"accept": problem.accuracy.certain, "until": terms.budget.until, "generator": run.generator}
         known = peel(problem, sharp, known, unit_weight(problem, rank), **options)
     if not len(known.inputs):
         return nothing(problem, reason, reached)
@@ -140,11 +140,6 @@ def conclude_partly(problem: NetworkView, run: PhaseSearch, reached: Reached, re
     sine = witness(problem, lows, known.inputs, known.counts).sine
     reason = f"{reason}; certain one by one: {number(len(known.inputs), 'sample')}"
     return Judged(known.inputs, known.counts, sine, torch.ones_like(sine).bool(), False, reason, reached)
-
-
-def sureness(problem: NetworkView) -> float:
-    """The sine that a certain sample must stay under: rounding, amplified by the conditioning of a typical batch."""
-    return 1e-9 if problem.precision < 1e-12 else 1e-5
 
 
 def unit_weight(problem: NetworkView, rank: int) -> float:
@@ -170,7 +165,8 @@ def certain_singles(problem: NetworkView, run: PhaseSearch, lows: list[LowRank])
     counts = F.one_hot(labels, problem.classes).to(inputs)
     seen = witness(problem, lows, inputs, counts)
     off = (seen.weight / unit - 1).abs().amax(1)
-    certain = determined & (seen.sine < sureness(problem)) & (off < 10 * sureness(problem))
+    limit = problem.accuracy.certain
+    certain = determined & (seen.sine < limit) & (off < 10 * limit)
     return KnownSamples(inputs[certain], counts[certain])
 
 

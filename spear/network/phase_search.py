@@ -48,7 +48,7 @@ class PhaseSearch:
         self.whole = self.spaces = spaces
         self.solved = self.gone = Solved.none(spaces)
         self.gone_rows = spaces.rows[:0]
-        self.tolerances = Tolerances(accept=1e-7 if problem.precision < 1e-12 else 1e-3, noise=noise)
+        self.tolerances = Tolerances(accept=problem.accuracy.direction, noise=noise)
         self.starts = self.rounds = self.idle = 0
         self.prior = prior_outputs(problem)
         self.restricted, self.alone = restricted, 1.0  # share of starts that found something without the partner

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from spear.accuracy import Accuracy
 from spear.federated.received import check_gradients, compute_device, input_shape, rounding_unit
 from spear.federated.update import SharedUpdate
 from spear.models.tracing import chain
@@ -64,6 +65,11 @@ class NetworkView:
     def classes(self) -> int:
         """How many labels there are: one for each output, two where there is one output."""
         return max(self.outputs, 2)
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """What the rounding of the gradients lets be asked of samples."""
+        return Accuracy.of(2 * self.precision)
 
     def unit(self, size: int) -> float:
         """dLoss/dlogits of one copy of a sample over (`activate(logits)` - one-hot label), in a batch of `size`."""

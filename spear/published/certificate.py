@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.accuracy import Accuracy
 from spear.models.streaming import Outer, Streamed, pieces
 from spear.models.tracing import Layer
 from spear.published.filtering import determined, gram, zero_rows
@@ -194,7 +195,7 @@ def certify(
         error=input_error(observed, q, X, _entry_error(target, compared[f"{layer.name}.weight"][0])),
         limit=target.eps**0.5,
         limits=target.eps**0.5 + 10 * target.eps / confidence,
-        allowed=_allowed(target),
+        allowed=Accuracy.of(target.eps).recovered,
     )
 
 
@@ -210,7 +211,7 @@ def certify_layer(target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "
         gradients=max(relative for _, relative in compared.values()),
         error=input_error(observed, q, X, _entry_error(target, compared[f"{name}.weight"][0])),
         limit=target.eps**0.5,
-        allowed=_allowed(target),
+        allowed=Accuracy.of(target.eps).recovered,
         tolerance=observed.tolerance,
         rank=target.low.rank,
         disclosed=target.disclosed,
@@ -249,11 +250,6 @@ def _entry_error(target: LayerView, misfit: float) -> float:
     m, n = target.layer.linear.weight.shape
     rounding = max(target.low.noise, target.eps * target.low.largest) / (m**0.5 + n**0.5)
     return max(rounding, misfit / (m * n) ** 0.5)
-
-
-def _allowed(target: LayerView) -> float:
-    """The relative error under which an input counts as recovered."""
-    return 1e-6 if target.eps < 1e-10 else 1e-3
 
 
 def _compare(again: Tensor | Outer, received: Tensor) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from spear.accuracy import Accuracy
 from spear.deployments import completion
 
 
@@ -110,7 +111,7 @@ def test_noise_is_not_called_exact():
     noise = torch.randn(J.shape, generator=Generator().manual_seed(9), dtype=torch.float64)
     found = _complete(J + 1e-5 * noise, _drawn(J, 0.5), most=6)
     assert not found.exact
-    rounded = _complete(J.float().double(), _drawn(J, 0.5), precision=2.0**-24)
+    rounded = _complete(J.float().double(), _drawn(J, 0.5), tolerance=Accuracy.of_dtype(torch.float32).completed)
     assert (rounded.exact, rounded.rank) == (True, 3)
     assert _off(rounded, J) < 1e-5
 
