@@ -11,7 +11,7 @@ from spear.deployments import noise, pruning
 from spear.deployments.local_training import retrace
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
-from spear.federated.update import SharedUpdate, is_perturbed
+from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network
 from spear.published.algorithm import Sampling

@@ -1,9 +1,11 @@
 """Samples of unequal weight: clipping and unequal clients give everything back, certified, and never anything else."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_problems import DTYPE, Case, case, errors, logits
 from problems import batch
@@ -11,10 +13,10 @@ from torch import Generator, Tensor
 
 from spear import attack, metrics, models
 from spear.federated import clients, gradient, privacy
-from spear.network import check, recovery, whole_batch
+from spear.network import check, whole_batch
 from spear.network.labels import bias_system, decode_weighted, reweighed
 from spear.network.problem import NetworkView, Targets, forward, passes
-from spear.network.recovery import Judged
+from spear.network.recovery import Judged, Reached
 from spear.reconstruction import Budget, Terms
 
 
@@ -112,8 +114,8 @@ def test_equal_weights_are_not_reported():
     spread=st.sampled_from((0.0, 1.0, 3.0)),
     known=st.booleans(),
 )
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_weights_make_a_false_certificate(monkeypatch, seed, depth, outputs, n, b, scale, spread, known):
+@settings(max_examples=200, deadline=None)
+def test_no_weights_make_a_false_certificate(seed, depth, outputs, n, b, scale, spread, known):
     """Narrow layers, saturated networks, near-copies, few classes: a sample is certified rightly or not at all."""
     generator = Generator().manual_seed(seed)
     sizes = (n, *torch.randint(6, 40, (depth,), generator=generator).tolist(), outputs)
@@ -124,8 +126,8 @@ def test_no_weights_make_a_false_certificate(monkeypatch, seed, depth, outputs, 
     made = weighted(sizes, x, weights, seed=seed, known=known)
     if not made.problem.weight_gradients[0].any():
         return
-    monkeypatch.setattr(whole_batch, "IDLE", 1)
-    found = whole_batch.distinct_samples(made.problem, Terms(Budget(0.3)))
+    with mock.patch.object(whole_batch, "IDLE", 1):
+        found = whole_batch.distinct_samples(made.problem, Terms(Budget(0.3)))
     if found.weights is not None:
         _right(found, made, weights)
     elif len(found.inputs):
@@ -145,12 +147,12 @@ def test_a_scaled_input_with_the_inverse_weight_is_no_explanation(factor):
     counts[2] /= factor
     wrong = Targets(counts, 1.0, 0.0, whole=False)
     assert reweighed(made.problem, other, wrong).error == float("inf")
-    assert len(check.judge(made.problem, other, wrong, _stats(5)).inputs) == 0
-    assert check.judge(made.problem, x, right, _stats(5)).certified.all()
+    assert len(check.judge(made.problem, other, wrong, _reached(5)).inputs) == 0
+    assert check.judge(made.problem, x, right, _reached(5)).certified.all()
 
 
-def _stats(rank: int) -> recovery.Stats:
-    return recovery.Stats(rank, 1e9, 0.0, rank, 0, 0, 0.0)
+def _reached(rank: int) -> Reached:
+    return Reached(rank, 0.0, rank, 0, 0)
 
 
 def test_weights_are_the_least_squares_of_the_bias_gradients():

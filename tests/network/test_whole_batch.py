@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def test_crowded_batches_empty_sample_by_sample(seed):
     scale=st.sampled_from([1.0, 1.0, 30.0]),
 )
 def test_no_false_certificate_on_tiny_problems(
-    monkeypatch, sizes, inputs, classes, batch, seed, alike, spoiled, known, starts, loss, scale
+    sizes, inputs, classes, batch, seed, alike, spoiled, known, starts, loss, scale
 ):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, inputs, generator=generator, dtype=torch.float64)
@@ -221,8 +222,8 @@ def test_no_false_certificate_on_tiny_problems(
         x += 3
     made = case((inputs, *sizes, classes), seed=seed, inputs=scale * x, labels=y, known=known, loss=loss)
     problem = spoil(made.problem, spoiled, generator)
-    monkeypatch.setattr(whole_batch, "IDLE", 2)
-    found = whole_batch.distinct_samples(problem, Terms(Budget(proposals=starts)))
+    with mock.patch.object(whole_batch, "IDLE", 2):
+        found = whole_batch.distinct_samples(problem, Terms(Budget(proposals=starts)))
     sure = found.inputs[found.certified]
     if spoiled == "weights":
         assert len(sure) == 0
