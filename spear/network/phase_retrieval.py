@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spear.network.spaces import TINY, Evened, misfit, project, quick
+from spear.directions import TINY
+from spear.network.spaces import Evened, misfit, project, quick
 
 EVERY = 5  # steps after which starts are looked at
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spear.directions import unit_rows
 from spear.network import many_classes
 from spear.network.check import judge
 from spear.network.layerwise import PositiveRule, above_gap, above_noise, activations, descend, solve
@@ -12,7 +13,7 @@ from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Judged, Reached, nothing
-from spear.network.spaces import Solved, Spaces, contrasts, normalise
+from spear.network.spaces import Solved, Spaces, contrasts
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
@@ -143,5 +144,5 @@ def consistent(
     problem: NetworkView, spaces: Spaces, solved: Solved, inputs: Float[Tensor, "s n"], targets: Targets
 ) -> Bool[Tensor, " s"]:
     """Whose own backward pass points along the direction found: not so where that was too weak to lead to an input."""
-    own = normalise(passes(problem, inputs, targets).deltas[problem.last] @ spaces.basis)
+    own = unit_rows(passes(problem, inputs, targets).deltas[problem.last] @ spaces.basis)
     return (own * solved.t).sum(1).abs() > 0.999
