@@ -20,7 +20,7 @@ from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate
 from spear.models import tracing
 from spear.models.tracing import Layer
-from spear.published import theory
+from spear.published import one_layer, theory
 from spear.reconstruction import Reconstruction
 
 COUNT = 16  # samples of a simulated client, unless told
