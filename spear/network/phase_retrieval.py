@@ -81,7 +81,7 @@ def retrieve_phases(
     number = torch.arange(len(iterate.u), device=basis.device)
     before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
     for done in range(0, steps, EVERY):
-        if not len(number) or time.perf_counter() > options.until:
+        if not len(number) or time.monotonic() > options.until:
             break
         iterate = relax(iterate, basis, replace(options, steps=min(EVERY, steps - done)), evened)
         if near:
