@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 
 FINE = 2e-12  # rounding units under this are float64's, a change of weights included: the algebra is then the limit
-SHARP = (
-    1e-10  # the same for inputs: what a batch's conditioning makes of a unit in between is still under 1e-6
-)
+SHARP = 1e-10  # the same for inputs: what a batch's conditioning makes of a unit in between is still under 1e-6
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An update as the server received it, checked against the model: gradients by name, their rounding, where to compute."""
+"""An update as the server received it: checked against the model, its rounding, where to compute with it."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spear.federated.update import Lazy, SharedUpdate
 from spear.models.streaming import CHUNK
+from spear.reconstruction import Refusal
 
 PRECISIONS = (torch.float32, torch.float64)
 COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
@@ -49,7 +50,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
     Of the change of the weights by one step the gradient is what remains without the learning rate.
     """
     if update.local_steps != 1:
-        raise ValueError(f"an update of {update.local_steps} local steps is not the gradient of one batch")
+        raise Refusal(f"an update of {update.local_steps} local steps is not the gradient of one batch")
     parameters = dict(model.named_parameters())
     for name, g in update.gradients.items():
         if name not in parameters:
@@ -59,7 +60,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
             raise ValueError(f"the gradient of {name} has shape {tuple(g.shape)}, the model's parameter {expected}")
         if g.dtype not in PRECISIONS or parameters[name].dtype not in PRECISIONS:
             dtype = str(g.dtype if g.dtype not in PRECISIONS else parameters[name].dtype).removeprefix("torch.")
-            raise ValueError(f"{name} is {dtype}: exact recovery needs float32 or float64")
+            raise Refusal(f"{name} is {dtype}: exact recovery needs float32 or float64")
         if not all(part.isfinite().all() for part in g.flatten().split(CHUNK)):
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)

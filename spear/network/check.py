@@ -1,6 +1,6 @@
 """The batch held against the update in every layer: what certifies its samples."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spear.network.labels import reweighed
 from spear.network.problem import NetworkView, Targets, passes
-from spear.network.recovery import Recovery, Stats, number
+from spear.network.recovery import Judged, Reached, number
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
 
@@ -52,7 +52,7 @@ def check(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) 
     return Misfit(tuple(layers), error), inputs + step[:, : inputs.shape[1]]
 
 
-def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, stats: Stats) -> Recovery:
+def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, reached: Reached) -> Judged:
     """The whole batch held against the update, after corrections that rounding allows."""
     if not targets.whole:
         targets = reweighed(problem, inputs, targets)
@@ -63,10 +63,9 @@ def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, 
     counts = (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sure]
     copies = int(counts.sum().round())
     size = problem.batch_size or (round(problem.unit(1) / targets.unit) if problem.reduction == "mean" else copies)
-    good = len(sure) == stats.rank and copies == size
-    reason = WHOLE if good else _why(final, targets, len(sure)) or weak(stats, len(sure), copies, size)
-    stats = replace(stats, layers=final.layers)
-    return Recovery(inputs[sure], counts, final.inputs[sure], certified[sure], good, reason, stats, weights)
+    good = len(sure) == reached.rank and copies == size
+    reason = WHOLE if good else _why(final, targets, len(sure)) or weak(reached, len(sure), copies, size)
+    return Judged(inputs[sure], counts, final.inputs[sure], certified[sure], good, reason, reached, weights)
 
 
 def certify(problem: NetworkView, final: Misfit, targets: Targets) -> Bool[Tensor, " s"]:
@@ -112,13 +111,13 @@ def _why(final: Misfit, targets: Targets, certain: int) -> str:
     return "" if certain else rest
 
 
-def weak(stats: Stats, certain: int, copies: int, size: int) -> str:
+def weak(reached: Reached, certain: int, copies: int, size: int) -> str:
     """Why only some samples are certain: the others' gradients are weak, or lie under the noise floor altogether."""
-    visible, hidden = stats.rank - certain, max(size - copies - (stats.rank - certain), 0)
+    visible, hidden = reached.rank - certain, max(size - copies - (reached.rank - certain), 0)
     said = [f"{copies} of {size} samples are certain"]
     if visible:
-        said.append(f"too weak for a certificate: {visible} of {stats.rank} gradient directions")
+        said.append(f"too weak for a certificate: {visible} of {reached.rank} gradient directions")
     if hidden:
-        floor = f"{stats.noise:.0e} of the strongest direction"
+        floor = f"{reached.noise:.0e} of the strongest direction"
         said.append(f"under the noise floor, {floor}: {number(hidden, 'sample')}")
     return "; ".join(said)

@@ -66,13 +66,13 @@ def retrieve_phases(
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
     halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
-    target vanished ends too, and all when the clock (`time.perf_counter`) shows `until`.
+    target vanished ends too, and all when the clock (`time.monotonic`) shows `until`.
     """
     basis, partner = quick(basis), None if partner is None else quick(partner)
     number = torch.arange(len(iterate.u), device=basis.device)
     before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
     for done in range(0, steps, EVERY):
-        if not len(number) or time.perf_counter() > until:
+        if not len(number) or time.monotonic() > until:
             break
         iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation, evened, lean)
         if near:

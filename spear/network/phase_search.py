@@ -37,7 +37,7 @@ class PhaseSearch:
     """A search in progress: the directions found, and how well each kind of search did last.
 
     `spaces` shrink when samples leave the problem; `solved` are the directions in it, `gone` those that left, in the
-    coordinates of the `whole` spaces. A search under way ends when `time.perf_counter` shows `until`.
+    coordinates of the `whole` spaces. A search under way ends when `time.monotonic` shows `until`.
     """
 
     until = math.inf

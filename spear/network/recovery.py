@@ -1,47 +1,35 @@
-"""What the attacks on every layer share: budget, figures, the recovered samples with their label counts."""
+"""What the attacks on every layer share: how far a search came, and the samples that it ended with."""
 
-import time
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spear import reconstruction
-from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView
-from spear.published.lowrank import LowRank
-from spear.reconstruction import Reconstruction
+from spear.reconstruction import Reconstruction, Stats
 
 
 @dataclass(frozen=True)
-class Budget:
-    """When to stop: seconds, starts, and rounds in a row that found nothing."""
+class Reached:
+    """How far a search came, and what for: `found` of `rank` directions, in `rounds` of `starts` starts together.
 
-    seconds: float = float("inf")
-    starts: int = 1_000_000
-    idle: int = 12
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What the search cost and reached.
-
-    `rank` directions stand above the gradient's noise, which is `noise` of the strongest; `gap` is how far.
+    The directions are those above the gradient's noise, which is `noise` of the strongest.
     """
 
     rank: int
-    gap: float
     noise: float
     found: int
     starts: int
     rounds: int
-    seconds: float
-    layers: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        rounds = number(self.rounds, "round")
+        return f"found {self.found} of {self.rank} gradient directions in {rounds} of {self.starts} starts"
 
 
 @dataclass(frozen=True)
-class Recovery:
-    """Recovered samples (k, n), their label counts (k, classes), residuals and certificates, and why it stopped.
+class Judged:
+    """Distinct samples (k, n) held against the update: label counts (k, classes), residuals, certificates, the verdict.
 
     `weights` (k,) in the loss are given where they are not all alike; each sample then has one label, counted once.
     """
@@ -52,59 +40,35 @@ class Recovery:
     certified: Bool[Tensor, " k"]
     complete: bool
     reason: str
-    stats: Stats
+    reached: Reached
     weights: Float[Tensor, " k"] | None = None
 
-    @property
-    def entries(self) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-        """The batch entry by entry: which sample, which label; a repeated sample appears as often as it is in it."""
+    def entries(self, problem: NetworkView, seconds: float, method: str) -> Reconstruction:
+        """The batch entry by entry: a sample comes as often as it is in it, with a label each time."""
         pairs = self.counts.round().nonzero()  # smoothed labels are near one-hot
         times = self.counts[pairs[:, 0], pairs[:, 1]].round().long()
-        return pairs[:, 0].repeat_interleave(times), pairs[:, 1].repeat_interleave(times)
+        sample, label = (column.repeat_interleave(times) for column in pairs.T)
+        return Reconstruction(
+            problem.shaped(self.inputs[sample]),
+            label,
+            self.reached.rank,
+            self.residuals[sample],
+            self.certified[sample],
+            self.complete,
+            self.reason,
+            Stats(seconds, self.reached.starts, self.reached.rounds),
+            weights=None if self.weights is None else self.weights[sample],
+            method=method,
+        )
 
 
-def searched(stats: Stats) -> str:
-    """How far the search came, in words."""
-    rounds = number(stats.rounds, "round")
-    return f"found {stats.found} of {stats.rank} gradient directions in {rounds} of {stats.starts} starts"
+def nothing(problem: NetworkView, reason: str, reached: Reached) -> Judged:
+    """No sample, and why."""
+    empty = problem.weights[0].new_zeros
+    none = empty(0, problem.weights[0].shape[1]), empty(0, problem.classes), empty(0), empty(0).bool()
+    return Judged(*none, False, reason, reached)
 
 
 def number(count: int, noun: str) -> str:
     """The count and the noun, in the plural where it is not one."""
     return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def figures(run: PhaseSearch, low: LowRank, begin: float) -> Stats:
-    """The figures so far of a run that began at `begin` on the performance counter."""
-    noise, found = low.noise / low.largest, low.rank - run.left
-    return Stats(low.rank, low.gap, noise, found, run.starts, run.rounds, time.perf_counter() - begin)
-
-
-def nothing(problem: NetworkView, reason: str, stats: Stats) -> Recovery:
-    empty = problem.weights[0].new_zeros
-    return Recovery(
-        empty(0, problem.weights[0].shape[1]),
-        empty(0, problem.classes),
-        empty(0),
-        empty(0).bool(),
-        False,
-        reason,
-        stats,
-    )
-
-
-def limits(budget: reconstruction.Budget) -> Budget:
-    return Budget(
-        budget.left,
-        Budget.starts if budget.proposals is None else budget.proposals,
-    )
-
-
-def entries(found: Recovery, problem: NetworkView) -> Reconstruction:
-    """What was recovered, entry by entry of the batch."""
-    sample, label = found.entries
-    inputs = found.inputs[sample].unflatten(1, problem.input_shape).contiguous()
-    stats = reconstruction.Stats(found.stats.seconds, found.stats.starts, found.stats.rounds)
-    evidence = (found.residuals[sample], found.certified[sample], found.complete, found.reason, stats)
-    weights = None if found.weights is None else found.weights[sample]
-    return Reconstruction(inputs, label, found.stats.rank, *evidence, weights=weights)
