@@ -21,7 +21,7 @@ from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate
 from spear.models import tracing
 from spear.models.tracing import Layer
-from spear.published import one_layer, theory
+from spear.published import theory
 from spear.reconstruction import Reconstruction
 
 COUNT = 16  # samples of a simulated client, unless told
@@ -166,7 +166,7 @@ def _risk(layer: Layer) -> Risk:
     m, n = layer.linear.weight.shape
     limit = min(m - 1, n) if layer.relu else 0
     affordable = 0
-    while affordable < limit and _proposals(m, affordable + 1) <= one_layer.AFFORDABLE:
+    while affordable < limit and _proposals(m, affordable + 1) <= inversion.AFFORDABLE:
         affordable += 1
     return Risk(
         name=layer.name,

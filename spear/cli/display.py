@@ -2,10 +2,10 @@
 
 import sys
 from types import TracebackType
-from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from spear import reconstruction
 from spear.cli.shared import stderr
 
 
@@ -19,7 +19,7 @@ class Display:
         self._bar = Progress(*columns, *more, console=stderr, transient=True, disable=not self._terminal)
         self._task = self._bar.add_task(command, total=None, words="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Display":
         self._bar.start()
         return self
 
@@ -38,6 +38,8 @@ class Display:
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(words, total=None, words="")
 
-    def advance(self, done: int, total: int, words: str) -> None:
-        """Show how far the part has come, on a terminal."""
-        self._bar.update(self._task, completed=done, total=total, words=words)
+    def progress(self, p: reconstruction.Progress) -> None:
+        """Say which method of an attack is at work, and on a terminal how far it has come."""
+        self.part(f"method {p.method}")
+        unit = "kernels" if p.method in ("sampling", "guided") else "starts"
+        self._bar.update(self._task, completed=p.found, total=p.rank, words=f"{p.proposals:,} {unit}")
