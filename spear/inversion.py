@@ -16,12 +16,11 @@ from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network
 from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
-from spear.published.one_layer import attack_layer, hopeless
+from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
 from spear.published.view import LayerView, open_layer
 from spear.reconstruction import Budget, Progress, Reconstruction, Refusal, Terms, larger
 
 COARSE = 1e-6  # rounding of a gradient, relative to it, that is noise: of weights in single precision a step apart
-AFFORDABLE = 1e9  # proposals that "auto" goes on with where another method ended without the whole batch
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,18 @@ def _size(tensor: Tensor) -> float:
     return math.hypot(*parts)
 
 
+def check_count(count: int | None, m: int, n: int, name: str) -> None:
+    """Raises `ValueError` for fewer than one sample, `Refusal` for more than layer `name`, m x n, can tell apart."""
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"a batch has at least 1 sample, not {count}")
+    if count >= m:
+        raise Refusal(f"a batch of rank {count} needs a layer wider than {count}; {name} has {m}")
+    if count > n:
+        raise Refusal(f"a batch of rank {count} needs at least {count} inputs; {name} has {n}")
+
+
 def input_shape(name: str, n: int, update: SharedUpdate) -> tuple[int, ...]:
     """The shape of one of layer `name`'s inputs of n entries: the disclosed one, or a vector."""
     if update.input_shape is None:

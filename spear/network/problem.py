@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spear.accuracy import Accuracy
-from spear.federated.received import check_gradients, compute_device, input_shape, rounding_unit
+from spear.federated.received import check_count, check_gradients, compute_device, input_shape, rounding_unit
 from spear.federated.update import SharedUpdate
 from spear.models.tracing import chain
 from spear.published.lowrank import LowRank, decompose
@@ -209,6 +209,7 @@ def open_network(
             raise Refusal(f"the network method needs every layer's gradient; the update has none for {name}")
         return gradients[name].to(device, torch.float64)
 
+    check_count(batch_size or update.count, *layers[0].linear.weight.shape, layers[0].name)
     biased = [layer.linear.bias is not None for layer in layers]
     precision = rounding_unit(model, update) / 2
     return NetworkView(

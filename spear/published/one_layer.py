@@ -18,6 +18,7 @@ from spear.reconstruction import Budget, Reconstruction, Refusal, Stats, Terms
 
 EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
+AFFORDABLE = 1e9  # proposals that "auto" goes on with where another method ended without the whole batch
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear.federated.received import Widened, check_gradients, compute_device, input_shape, rounding_unit
+from spear.federated.received import Widened, check_count, check_gradients, compute_device, input_shape, rounding_unit
 from spear.federated.update import SharedUpdate
 from spear.models.streaming import Blocks, Streamed, streamed
 from spear.models.tracing import Layer, find_layer
@@ -82,7 +82,7 @@ def open_layer(
     gradients = check_gradients(model, update)
     m, n = found.linear.weight.shape
     disclosed = update.count if batch_size is None else batch_size
-    _check_count(disclosed, m, n, found.name)
+    check_count(disclosed, m, n, found.name)
     device = compute_device(device)
     tail = None if found.tail is None else streamed(found.tail, device)
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)
@@ -134,17 +134,6 @@ def _required(gradients: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in gradients:
         raise Refusal(f"the update has no gradient for {name}; it has {', '.join(gradients)}")
     return gradients[name]
-
-
-def _check_count(count: int | None, m: int, n: int, name: str) -> None:
-    if count is None:
-        return
-    if count < 1:
-        raise ValueError(f"a batch has at least 1 sample, not {count}")
-    if count >= m:
-        raise Refusal(f"a batch of rank {count} needs a layer wider than {count}; {name} has {m}")
-    if count > n:
-        raise Refusal(f"a batch of rank {count} needs at least {count} inputs; {name} has {n}")
 
 
 def _input_shape(layer: Layer, update: SharedUpdate) -> tuple[int, ...]:

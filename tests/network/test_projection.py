@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,8 @@ def test_a_sample_found_by_the_output_side_is_subtracted_first():
     lows = [decompose(made.problem.augmented(k)) for k in (0, 1)]
     known = KnownSamples(made.inputs[:20], counts[:20])
     generator = torch.Generator().manual_seed(0)
-    found = one_by_one.peel(made.problem, lows, known, 1 / 24, accept=1e-9, seconds=20.0, generator=generator)
+    found = one_by_one.peel(
+        made.problem, lows, known, 1 / 24, accept=1e-9, until=time.monotonic() + 20.0, generator=generator
+    )
     assert len(found.inputs) == 24
     assert errors(made.inputs, found.inputs).max() < 1e-9
