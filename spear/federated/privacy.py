@@ -29,7 +29,8 @@ def private(
     """One step of DP-SGD, by Opacus: per-sample gradients clipped to the norm `clip`, summed, noise added, averaged.
 
     The noise has the standard deviation `noise_multiplier * clip` in each entry of the sum; the update's `epsilon` at
-    `DELTA` is that of Opacus' Rényi accountant for this one release (infinite without noise). Needs the extra: `pip install "spear[privacy]"`. Source: Abadi et al. 2016, DP-SGD.
+    `DELTA` is that of Opacus' Rényi accountant for this one release (infinite without noise). Needs the extra:
+    `pip install "spear[privacy]"`. Source: Abadi et al. 2016, DP-SGD.
 
     Raises `ImportError` where Opacus is not installed, `ValueError` for a clip that is not positive or a negative
     noise multiplier, and as `spear.federated.gradient` does.
