@@ -23,6 +23,8 @@ lint: $(READY)
 	@echo "== ruff: code and notebooks"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@echo "== import-linter: each floor uses only those below, the attacker never sees the batch"
+	$(BIN)/lint-imports
 
 unit: $(READY)
 	@echo "== pytest: laws, bad input, command line, notebook hygiene"

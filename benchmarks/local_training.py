@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from spear import clients, data, metrics, models
+from spear import data, metrics, models
+from spear.federated import clients
 from spear.inversion import attack
 
 COUNT, WIDTH, DEPTH = 20, 400, 3

@@ -7,7 +7,7 @@ One network of 400 neurons a layer and depth 6, the gradient of a batch of b sam
   svd      draw b - 1 rows, the kernel by a batched `torch.linalg.svd`, test every row of L q: the published form
   lu       the same with the kernel from a linear system
   blocks   the b kernels of a random b x b block from one inversion, tested on a few rows first
-  uniform  walks that test kernels without computing them (`spear.tableau`), pools of rows drawn uniformly
+  uniform  walks that test kernels without computing them (`spear.published.walks`), pools of rows drawn uniformly
   walks    the same with pools of rows that vanish together more often: two rounds of three, as `search` runs them
 
 *Proposals* are kernels tested. *Hits* are sets of b - 1 rows whose kernel was found to have enough zeros; for the
@@ -35,7 +35,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spear import data, federated, filtering, lowrank, models, parallel, sampling, sparsity, tableau, theory
+from spear import data, executors, federated, models
+from spear.published import filtering, lowrank, sampling, sparsity, theory
+from spear.published.kernels import kernels_lu, kernels_svd, naive
+from spear.published.walks import HELD, PAIRS
 
 WIDTH, DEPTH = 400, 6
 CPU = torch.device("cpu")
@@ -78,7 +81,7 @@ def make(name: str, b: int, seed: int) -> Problem:
     L = lowrank.decompose(lowrank.augment(gradients["fc1.weight"], gradients["fc1.bias"]), b).L
     with torch.no_grad():
         zero = model[1](inputs.flatten(1)).mT <= 0
-    truth = torch.cat([sampling.kernels_svd(L[None, rows]) for rows in zero.mT])
+    truth = torch.cat([kernels_svd(L[None, rows]) for rows in zero.mT])
     return Problem(L, zero.sum(0), truth, sparsity.threshold(WIDTH, false_rejection=1e-9))
 
 
@@ -88,9 +91,7 @@ Batch = tuple[int, Tensor]
 def independent(problem: Problem, kernels: Callable[[Tensor], Tensor], chunk: int, seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        found = sampling.naive(
-            problem.L, chunk, threshold=problem.threshold, generator=generator, kernels=kernels, chunk=chunk
-        )
+        found = naive(problem.L, chunk, threshold=problem.threshold, generator=generator, kernels=kernels, chunk=chunk)
         yield found.count, found.directions
 
 
@@ -119,7 +120,7 @@ def threaded(work: Callable[[range], Batch], start: int, step: int) -> Iterator[
     def numbered(index: int) -> Batch:
         return work(range(start + step * index, start + step * index + 1))
 
-    return parallel.in_order(numbered, ahead=torch.get_num_threads())
+    return executors.in_order(numbered, ahead=torch.get_num_threads())
 
 
 def sparse(problem: Problem, q: Tensor) -> Tensor:
@@ -127,8 +128,8 @@ def sparse(problem: Problem, q: Tensor) -> Tensor:
 
 
 METHODS: dict[str, Callable[[Problem, int], Iterator[Batch]]] = {
-    "svd": lambda problem, seed: independent(problem, sampling.kernels_svd, 1000, seed),
-    "lu": lambda problem, seed: independent(problem, sampling.kernels_lu, 10_000, seed),
+    "svd": lambda problem, seed: independent(problem, kernels_svd, 1000, seed),
+    "lu": lambda problem, seed: independent(problem, kernels_lu, 10_000, seed),
     "blocks": blocks,
     "uniform": lambda problem, seed: walks(problem, seed, len(sampling.SHARES)),
     "walks": lambda problem, seed: walks(problem, seed, 1),
@@ -165,7 +166,7 @@ def operations(method: str, m: int, b: int) -> float:
         return 2 / 3 * b**3 + 2 * m * b
     if method == "blocks":
         return 2 * b * b + 2 * b * sampling.HELD_OUT
-    return (2 * tableau.HELD + tableau.PAIRS) * b / (tableau.PAIRS * math.comb(b - 1, 2))
+    return (2 * HELD + PAIRS) * b / (PAIRS * math.comb(b - 1, 2))
 
 
 def matmul_rate(n: int = 3000) -> float:

@@ -3,12 +3,21 @@
 client     spear.federated.gradient   model, batch -> SharedUpdate
 attacker   spear.attack               model, SharedUpdate -> Reconstruction; never sees the batch
 judge      spear.metrics.evaluate     Reconstruction, batch -> Evaluation
+
+Where to look: `published` SPEAR as published, in reading order; `descent` one layer beyond sampling; `network` every
+layer; `deployments` updates as real clients send them; `federated` what is sent, and defences; `audit` your own model.
+Names are imported when they are first used: the command line must answer before torch has loaded.
 """
 
-from spear import data, federated, metrics, models
-from spear.federated import SharedUpdate
-from spear.inversion import attack
-from spear.metrics import Evaluation
-from spear.reconstruction import Reconstruction
+import lazy_loader
 
-__all__ = ["Evaluation", "Reconstruction", "SharedUpdate", "attack", "data", "federated", "metrics", "models"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["data", "federated", "metrics", "models"],
+    submod_attrs={
+        "federated": ["SharedUpdate"],
+        "inversion": ["attack"],
+        "metrics": ["Evaluation"],
+        "reconstruction": ["Reconstruction"],
+    },
+)

@@ -1,5 +1,5 @@
 """`python -m spear`: the command line."""
 
-from spear.cli import main
+from spear.cli.app import main
 
 main()

@@ -10,27 +10,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear import denoising, dictionary, network, pruned, seeding, sequential, theory
-from spear import layer as layers
-from spear.chain import Problem, open_problem
-from spear.defences import as_gradient, is_perturbed
-from spear.federated import SharedUpdate
-from spear.likelihood import Noisy
-from spear.local_steps import Training
-from spear.lowrank import MIN_GAP
-from spear.reconstruction import Reconstruction, Stats, nothing, reconstruct
-from spear.search import Budget, Found, Progress, search
-from spear.target import Target, prepare, under_noise
+from spear.deployments import noise, pruning
+from spear.deployments.local_training import retrace
+from spear.deployments.noise import approximate, denoise
+from spear.deployments.pruning import complete
+from spear.descent import dictionary
+from spear.descent.layer import search
+from spear.federated.update import SharedUpdate, is_perturbed
+from spear.network import recovery, whole_batch
+from spear.network.problem import NetworkView, open_network
+from spear.network.recovery import entries, limits
+from spear.published.algorithm import find_columns
+from spear.published.greedy import Candidates
+from spear.published.guided import find_columns_guided
+from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
+from spear.published.view import LayerView, open_layer
+from spear.reconstruction import Budget, Progress, Reconstruction, larger
 
 METHODS = ("auto", "sampling", "guided", "dictionary", "layer", "network")
-DESCENTS = ("dictionary", "layer")
-EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
-PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
-Search = Callable[..., Found]
+Search = Callable[..., Candidates]
 COARSE = 1e-6  # rounding of a gradient, relative to it, that is noise: of weights in single precision a step apart
-SAME_INPUT = 1e-4  # relative distance under which two methods returned the same input
-HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
-AFFORDABLE = 1e9  # proposals that "auto" goes on with where the network method ended without the whole batch
 
 
 def attack(
@@ -52,7 +51,7 @@ def attack(
     """Recover the batch behind a client's update (SPEAR, Algorithm 1, and beyond it).
 
     `method` says how much is used. Of one linear layer that a ReLU follows: `"sampling"`, SPEAR as published;
-    `"guided"`, sampling where guesses of the batch point, `approximate` images or none (`spear.seeding`);
+    `"guided"`, sampling where guesses of the batch point, `approximate` images or none (`spear.published.guided`);
     `"dictionary"`, its gradient as sparse vectors in a subspace; `"layer"`, its weights and gradient coupled (batches
     of up to a third of its width). Of a fully connected network: `"network"`, every layer (batches of hundreds).
     `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
@@ -81,31 +80,31 @@ def attack(
     if approximate is not None and method != "guided":
         raise ValueError(f"approximate images guide the method 'guided', not {method!r}")
     budget = Budget(time.monotonic(), time_limit, max_proposals)
-    sampling = partial(search, false_rejection=false_rejection, device=device, executor=executor)
-    guided = partial(seeding.search, approximate=approximate, **sampling.keywords)
-    searches = {"sampling": sampling, "guided": guided, "dictionary": dictionary.search, "layer": layers.search}
+    sampling = partial(find_columns, false_rejection=false_rejection, device=device, executor=executor)
+    guided = partial(find_columns_guided, approximate=approximate, **sampling.keywords)
+    searches = {"sampling": sampling, "guided": guided, "dictionary": dictionary.search, "layer": search}
     if method in ("auto", "network") and layer is None and update.local_steps > 1:
-        result = _retrace(model, update, budget, seed, device)
+        result = retrace(model, update, budget, seed, device)
     elif method in ("auto", "network") and layer is None and is_perturbed(update):
-        result = _denoise(model, update, batch_size, budget, seed, device)
+        result = denoise(model, update, batch_size, budget, seed, device)
     elif method in ("auto", "network") and layer is None and update.pruning is not None:
-        result = _complete(open_problem(model, update, batch_size=batch_size, device=device), budget, seed)
+        result = complete(open_network(model, update, batch_size=batch_size, device=device), budget, seed)
     elif method == "network":
-        problem = open_problem(model, update, batch_size=batch_size, device=device)
+        problem = open_network(model, update, batch_size=batch_size, device=device)
         result = _every_layer(problem, update, budget, seed, progress)
     else:
-        target = prepare(model, update, layer=layer, batch_size=batch_size, device=device)
+        target = open_layer(model, update, layer=layer, batch_size=batch_size, device=device)
         if method == "auto":
             problem = _chain(model, update, batch_size, device) if layer is None else None
             result = None if problem is None else _every_layer(problem, update, budget, seed, progress)
             result = _strongest(target, result, searches, budget, seed, progress)
         else:
-            result = _one_layer(target, searches[method], method, budget, seed, progress)
+            result = attack_layer(target, searches[method], method, budget, seed, progress)
     return replace(result, stats=replace(result.stats, seconds=time.monotonic() - budget.started))
 
 
 def _strongest(
-    target: Target,
+    target: LayerView,
     result: Reconstruction | None,
     searches: dict[str, Search],
     budget: Budget,
@@ -118,46 +117,15 @@ def _strongest(
             break
         if result is not None and budget.spent(0):
             return replace(result, reason=f"{result.reason}; {budget.spent(0)}")
-        if method == "sampling" and result is not None and _hopeless(target, budget, AFFORDABLE):
+        if method == "sampling" and result is not None and hopeless(target, budget, AFFORDABLE):
             break
-        following = _one_layer(target, searches[method], method, budget, seed, progress)
-        result = following if result is None else _larger(result, following)
+        following = attack_layer(target, searches[method], method, budget, seed, progress)
+        result = following if result is None else larger(result, following)
     return result
 
 
-def _retrace(
-    model: nn.Module, update: SharedUpdate, budget: Budget, seed: int, device: str | torch.device | None
-) -> Reconstruction:
-    """A client's samples from several local steps."""
-    training = Training.of(update)
-    problem = open_problem(model, replace(update, local_steps=1, learning_rate=None), device=device)
-    found = sequential.recover(problem, training, seconds=budget.left, generator=torch.Generator().manual_seed(seed))
-    known = len(found.inputs) > 0 and bool(found.residuals.isfinite().all()) and not found.complete
-    return replace(_entries(found, problem), expected_error=found.residuals if known else None)
-
-
-def _complete(problem: Problem, budget: Budget, seed: int) -> Reconstruction:
-    """What an update of which some entries were not sent gives back."""
-    generator = torch.Generator().manual_seed(seed)
-    return _entries(pruned.recover(problem, budget=_limits(budget), generator=generator), problem)
-
-
-def _denoise(
-    model: nn.Module,
-    update: SharedUpdate,
-    batch_size: int | None,
-    budget: Budget,
-    seed: int,
-    device: str | torch.device | None,
-) -> Reconstruction:
-    """What can be read from a gradient that was rounded or had noise added: nothing certified."""
-    problem = open_problem(model, as_gradient(update), batch_size=batch_size, device=device)
-    noisy = denoising.open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None)
-    return _approximate(noisy, budget, seed)
-
-
 def _every_layer(
-    problem: Problem,
+    problem: NetworkView,
     update: SharedUpdate,
     budget: Budget,
     seed: int,
@@ -167,143 +135,35 @@ def _every_layer(
     exact = _network(problem, budget, seed, progress)
     if len(exact.inputs):
         return exact
-    if pruned.is_pruned(problem):
-        return _complete(problem, budget, seed)
-    noisy = denoising.open_noisy(problem, sigma=None, weighted=update.clip is not None)
-    seen = problem.precision > COARSE or denoising.is_visible(noisy)
-    found = _approximate(noisy, budget, seed) if seen else exact
+    if pruning.is_pruned(problem):
+        return complete(problem, budget, seed)
+    noisy = noise.open_noisy(problem, sigma=None, weighted=update.clip is not None)
+    seen = problem.precision > COARSE or noise.is_visible(noisy)
+    found = approximate(noisy, budget, seed) if seen else exact
     return found if len(found.inputs) else exact
-
-
-def _approximate(noisy: Noisy, budget: Budget, seed: int) -> Reconstruction:
-    problem, generator = noisy.problem, torch.Generator().manual_seed(seed)
-    starts = network.Budget.starts if budget.proposals is None else budget.proposals
-    found = denoising.recover(noisy, seconds=budget.left, starts=starts, generator=generator)
-    stats, estimate = Stats(0.0, found.starts, found.rounds), found.estimate
-    shape = problem.input_shape
-    if estimate is None:
-        empty = problem.weights[0].new_zeros(0)
-        return Reconstruction(
-            empty.new_zeros(0, *shape), None, found.rank, empty, empty.bool(), False, found.reason, stats
-        )
-    inputs = estimate.inputs.unflatten(1, shape).contiguous()
-    none = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-    evidence = (estimate.residuals, none, False, found.reason, stats, estimate.error)
-    return Reconstruction(inputs, estimate.labels, found.rank, *evidence)
 
 
 def _chain(
     model: nn.Module, update: SharedUpdate, batch_size: int | None, device: str | torch.device | None
-) -> Problem | None:
+) -> NetworkView | None:
     """The model and its gradients as a chain of linear layers, where they are one."""
     try:
-        return open_problem(model, update, batch_size=batch_size, device=device)
+        return open_network(model, update, batch_size=batch_size, device=device)
     except ValueError:
         return None
 
 
-def _larger(first: Reconstruction, second: Reconstruction) -> Reconstruction:
-    """The result with more certified samples, then with more samples, joined by what only the other has; both reasons
-    where neither has any."""
-    if not len(first.inputs) and not len(second.inputs):
-        return replace(first, reason=f"{first.reason}; {second.reason}")
-    other, best = sorted((first, second), key=lambda r: (r.complete, int(r.certified.sum()), len(r.inputs)))
-    if best.complete or best.labels is None or other.labels is None or len(other.inputs) <= len(best.inputs):
-        return best
-    return _joined(best, other)
-
-
-def _joined(sure: Reconstruction, more: Reconstruction) -> Reconstruction:
-    """All samples of `sure`, and those of `more` that are none of them: with unequal weights only a part is certain."""
-    known = sure.inputs.flatten(1)
-    apart = torch.cdist(more.inputs.flatten(1), known) > SAME_INPUT * torch.linalg.vector_norm(known, dim=1)
-    new = apart.all(1)
-    inputs, labels = torch.cat([sure.inputs, more.inputs[new]]), torch.cat([sure.labels, more.labels[new]])
-    residuals = torch.cat([sure.residuals, more.residuals[new]])
-    certified = torch.cat([sure.certified, more.certified[new]])
-    reason = f"{sure.reason}; {more.reason}"
-    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, certified=certified, reason=reason)
-
-
-def _one_layer(
-    target: Target,
-    search: Search,
-    method: str,
-    budget: Budget,
-    seed: int,
-    progress: Callable[[Progress], None] | None,
-) -> Reconstruction:
-    """The attack on one layer, by any search for the columns of its Q."""
-    seen = under_noise(target) if method in DESCENTS and _shows_noise(target) else None
-    obstacle = "" if seen else _obstacle(target, method, budget)
-    if obstacle:
-        return nothing(target, obstacle, Stats(0.0))
-    target, goal = (seen, {"goal": PLAUSIBLE}) if seen else (target, {})
-    found = search(target.observed, budget=budget, seed=seed, progress=progress, **goal)
-    stats = Stats(time.monotonic() - budget.started, found.proposals, found.rounds)
-    if found.matching < goal.get("goal", 1):
-        live, m = len(target.observed.alive().L), len(target.observed.L)
-        reached = f"{len(found.basis)} of {target.low.rank} directions, matching coefficient {found.matching:.6f}"
-        reached += f"; of {m} neurons {live} tell anything, the others see no sample" if live < m else ""
-        return nothing(target, f"{method}: {found.spent}: {reached}", stats)
-    return reconstruct(target, found, stats)
-
-
-def _shows_noise(target: Target) -> bool:
-    """Whether what lies beyond the rank is more than rounding, and too much for an exact zero pattern."""
-    low = target.low
-    return low.gap < MIN_GAP or (low.gap < EXACT_GAP and low.noise > 100 * target.eps * low.largest)
-
-
 def _network(
-    problem: Problem,
+    problem: NetworkView,
     budget: Budget,
     seed: int,
     progress: Callable[[Progress], None] | None,
 ) -> Reconstruction:
     """The attack through every layer; an image that is in the batch k times is returned k times, with its k labels."""
 
-    def report(s: network.Stats) -> None:
+    def report(s: recovery.Stats) -> None:
         if progress:
             progress(Progress(s.found, s.rank, s.starts, s.seconds))
 
     generator = torch.Generator().manual_seed(seed)
-    return _entries(network.recover(problem, budget=_limits(budget), generator=generator, progress=report), problem)
-
-
-def _limits(budget: Budget) -> network.Budget:
-    return network.Budget(
-        budget.left,
-        network.Budget.starts if budget.proposals is None else budget.proposals,
-    )
-
-
-def _entries(found: network.Recovery, problem: Problem) -> Reconstruction:
-    """What was recovered, entry by entry of the batch."""
-    sample, label = found.entries
-    inputs = found.inputs[sample].unflatten(1, problem.input_shape).contiguous()
-    stats = Stats(found.stats.seconds, found.stats.starts, found.stats.rounds)
-    evidence = (found.residuals[sample], found.certified[sample], found.complete, found.reason, stats)
-    weights = None if found.weights is None else found.weights[sample]
-    return Reconstruction(inputs, label, found.stats.rank, *evidence, weights=weights)
-
-
-def _obstacle(target: Target, method: str, budget: Budget) -> str:
-    """Why a search would be pointless, in words; empty where it may succeed."""
-    low, (m, b), name = target.low, target.observed.L.shape, target.layer.name
-    if low.gap < MIN_GAP:
-        return f"the gradient of {name} shows no rank: no gap among its {low.rank} singular values"
-    if b >= m or b > target.observed.R.shape[1]:
-        return f"a batch of rank {b} needs a layer wider than {b} with as many inputs; {name} is {m} wide"
-    if method == "sampling" and _hopeless(target, budget, HOPELESS):
-        expected = theory.expected_proposals(theory.half_rates(m, b))
-        return f"a batch of {b} needs about {expected:.0e} proposals at width {m}: set a budget to try all the same"
-    return ""
-
-
-def _hopeless(target: Target, budget: Budget, most: float) -> bool:
-    """Whether sampling without a budget is expected to take more than `most` proposals."""
-    if budget.seconds is not None or budget.proposals is not None:
-        return False
-    m, b = target.observed.L.shape
-    return theory.expected_proposals(theory.half_rates(m, b)) > most
+    return entries(whole_batch.recover(problem, budget=limits(budget), generator=generator, progress=report), problem)

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from torch import Tensor
 
-from spear import data, paths
+from spear import paths
+from spear.data import catalog
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; yellow, too faint on white, is left out.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -120,7 +121,7 @@ def grid(
 
 
 def _draw(axes: Axes, top: float, row: Tensor, name: str | None, captions: Sequence[str]) -> None:
-    pixels = data.unnormalize(row, name) if name else _stretched(row)
+    pixels = catalog.unnormalize(row, name) if name else _stretched(row)
     pixels = torch.where(row.isfinite(), pixels.clamp(0, 1), 1.0).detach().cpu().movedim(1, -1)
     for i, image in enumerate(pixels.expand(-1, -1, -1, 3)):
         axes.imshow(image.float().numpy(), extent=(1.06 * i, 1.06 * i + 1, top + 1, top))

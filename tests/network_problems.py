@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from spear.chain import Problem
-from spear.federated import batch_loss
-from spear.network import Recovery
+from spear.federated.clients import batch_loss
+from spear.network.problem import NetworkView
+from spear.network.recovery import Recovery
 
 DTYPE = torch.float64
 
@@ -18,7 +18,7 @@ DTYPE = torch.float64
 class Case:
     """A problem, and the truth that only the assertions read."""
 
-    problem: Problem
+    problem: NetworkView
     inputs: Tensor
     labels: Tensor
 
@@ -75,7 +75,7 @@ def case(
         value = F.cross_entropy(out, y, reduction=reduction, label_smoothing=smoothing)
     flat = torch.autograd.grad(value, [t for layer in live for t in layer if t is not None])
     gradients = [g.to(DTYPE) for g in flat]
-    problem = Problem(
+    problem = NetworkView(
         tuple(w.detach().to(DTYPE) for w, _ in live),
         tuple(c.detach().to(DTYPE) if bias else None for _, c in live),
         tuple(gradients[:: 2 if bias else 1]),

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from papermill import execute_notebook
 
-from spear import paths, runs
+from spear import paths
+from spear.figures import table
 
 
 def prepare(folder: Path) -> None:
     """Write one notebook for each run into `folder`, emptied before; nothing is executed."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "figures").mkdir(parents=True)
-    for run in runs.load(paths.notebooks() / "runs.yaml", "test"):
+    for run in table.load(paths.notebooks() / "runs.yaml", "test"):
         copy = folder / f"{run.name}.ipynb"
         execute_notebook(run.notebook, copy, dict(run.parameters), prepare_only=True, progress_bar=False)
 

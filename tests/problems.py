@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from spear import models
 from spear.federated import SharedUpdate, gradient
-from spear.filtering import Observed
 from spear.inversion import attack
 from spear.metrics import evaluate
+from spear.published.view import LayerView, Observed, open_layer
 from spear.reconstruction import Reconstruction
-from spear.target import Target, prepare
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Problem:
     inputs: Tensor
     labels: Tensor
     update: SharedUpdate
-    target: Target
+    target: LayerView
     q: Tensor
 
     @property
@@ -53,7 +52,7 @@ def make(
     inputs, labels = batch(b, n, seed=seed, dtype=dtype)
     model = models.fcnn((n,), m, depth, 10, seed=seed, bias=bias, dtype=dtype)
     update = gradient(model, inputs, labels, reduction=reduction)
-    target = prepare(model, update)
+    target = open_layer(model, update)
     X = inputs.double().mT
     Q = target.observed.R @ torch.linalg.pinv(X.mT)  # R = Q X^T
     return Problem(model, inputs, labels, update, target, (Q / torch.linalg.vector_norm(Q, dim=0)).mT.contiguous())

@@ -16,7 +16,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 from problems import make
 
 import spear
-from spear import cli, cluster, paths, runner, runs
+from spear import executors, paths
+from spear.cli import app
+from spear.figures import schedule
+from spear.figures.table import Run, load
 
 BODY = """\
 import os, pathlib, time
@@ -57,7 +60,7 @@ def until(condition) -> None:
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        cli.main(list(arguments))
+        app.main(list(arguments))
     return int(caught.value.code or 0)
 
 
@@ -75,7 +78,7 @@ def test_a_search_is_the_same_bits_on_a_cluster_also_when_a_worker_is_killed(cli
         if lost and len(seen) == 1:
             kill(client, next(iter(client.run(os.getpid))))
 
-    with cluster.connect(address) as executor:
+    with executors.connect(address) as executor:
         there = spear.attack(problem.model, problem.update, executor=executor, progress=progress, **options)
     assert torch.equal(there.inputs, here.inputs)
     assert torch.equal(there.labels, here.labels)
@@ -83,7 +86,7 @@ def test_a_search_is_the_same_bits_on_a_cluster_also_when_a_worker_is_killed(cli
 
 
 @pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[runs.Run, ...]:
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, ...]:
     """Two runs that end once the file `go` is there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SPEAR_FIGURES", raising=False)
@@ -97,15 +100,15 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[runs.Run, ..
         profiles, writes = {"quick": {}, "paper": {}, "test": {}}, {f"{stem}-plot": "A picture."}
         entries.append({"name": stem, "notebook": f"{stem}.ipynb", "profiles": profiles, "writes": writes})
     (tmp_path / "notebooks" / "runs.yaml").write_text(yaml.safe_dump(entries))
-    return runs.load(tmp_path / "notebooks" / "runs.yaml", "quick")
+    return load(tmp_path / "notebooks" / "runs.yaml", "quick")
 
 
 def test_a_worker_killed_in_mid_run_loses_nothing_and_nothing_is_published_twice(client, address, table, monkeypatch):
     work, outcomes, published = paths.root() / "build" / "runs" / "quick", [], []
-    publish, execute = runner.publish, runner.execute
-    monkeypatch.setattr(runner, "publish", lambda run, *rest: (published.append(run.name), publish(run, *rest)))
+    publish, execute = schedule.publish, schedule.execute
+    monkeypatch.setattr(schedule, "publish", lambda run, *rest: (published.append(run.name), publish(run, *rest)))
 
-    def watch(outcome: runner.Outcome) -> None:
+    def watch(outcome: schedule.RunStatus) -> None:
         outcomes.append((outcome.run, outcome.status))
         if [status for _, status in outcomes] == ["running", "running"]:
             until(lambda: len([*work.glob("*/1/figures/*.csv")]) == 2)
@@ -116,7 +119,7 @@ def test_a_worker_killed_in_mid_run_loses_nothing_and_nothing_is_published_twice
     def watched(*arguments, report, **options):
         execute(*arguments, report=lambda outcome: (report(outcome), watch(outcome)), **options)
 
-    monkeypatch.setattr(runner, "execute", watched)
+    monkeypatch.setattr(schedule, "execute", watched)
     assert run("figures", "--scheduler", address) == 0
     names = [run.name for run in table]
     assert sorted(published) == names
@@ -125,7 +128,7 @@ def test_a_worker_killed_in_mid_run_loses_nothing_and_nothing_is_published_twice
     for name in names:
         numbers = (paths.figures() / f"{name}-plot.csv").read_text()
         assert numbers == f"attempt\n{2 if name == again else 1}\n"
-    assert [runner.is_current(run) for run in table] == [True, True]
+    assert [schedule.is_current(run) for run in table] == [True, True]
 
 
 def test_an_attack_from_the_command_line_takes_a_scheduler(address, tmp_path, monkeypatch, capsys):
@@ -141,7 +144,7 @@ def test_an_attack_from_the_command_line_takes_a_scheduler(address, tmp_path, mo
 
 
 def test_an_address_that_nobody_answers_is_one_line_and_status_2(table, monkeypatch, capsys):
-    monkeypatch.setattr(cluster, "TIMEOUT", 1)
+    monkeypatch.setattr(executors, "TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         listens = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
         for address in ("nowhere", "tcp://127.0.0.1:1", "udp://127.0.0.1:8786", listens):
@@ -152,7 +155,7 @@ def test_an_address_that_nobody_answers_is_one_line_and_status_2(table, monkeypa
 
 def test_work_that_is_lost_is_an_error_that_names_the_scheduler(address):
     def lose() -> None:
-        with cluster.connect(address) as executor:
+        with executors.connect(address) as executor:
             future = executor.submit(time.sleep, 1)
             future.cancel()
             future.result()

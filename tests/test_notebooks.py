@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from spear import runs
+from spear.figures import table
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -28,7 +28,7 @@ def _cells(path: Path, kind: str) -> list[NotebookNode]:
 
 def test_there_are_notebooks_and_each_has_a_run() -> None:
     assert NOTEBOOKS
-    listed = {run.notebook.name for profile in runs.PROFILES for run in runs.load(FOLDER / "runs.yaml", profile)}
+    listed = {run.notebook.name for profile in table.PROFILES for run in table.load(FOLDER / "runs.yaml", profile)}
     assert listed == {path.name for path in NOTEBOOKS}
 
 
@@ -43,7 +43,7 @@ def test_valid_and_portable(path: Path) -> None:
 
 @every_notebook
 def test_one_parameters_cell_of_plain_assignments(path: Path) -> None:
-    assert runs.parameters(path)
+    assert table.parameters(path)
 
 
 @every_notebook

@@ -1,0 +1,226 @@
+"""What one's own model gives away: which layers leak, from how large a batch, and which defence stops it.
+
+Without an update the client is simulated on a sample batch. With one, that update is attacked, and where the whole
+batch comes back the defences are tried on that very batch.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from spear import inversion
+from spear.audit import simulation
+from spear.audit.sample import Sample, choose, input_shape, outputs
+from spear.audit.simulation import Comparison, Options, Reach, Tested
+from spear.federated.clients import gradient
+from spear.federated.update import SharedUpdate
+from spear.models import tracing
+from spear.models.tracing import Layer
+from spear.published import one_layer, theory
+from spear.reconstruction import Reconstruction
+
+COUNT = 16  # samples of a simulated client, unless told
+
+
+@dataclass(frozen=True)
+class Risk:
+    """What a linear layer gives away of a batch. `inputs` n, `width` m; `from_data`: it reads the data itself.
+
+    `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows.
+    `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals.
+    """
+
+    name: str
+    inputs: int
+    width: int
+    bias: bool
+    relu: bool
+    from_data: bool
+    limit: int
+    sampling: int
+
+    @property
+    def gives_away(self) -> str:
+        """In words, what the layer's gradient gives away."""
+        if not self.relu:
+            return "nothing by this attack: no ReLU follows"
+        what = "the samples themselves" if self.from_data else "the features that enter it"
+        return what if self.bias else f"{what}, each up to a factor (no bias)"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The whole report.
+
+    `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
+    attacked (None: the data), `count` the batch size of the simulations. `result` is what came back, `outcome` its
+    comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
+    `time_limit` and `trial_limit` are the seconds that the attack and each simulated one had, `seconds` is what the
+    audit took, `memory` the largest that the process has been until then, in bytes.
+    """
+
+    model: str
+    parameters: int
+    source: str
+    sample: str
+    count: int
+    layer: str | None
+    layers: tuple[Risk, ...]
+    result: Reconstruction
+    truth: Tensor | None
+    outcome: Comparison | None
+    reaches: tuple[Reach, ...]
+    defences: tuple[Tested, ...]
+    picture: tuple[int, ...]
+    time_limit: float | int
+    trial_limit: float | int
+    seconds: float
+    memory: int
+
+    @property
+    def in_time(self) -> bool:
+        """Whether the attack ended by itself, not by its time limit."""
+        return self.result.stats.seconds < self.time_limit
+
+    @property
+    def status(self) -> int:
+        """0 where nothing was recovered, 1 where something was: the exit status of `spear audit`."""
+        return int(len(self.result.inputs) > 0)
+
+
+def audit(
+    model: nn.Module,
+    update: SharedUpdate | None = None,
+    *,
+    name: str = "model",
+    data: str | None = None,
+    count: int | None = None,
+    layer: str | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    time_limit: float | int = 60,
+    trial_limit: float | int = 5,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Audit:
+    """Attack `update` on `model`, or else the gradient of a sample batch, and try what would have stopped it.
+
+    `data` is what simulated clients hold (`spear.audit.sample.choose`) and `count` their batch size: by default 16, with
+    an update the batch size that it shows. `layer` is the linear layer to attack, by default the first that reads the
+    data, or else the first that a ReLU follows. `input_shape` is needed where neither update nor model show it.
+    `time_limit` bounds the attack on the update and `trial_limit` each simulated one (seconds). `progress` is called
+    with a few words before each part.
+
+    Raises `ValueError` for a model that cannot be traced or has no linear layer that a ReLU follows, and as
+    `spear.attack` and `spear.audit.sample.choose` do.
+    """
+    started, say = time.monotonic(), progress or (lambda words: None)
+    layers = assess(model)
+    target = _target(layers, layer)
+    options = Options(None if target.from_data and layer is None else target.name, trial_limit, seed, device)
+    sample = _sample(
+        model, update, data, input_shape, max(target.limit, simulation.AGGREGATED * (count or COUNT)), seed
+    )
+    say("the update" if update else "one simulated update")
+    attacked = update or gradient(model, *sample.take(count or COUNT))
+    result = replace(options, time_limit=time_limit).attack(model, attacked)
+    if isinstance(result, str):
+        raise ValueError(result)
+    count = count or (result.rank if update else COUNT)
+    truth = None if update else simulation.entering(model, options.layer, sample.inputs[:count])
+    return Audit(
+        name,
+        sum(p.numel() for p in model.parameters()),
+        "an update" if update else "a simulated update",
+        sample.words,
+        count,
+        options.layer,
+        layers,
+        result,
+        truth,
+        None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
+        _reaches(model, sample, target, options, say),
+        _defences(model, result, sample, count, options, say),
+        sample.picture if options.layer is None else (target.inputs,),
+        time_limit,
+        trial_limit,
+        time.monotonic() - started,
+        peak_memory(),
+    )
+
+
+def peak_memory() -> int:
+    """The largest resident set that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def assess(model: nn.Module) -> tuple[Risk, ...]:
+    """Every linear layer of the model and what it gives away. Raises `ValueError` where `torch.fx` cannot trace it."""
+    return tuple(_risk(layer) for layer in tracing.linear_layers(model))
+
+
+def _risk(layer: Layer) -> Risk:
+    m, n = layer.linear.weight.shape
+    limit = min(m - 1, n) if layer.relu else 0
+    affordable = 0
+    while affordable < limit and _proposals(m, affordable + 1) <= one_layer.AFFORDABLE:
+        affordable += 1
+    return Risk(layer.name, n, m, layer.linear.bias is not None, layer.relu, layer.from_data, limit, affordable)
+
+
+def _proposals(width: int, batch: int) -> float:
+    return theory.expected_proposals(theory.half_rates(width, batch))
+
+
+def _target(layers: tuple[Risk, ...], name: str | None) -> Risk:
+    """The layer to attack."""
+    known = ", ".join(risk.name for risk in layers) or "none"
+    if name is not None and name not in [risk.name for risk in layers]:
+        raise ValueError(f"no linear layer named {name!r}; the model's linear layers: {known}")
+    chosen = [risk for risk in layers if risk.limit and name in (None, risk.name)]
+    if not chosen:
+        raise ValueError(f"no ReLU follows {name or 'any linear layer'}: this attack has nothing to read ({known})")
+    return max(chosen, key=lambda risk: risk.from_data)  # the first of those that read the data, or else the first
+
+
+def _sample(
+    model: nn.Module,
+    update: SharedUpdate | None,
+    data: str | None,
+    shape: tuple[int, ...] | None,
+    most: int,
+    seed: int,
+) -> Sample:
+    """What simulated clients hold, in the model's precision."""
+    shape = input_shape(model, shape or (update.input_shape if update else None))
+    sample = choose(data, shape, outputs(model, shape), most=most, seed=seed)
+    return replace(sample, inputs=sample.inputs.to(next(model.parameters())))
+
+
+def _reaches(
+    model: nn.Module, sample: Sample, target: Risk, options: Options, say: Callable[[str], None]
+) -> tuple[Reach, ...]:
+    most, found = min(target.limit, len(sample.labels)), []
+    for method in inversion.METHODS:
+        if method != "auto":
+            say(f"largest batch, {method}")
+            found.append(simulation.reach(model, sample, method, most=most, options=options))
+    return tuple(found)
+
+
+def _defences(
+    model: nn.Module, result: Reconstruction, sample: Sample, count: int, options: Options, say: Callable[[str], None]
+) -> tuple[Tested, ...]:
+    """Defences on the recovered batch where it came back whole, else on the sample."""
+    own = sample
+    if result.complete and options.layer is None:
+        inputs = result.inputs.reshape(-1, *sample.inputs.shape[1:]).to(sample.inputs)
+        own = Sample(inputs, result.labels, "the recovered batch", sample.picture)
+    return simulation.try_defences(
+        model, own, min(count, len(own.labels)), others=sample, options=options, progress=say
+    )

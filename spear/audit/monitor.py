@@ -1,0 +1,91 @@
+"""A watch on what clients send: the server, or whoever audits it, attacks each update and warns where it can be read.
+
+For Flower see `spear.audit.flower`; any other framework calls `Monitor.look` where it receives a client's weights.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from spear import inversion
+from spear.federated.update import SharedUpdate, difference
+from spear.reconstruction import Reconstruction
+
+log = logging.getLogger("spear.monitor")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the monitor saw of one client in one round. `result` is None where the attack could not start: `reason`."""
+
+    client: str
+    round: int
+    update: SharedUpdate
+    result: Reconstruction | None
+    reason: str
+
+    @property
+    def leaks(self) -> bool:
+        """Whether at least one sample was read back from the update."""
+        return self.result is not None and len(self.result.inputs) > 0
+
+    @property
+    def words(self) -> str:
+        """One line for a log: who, when, and how much."""
+        who = f"round {self.round}, client {self.client}"
+        if not self.leaks:
+            return f"{who}: no sample could be read back ({self.reason})"
+        found, certified = len(self.result.inputs), int(self.result.certified.sum())
+        return (
+            f"{who}: the update is invertible, {found} of {self.result.rank} samples read back, {certified} certified"
+        )
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Attacks updates of `model` that are one step of SGD with `learning_rate`, each for at most `time_limit` seconds.
+
+    An invertible update is a warning in the log `spear.monitor`. `on_finding` is called with every finding, invertible
+    or not; what it raises ends the round. With `folder`, every update is kept there as ROUND-CLIENT.safetensors, for
+    `spear audit`. `input_shape` is the shape of one sample, where it is known.
+    """
+
+    model: nn.Module
+    learning_rate: float | int
+    time_limit: float | int = 10
+    input_shape: tuple[int, ...] | None = None
+    on_finding: Callable[[Finding], None] | None = None
+    folder: Path | None = None
+
+    def look(
+        self,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        *,
+        client: str,
+        round: int = 1,
+        count: int | None = None,
+    ) -> Finding:
+        """Attack one update, given as the weights that the client received and those that it sent back.
+
+        `count` is the number of samples that the client says it used. Raises `ValueError` as `difference` does.
+        """
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(dict(before))
+        options = {"learning_rate": self.learning_rate, "count": count, "input_shape": self.input_shape}
+        update = difference(model, before, after, **options)
+        if self.folder is not None:
+            update.save(self.folder / f"{round}-{client}.safetensors")
+        try:
+            result = inversion.attack(model, update, time_limit=self.time_limit)
+            finding = Finding(client, round, update, result, result.reason)
+        except ValueError as error:  # a client may send anything
+            finding = Finding(client, round, update, None, str(error))
+        log.log(logging.WARNING if finding.leaks else logging.INFO, finding.words)
+        if self.on_finding is not None:
+            self.on_finding(finding)
+        return finding

@@ -1,0 +1,1 @@
+"""The command line: `spear figures`, `attack`, `audit`, `data`."""

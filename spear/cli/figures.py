@@ -1,0 +1,101 @@
+"""`spear figures`: the notebooks run as notebooks/runs.yaml says, README tables and gallery written anew."""
+
+import signal
+import sys
+from concurrent.futures import Executor
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from spear import paths
+from spear.cli.shared import console, executor_of
+from spear.data import catalog
+from spear.figures import gallery, readme, schedule
+from spear.figures.table import Run, load
+
+CELL_TIMEOUTS = {"quick": 900, "paper": 6 * 3600}  # seconds, of the profiles that figures come from
+
+
+def figures(
+    profile: Annotated[str, typer.Option(help="quick (minutes, offline) or paper (hours, full size).")] = "quick",
+    dataset: Annotated[str | None, typer.Option(help="Data set for every notebook that has one to choose.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a run; may be given again.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time; they share the cores.")] = 2,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers run them.")] = None,
+    force: Annotated[bool, typer.Option(help="Run also what has not changed.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Only show the runs, and which of them are due.")] = False,
+    pages: Annotated[bool, typer.Option("--pages", help="Only write README tables and gallery anew.")] = False,
+) -> None:
+    """Regenerate figures, README tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
+
+    Figures go to figures/, those of the profile paper to figures/paper/, those of a chosen data set to a folder named
+    after both, which git ignores. With a scheduler, one notebook runs in each thread of its workers, whose machines
+    must share this folder.
+
+    Exit status: 0 all figures are there, 1 a run failed, 2 the table or the call is wrong, 130 interrupted.
+    """
+    if profile not in CELL_TIMEOUTS:
+        raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(CELL_TIMEOUTS)}")
+    if dataset is not None:
+        catalog.classes(dataset)  # says what is wrong with it
+    table = load(paths.notebooks() / "runs.yaml", profile, dataset)
+    chosen = _chosen(table, only or [])
+    if list_:
+        show_table("run", "writes", [(run.name, _due(run), " ".join(run.captions)) for run in chosen])
+        return
+    with executor_of(scheduler) as executor:
+        outcomes = {} if pages else _execute(chosen, jobs, CELL_TIMEOUTS[profile], executor, force)
+    _write_pages(table)
+    failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
+    for outcome in failed:
+        print(f"\n{outcome.run} failed: {outcome.detail}", file=sys.stderr)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _chosen(table: tuple[Run, ...], names: list[str]) -> list[Run]:
+    known = [run.name for run in table]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown run {name!r}: use one of {', '.join(known)}")
+    return [run for run in table if not names or run.name in names]
+
+
+def _execute(
+    chosen: list[Run], jobs: int, cell_timeout: int, executor: Executor | None, force: bool
+) -> dict[str, schedule.RunStatus]:
+    """Execute runs and show how they come along; SIGTERM ends them as Ctrl-C does."""
+    outcomes: dict[str, schedule.RunStatus] = {}
+
+    def report(outcome: schedule.RunStatus) -> None:
+        outcomes[outcome.run] = outcome
+        console.print(f"{outcome.run}: {outcome.status}", highlight=False)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = {"jobs": jobs, "cell_timeout": cell_timeout, "executor": executor, "force": force}
+    try:
+        schedule.execute(chosen, **options, report=report)
+    finally:
+        shown = [outcomes[run.name] for run in chosen if run.name in outcomes]
+        show_table("run", "seconds", [(o.run, o.status, f"{o.seconds:.1f}") for o in shown])
+    return outcomes
+
+
+def _write_pages(table: tuple[Run, ...]) -> None:
+    """Write README tables and the gallery beside the figures of these runs anew."""
+    folder, page = paths.figures() / table[0].variant, paths.root() / "README.md"
+    contents = {folder / "README.md": gallery.render(table, folder)}
+    if page.is_file():
+        contents[page] = readme.render(page.read_text(), paths.root())
+    paths.write({path: text.encode() for path, text in contents.items()})
+
+
+def _due(run: Run) -> str:
+    return "unchanged" if schedule.is_current(run) else "due"
+
+
+def show_table(first: str, last: str, rows: list[tuple[str, str, str]]) -> None:
+    table = Table(first, "status", last)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

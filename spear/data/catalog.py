@@ -1,0 +1,233 @@
+"""Real data by name: seeded batches of images (or rows of a table), normalised, with their labels.
+
+`digits`, `photos`, `photos64` and `photos224` ship with scikit-learn and scikit-image and are always there. `mnist`,
+`cifar10`, `tinyimagenet`, `imagenet` and `adult` are looked for under the data root (`spear.paths.data_root`): the
+sample pack NAME.npz first, then the data set as its publisher or torchvision lays it out. A pack of your own images
+(`spear data pack FOLDER NAME`) is loaded by its name too.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from spear import paths
+from spear.data import adult, builtin, downloads, packs
+from spear.data.adult import Table
+from spear.data.packs import Pack, Photographs
+
+Source = Pack | Photographs | Table
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Shape of one sample, and the mean and standard deviation that normalise it, for each channel (or table entry)."""
+
+    shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DATA_SETS = {
+    "digits": DataSet((1, 8, 8), (0.3053,), (0.3759,)),
+    "photos": DataSet((3, 32, 32), *_IMAGENET),
+    "photos64": DataSet((3, 64, 64), *_IMAGENET),
+    "photos224": DataSet((3, 224, 224), *_IMAGENET),
+    "mnist": DataSet((1, 28, 28), (0.1307,), (0.3081,)),
+    "cifar10": DataSet((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "tinyimagenet": DataSet((3, 64, 64), *_IMAGENET),
+    "imagenet": DataSet((3, 224, 224), *_IMAGENET),
+    "adult": DataSet((adult.WIDTH,), *adult.moments()),
+}
+_BUILT_IN: dict[str, Callable[[], Pack]] = {
+    "digits": builtin.digits,
+    "photos": functools.partial(builtin.photos, 32),
+    "photos64": functools.partial(builtin.photos, 64),
+    "photos224": functools.partial(builtin.photos, 224),
+}
+# Where a data set is when it is not a sample pack, and what reads it.
+_LAYOUTS: dict[str, tuple[str, Callable[[Path], Source]]] = {
+    "mnist": ("MNIST", downloads.read_mnist),
+    "cifar10": ("cifar-10-batches-py", downloads.read_cifar10),
+    "imagenet": ("imagenet", functools.partial(packs.photographs, shape=_DATA_SETS["imagenet"].shape)),
+    "adult": ("adult.csv", adult.read),
+}
+
+
+def load(
+    name: str, *, count: int, seed: int = 0, root: Path | str | None = None, normalize: bool = True
+) -> tuple[Float64[Tensor, "count *shape"], Int64[Tensor, " count"]]:
+    """`count` different samples of the data set `name` and their labels, drawn by `seed`.
+
+    Images are (count, C, H, W), in [0, 1] or, by default, normalised by the data set's mean and standard deviation;
+    `adult` gives rows laid out as in `spear.data.adult.COLUMNS`. A larger count extends the smaller one with the same seed.
+
+    Raises `FileNotFoundError` with the command to run where the data set is absent; `ValueError` for an unknown name, a
+    count outside 1..N, or a file that is damaged.
+    """
+    source = _source(name, root)
+    total = len(source.labels)
+    if not 1 <= count <= total:
+        raise ValueError(f"{name} has {total} samples here, so count must be 1 to {total}, not {count}")
+    index = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    inputs, labels = source.take(index), torch.from_numpy(source.labels)[index]
+    if normalize:
+        center, scale = _constants(name, root, inputs)
+        inputs = (inputs - center) / scale
+    return inputs, labels
+
+
+def unnormalize(
+    inputs: Float[Tensor, "*batch_shape"], name: str, *, root: Path | str | None = None
+) -> Float[Tensor, "*batch_shape"]:
+    """Samples as `load` normalised them, back to [0, 1] (`adult`: to the table's units); any leading dimensions."""
+    center, scale = _constants(name, root, inputs)
+    return inputs * scale + center
+
+
+def names() -> tuple[str, ...]:
+    """The data sets known by name; packs of your own images are not among them."""
+    return tuple(_DATA_SETS)
+
+
+def shape(name: str, *, root: Path | str | None = None) -> tuple[int, ...]:
+    """Shape of one sample: (C, H, W), or (n,) for a table. Raises `ValueError` for an unknown name."""
+    return _data_set(name, root).shape
+
+
+def classes(name: str, *, root: Path | str | None = None) -> tuple[str, ...]:
+    """What each label means. Raises as `load` does."""
+    return _source(name, root).classes
+
+
+def count(name: str, *, root: Path | str | None = None) -> int:
+    """How many samples of the data set are here. Raises as `load` does."""
+    return len(_source(name, root).labels)
+
+
+def mean(name: str, *, root: Path | str | None = None) -> Float64[Tensor, " C"]:
+    """Mean that normalisation subtracts, for each channel (or table entry), with pixels in [0, 1]."""
+    return torch.tensor(_data_set(name, root).mean, dtype=torch.float64)
+
+
+def std(name: str, *, root: Path | str | None = None) -> Float64[Tensor, " C"]:
+    """Standard deviation that normalisation divides by, for each channel (or table entry), with pixels in [0, 1]."""
+    return torch.tensor(_data_set(name, root).std, dtype=torch.float64)
+
+
+def available(name: str, root: Path | str | None = None) -> bool:
+    """Whether `load` finds the data set (a damaged file counts). Raises `ValueError` for an unknown name."""
+    _data_set(name, root)
+    return name in _BUILT_IN or _place(name, _folder(root)) is not None
+
+
+def fetch(name: str, root: Path | str | None = None, progress: downloads.Progress | None = None) -> Path:
+    """Download a data set into the data root unless it is there already; return where it is.
+
+    What is downloaded ends as one sample pack: MNIST's and CIFAR-10's training images, Tiny ImageNet's validation
+    images (`adult`: its training table). `progress` is called with bytes done and expected, file by file.
+
+    Raises `ValueError` for a name with nothing to download or a wrong checksum, `OSError` where the download fails.
+    """
+    _data_set(name, root)
+    if name in _BUILT_IN:
+        raise ValueError(f"{name} ships with scikit-learn and scikit-image: there is nothing to fetch")
+    folder = _folder(root)
+    if place := _place(name, folder):
+        _source(name, folder)  # damaged: say so now
+        return place[0]
+    if name not in downloads.ARCHIVES:
+        raise ValueError(_absent(name, folder))
+    return downloads.fetch(name, folder, progress=progress)
+
+
+def pack(source: Path | str | Pack, name: str, root: Path | str | None = None) -> Path:
+    """Make the sample pack `name` under the data root from a folder of class sub-folders of pictures, or from arrays.
+
+    Pictures of a known data set are scaled and cropped about their centre to its shape; with a name of your own they
+    keep theirs, which must be one for all. Return the pack's path.
+
+    Raises `ValueError` for a name that cannot be packed or a picture that cannot be read, `FileExistsError` for a pack
+    that is there already.
+    """
+    if name in _BUILT_IN or name == "adult" or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        taken = ", ".join((*_BUILT_IN, "adult"))
+        raise ValueError(f"a pack cannot be named {name!r}: use a-z, 0-9, - and _, but none of {taken}")
+    path = _folder(root) / f"{name}.npz"
+    if path.exists():
+        raise FileExistsError(f"{path} exists: remove it first")
+    known = _DATA_SETS.get(name)
+    made = source if isinstance(source, Pack) else packs.from_folder(Path(source), known.shape if known else None)
+    packs.write(_shaped(made, name, path), path)
+    return path
+
+
+def _source(name: str, root: Path | str | None) -> Source:
+    _data_set(name, root)
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]()
+    folder = _folder(root)
+    place = _place(name, folder)
+    if place is None:
+        raise FileNotFoundError(_absent(name, folder))
+    path, reader = place
+    return _shaped(_read(reader, path, _stamp(path)), name, path)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(reader: Callable[[Path], Source], path: Path, stamp: tuple[int, ...]) -> Source:
+    return reader(path)  # a file or folder that has changed has another stamp and is read again
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    found = [entry.stat() for entry in (path, *path.rglob("*"))]
+    return len(found), sum(entry.st_size for entry in found), max(entry.st_mtime_ns for entry in found)
+
+
+def _place(name: str, folder: Path) -> tuple[Path, Callable[[Path], Source]] | None:
+    places = [(f"{name}.npz", packs.read)] + ([_LAYOUTS[name]] if name in _LAYOUTS else [])
+    return next(((folder / entry, reader) for entry, reader in places if (folder / entry).exists()), None)
+
+
+def _data_set(name: str, root: Path | str | None) -> DataSet:
+    if name in _DATA_SETS:
+        return _DATA_SETS[name]
+    path = _folder(root) / f"{name}.npz"
+    if not path.is_file():
+        known = ", ".join(_DATA_SETS)
+        raise ValueError(f"unknown data set {name!r}: neither a pack {path} nor one of {known}")
+    own = _read(packs.read, path, _stamp(path))
+    return DataSet(own.shape, (0.5,) * own.shape[0], (0.5,) * own.shape[0])
+
+
+def _shaped(source: Source, name: str, path: Path) -> Source:
+    if name in _DATA_SETS and source.shape != _DATA_SETS[name].shape:
+        raise ValueError(f"{path}: samples have shape {source.shape}, those of {name} {_DATA_SETS[name].shape}")
+    return source
+
+
+def _constants(name: str, root: Path | str | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    known = _data_set(name, root)
+    sizes = [-1] + [1] * (len(known.shape) - 1)
+    if like.shape[-len(known.shape) :] != known.shape:
+        raise ValueError(f"samples of {name} have shape {known.shape}, not {tuple(like.shape)}")
+    return like.new_tensor(known.mean).reshape(sizes), like.new_tensor(known.std).reshape(sizes)
+
+
+def _folder(root: Path | str | None) -> Path:
+    return paths.data_root() if root is None else Path(root)
+
+
+def _absent(name: str, folder: Path) -> str:
+    if name in downloads.ARCHIVES:
+        return f"{name} is not under {folder}: run `spear data fetch {name}`"
+    return (
+        f"{name} is not under {folder}, and its terms forbid a download without registration: put its JPEGs into "
+        f"{folder / name}, or run `spear data pack FOLDER {name}`"
+    )

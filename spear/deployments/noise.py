@@ -1,0 +1,312 @@
+"""Batches from gradients with noise: added for privacy, or made by rounding. Rank, level, samples, expected error.
+
+Projections from the input find the samples one by one, since a sample's subspaces stand the noise well; maximum
+likelihood refines them together. Nothing here is certified: each sample carries its expected error instead.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor, nn
+
+from spear.deployments.likelihood import Estimate, Noisy, measure, refine, sample_weights
+from spear.federated.update import SharedUpdate, as_gradient
+from spear.network import recovery
+from spear.network.problem import NetworkView, Targets, open_network, passes
+from spear.network.projection import Factors, ascend, class_sines, distinct, each_class, polish
+from spear.published.lowrank import LowRank, rank_under_noise
+from spear.reconstruction import Budget, Reconstruction, Stats
+
+SAME = 0.97  # cosine of two pre-activation vectors under noise that are one sample's
+FITS = 1.15  # a residual that many times larger than expected is no noise
+MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
+ROUNDING = 1e-12  # error of the linear algebra here, relative to the first singular value
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What a noisy update gave: an estimate, or none; the visible rank, the noise per entry, and why it stopped."""
+
+    estimate: Estimate | None
+    rank: int
+    sigma: float
+    reason: str
+    starts: int
+    rounds: int
+
+
+def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None = None) -> tuple[LowRank, float]:
+    """The part of a gradient that stands out of noise, and the noise's standard deviation per entry.
+
+    `sigma` is the level where it is known, `most` the largest rank there can be. Rows and columns that are zero carry
+    no noise and are not counted.
+    """
+    m, n = int(J.any(1).sum()), int(J.any(0).sum())
+    s, L = _left(J)
+    bound = min(most or len(s), m - 1, n - 1)
+    within = lambda rank: max(1, min(rank, bound))  # noqa: E731
+    rank = within(rank_under_noise(s[: min(m, n)], (m, n), sigma))
+    rounding = ROUNDING * float(s[0]) / (m * n) ** 0.5
+    for _ in range(10):
+        seen = max(float(s[rank:].norm()) / ((m - rank) * (n - rank)) ** 0.5, rounding)
+        before, rank = rank, within(rank_under_noise(s, (m, n), 1.02 * (seen if sigma is None else sigma)))
+        if rank == before:
+            break
+    low = LowRank(rank, L[:, :rank], L[:, :rank].mT @ J, float(s[rank - 1] / s[rank].clamp_min(1e-300)), float(s[rank]))
+    return low, seen if sigma is None else sigma
+
+
+def _left(J: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " k"], Float[Tensor, "m k"]]:
+    """Singular values and left singular vectors; by the smaller Gram matrix where squaring loses nothing."""
+    wide = J if J.shape[0] <= J.shape[1] else J.mT
+    values, U = torch.linalg.eigh(wide @ wide.mT)
+    s, U = values.flip(0).clamp_min(0).sqrt(), U.flip(1)
+    if s.median() < 1e-6 * s[0]:
+        U, s, _ = torch.linalg.svd(torch.linalg.qr(wide.mT, mode="r")[1].mT, full_matrices=False)
+    if wide is J:
+        return s, U
+    return s, torch.linalg.qr(J @ U / s.clamp_min(1e-300 + 1e-12 * s[0]))[0]
+
+
+def open_noisy(problem: NetworkView, *, sigma: float | None, weighted: bool) -> Noisy:
+    """The noisy problem behind gradients: spaces of every hidden layer, noise levels, weights of the samples.
+
+    `sigma` is the noise per entry where it is disclosed, `weighted` says that samples were clipped, and so have
+    weights of their own, at most the common one.
+    """
+    count = problem.batch_size
+    if not all(bool(g.any()) for g in problem.weight_gradients):
+        raise ValueError("a gradient has rank 0: it is zero everywhere")
+    found = [level(problem.augmented(k), sigma, count) for k in range(problem.last + 1)]
+    unit = problem.unit(count or found[0][0].rank)
+    lows, sigmas = zip(*found, strict=True)
+    return Noisy(problem, lows, sigmas, None if weighted else unit, unit)
+
+
+def is_visible(noisy: Noisy) -> bool:
+    """Whether what the samples leave of the first gradient looks like noise: above rounding, its spectrum short.
+
+    Noise in proportion to the entries, as half precision leaves it, has a longer spectrum: it must lie far below.
+    """
+    low, sigma, J = noisy.lows[0], noisy.sigmas[0], noisy.problem.augmented(0)
+    rounding = max(30 * noisy.problem.precision, 10 * ROUNDING) * float(J.norm()) / J.numel() ** 0.5
+    edge = sigma * (J.shape[0] ** 0.5 + J.shape[1] ** 0.5)
+    longest = 3 * edge if low.smallest > 10 * low.noise else 1.5 * edge
+    return sigma > rounding and low.noise < longest and edge < low.smallest
+
+
+def recover(
+    noisy: Noisy,
+    *,
+    seconds: float | int = float("inf"),
+    starts: int = 1_000_000,
+    generator: Generator,
+    outer: int = 3,
+) -> Denoised:
+    """Find, refine, drop what the update does not support, and search on without what it does.
+
+    `seconds` and `starts` bound the search; the refinement of what was found is not cut short.
+    """
+    begin, used, trials = time.perf_counter(), 0, 0
+    reason = _refusal(noisy)
+    if reason:
+        return Denoised(None, noisy.rank, noisy.sigmas[0], reason, 0, 0)
+    inputs = noisy.problem.weights[0].new_zeros(0, noisy.problem.weights[0].shape[1])
+    enough = lambda used: time.perf_counter() - begin > seconds or used >= starts  # noqa: E731
+    estimate = None
+    while trials < outer and not (trials and enough(used)):
+        new, used = candidates(noisy, inputs, used=used, enough=enough, generator=generator)
+        inputs, trials = torch.cat([inputs, new]), trials + 1
+        if len(inputs) == noisy.rank:
+            estimate = _supported(noisy, inputs)
+            if estimate is not None and len(estimate.labels) == noisy.rank:
+                break
+            inputs = inputs[:0] if estimate is None else estimate.inputs
+    if len(inputs) and len(inputs) < noisy.rank:
+        estimate = _supported(noisy, inputs)
+    reason = _reason(noisy, estimate)
+    if estimate is not None and estimate.fit > FITS * estimate.expected_fit:
+        estimate, reason = None, f"{reason}: what was found does not explain the update"
+    return Denoised(estimate, noisy.rank, noisy.sigmas[0], reason, used, trials)
+
+
+def _refusal(noisy: Noisy) -> str:
+    """Why projections cannot be expected to find anything, in words; empty where they may."""
+    problem, rank = noisy.problem, noisy.rank
+    if problem.last == 0 or problem.biases[0] is None:
+        return "noisy gradients need two hidden layers, the first of them with a bias"
+    width = min(len(w) for w in problem.weights[:2])
+    if rank > 0.4 * width:
+        return f"a batch of rank {rank} under noise needs layers wider than {int(rank / 0.4)}; the narrowest is {width}"
+    return ""
+
+
+def _reason(noisy: Noisy, estimate: Estimate | None) -> str:
+    seen = f"{noisy.rank} samples stand out of noise of {noisy.sigmas[0]:.1e} per entry"
+    if estimate is None:
+        return f"{seen}; none was found"
+    fit = f"residual {estimate.fit:.3f} times the noise, {estimate.expected_fit:.3f} expected of a right answer"
+    off = f"expected relative error {float(estimate.error.median()):.1e}, at worst {float(estimate.error.max()):.1e}"
+    return f"{seen}; {len(estimate.labels)} recovered but for the noise: {off}; {fit}"
+
+
+def candidates(
+    noisy: Noisy,
+    known: Float[Tensor, "s n"],
+    *,
+    used: int,
+    enough: Callable[[int], bool],
+    generator: Generator,
+    rounds: int = 8,
+) -> tuple[Float[Tensor, "k n"], int]:
+    """Inputs that fit the first two gradients, less the known samples, as the noise lets them; and the starts so far.
+
+    Each round starts away from what was found; two that find nothing end the search.
+    """
+    problem = noisy.problem
+    first, second = _without(noisy, known)
+    lift, triangle = torch.linalg.qr(problem.affine(0) @ first.rows.T)
+    span = torch.linalg.qr(second.rows[:, : len(lift)].T)[0]
+    left = len(first.singular)
+    found, sines, idle = lift.new_zeros(0, lift.shape[1]), lift.new_zeros(0), 0
+    for _ in range(rounds):
+        if len(found) >= left or idle == 2 or not left or enough(used):
+            break
+        c = _starts(found[: max(0, lift.shape[1] - 8)], max(48, 2 * left), lift, generator)
+        used += len(c)
+        new, sine = _converged(c, lift, span, found)
+        good = _labelled(noisy, _inputs(new, triangle, first, problem))
+        idle = 0 if bool(good.any()) else idle + 1
+        found, sines = torch.cat([found, new[good]]), torch.cat([sines, sine[good]])
+    best = sines.argsort()[:left]
+    return _inputs(found[best], triangle, first, problem), used
+
+
+def _starts(
+    found: Float[Tensor, "f r"], count: int, lift: Float[Tensor, "m r"], generator: Generator
+) -> Float[Tensor, "k r"]:
+    c = torch.randn(count, lift.shape[1], generator=generator, dtype=torch.float64).to(lift)
+    if len(found):
+        away = torch.linalg.qr(found.T)[0]
+        c = c - (c @ away) @ away.T
+    return c / c.norm(dim=1, keepdim=True)
+
+
+def _converged(
+    c: Float[Tensor, "k r"], lift: Float[Tensor, "m r"], span: Float[Tensor, "m b"], found: Float[Tensor, "f r"]
+) -> tuple[Float[Tensor, "j r"], Float[Tensor, " j"]]:
+    """Where the starts end, if that fits and was not found before; and the sine that is left."""
+    end, sine = ascend(c.float(), lift.float(), span.float())
+    keep = distinct(end, sine, 0.995)
+    keep = keep[sine[keep] < 0.6]
+    end = end[keep].double()
+    end = end[_is_new(end, found)]
+    if not len(end):
+        return end, sine[:0].double()
+    parts = [polish(part, lift, span, rounds=12) for part in end.split(32)]
+    c, sine, _ = (torch.cat(x) for x in zip(*parts, strict=True))
+    keep = distinct(c, sine, SAME)
+    keep = keep[(sine[keep] < 0.35) & _is_new(c[keep], found)]
+    return c[keep], sine[keep]
+
+
+def _is_new(c: Float[Tensor, "k r"], found: Float[Tensor, "f r"]) -> Bool[Tensor, " k"]:
+    return (c @ found.T < SAME).all(1)
+
+
+def _inputs(
+    c: Float[Tensor, "k r"], triangle: Float[Tensor, "r r"], first: Factors, problem: NetworkView
+) -> Float[Tensor, "k n"]:
+    rows = torch.linalg.solve_triangular(triangle, c.T, upper=True).T @ first.rows
+    return rows[:, :-1] / rows[:, -1:].clamp_min(1e-4 * float(rows.abs().max()) if len(rows) else 0)
+
+
+def _without(noisy: Noisy, known: Float[Tensor, "s n"]) -> tuple[Factors, Factors]:
+    """The first two gradients less the known samples' own."""
+    first, second = Factors.of(noisy.lows[0]), Factors.of(noisy.lows[1])
+    if not len(known):
+        return first, second
+    problem = noisy.problem
+    counts = F.one_hot(label(noisy, known), problem.classes).to(known)
+    run = passes(problem, known, Targets(counts, 1.0, 0.0))
+    weights = sample_weights(noisy, known, list(run.deltas))[:, None]
+    own = [(weights * run.deltas[k], problem.extend(k, run.inputs[k])) for k in (0, 1)]
+    return first.without(*own[0]), second.without(*own[1])
+
+
+def _labelled(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Bool[Tensor, " s"]:
+    """Which candidates have a label whose back-propagated vector is near the span of the first gradient."""
+    return class_sines(noisy.problem, inputs, noisy.lows[0].L).amin(1) < 0.6
+
+
+def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
+    """The class whose back-propagated vector is nearest in direction to the one measured in the update."""
+    seen, _ = measure(noisy.problem, 0, noisy.problem.augmented(0), inputs)
+    return torch.stack([F.cosine_similarity(seen, d) for d in each_class(noisy.problem, inputs)]).argmax(0)
+
+
+def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Estimate | None:
+    """The refined samples whose measured gradient has the direction and size of their own; none: `None`.
+
+    Where samples are missing, one round has to do, since what they add to the update is only guessed; the others are
+    known less well than the noise alone would allow: by how far they moved.
+    """
+    whole = len(inputs) == noisy.rank
+    raw, estimate = inputs, refine(noisy, inputs, label(noisy, inputs), rounds=15 if whole else 1)
+    if whole:
+        estimate = refine(noisy, estimate.inputs, label(noisy, estimate.inputs))
+    for _ in range(4):
+        good = _is_good(estimate)
+        if bool(good.all()) or not bool(good.any()):
+            break
+        raw = raw[good]
+        estimate = refine(noisy, raw, estimate.labels[good], rounds=1)
+    if not bool(good.all()):
+        return None
+    if len(raw) < noisy.rank:
+        moved = (estimate.inputs - raw).norm(dim=1) / raw.norm(dim=1)
+        estimate = replace(estimate, error=MOVED * torch.hypot(estimate.error, moved))
+        estimate = estimate.only(_is_good(estimate))
+    return estimate if len(estimate.labels) else None
+
+
+def _is_good(estimate: Estimate) -> Bool[Tensor, " s"]:
+    seen, own = estimate.measured, estimate.deltas
+    scale = (seen * own).sum(1) / own.pow(2).sum(1)
+    alike = (F.cosine_similarity(seen, own) > 0.6) & ((scale - 1).abs() < 0.35)
+    return alike & (estimate.error < 0.5) & estimate.inputs.isfinite().all(1)
+
+
+def denoise(
+    model: nn.Module,
+    update: SharedUpdate,
+    batch_size: int | None,
+    budget: Budget,
+    seed: int,
+    device: str | torch.device | None,
+) -> Reconstruction:
+    """What can be read from a gradient that was rounded or had noise added: nothing certified."""
+    problem = open_network(model, as_gradient(update), batch_size=batch_size, device=device)
+    noisy = open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None)
+    return approximate(noisy, budget, seed)
+
+
+def approximate(noisy: Noisy, budget: Budget, seed: int) -> Reconstruction:
+    problem, generator = noisy.problem, torch.Generator().manual_seed(seed)
+    starts = recovery.Budget.starts if budget.proposals is None else budget.proposals
+    found = recover(noisy, seconds=budget.left, starts=starts, generator=generator)
+    stats, estimate = Stats(0.0, found.starts, found.rounds), found.estimate
+    shape = problem.input_shape
+    if estimate is None:
+        empty = problem.weights[0].new_zeros(0)
+        return Reconstruction(
+            empty.new_zeros(0, *shape), None, found.rank, empty, empty.bool(), False, found.reason, stats
+        )
+    inputs = estimate.inputs.unflatten(1, shape).contiguous()
+    none = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+    evidence = (estimate.residuals, none, False, found.reason, stats, estimate.error)
+    return Reconstruction(inputs, estimate.labels, found.rank, *evidence)

@@ -1,0 +1,286 @@
+"""Batches from pruned updates: the first two gradients completed, samples by projections, held against what arrived.
+
+Where a row or column of a gradient did not arrive often enough to be completed, the projections do without it: a
+hidden unit is one equation less, an input (a pixel that hardly any neuron sent) one unknown more.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+
+from spear import reconstruction
+from spear.deployments import completion
+from spear.deployments.completion import Completed
+from spear.network.check import Misfit, certify
+from spear.network.problem import NetworkView, Passes, Targets, passes
+from spear.network.projection import Factors, ascend, distinct, each_class, polish
+from spear.network.recovery import Budget, Recovery, Stats, entries, limits
+from spear.reconstruction import Reconstruction
+
+SAME = 1 - 1e-6  # cosine of two solutions that are one
+DENSE = 0.9  # share of nonzero entries in live rows and columns from which none is thought to be missing
+LABELS = 1e-4  # distance of label counts from whole numbers from which they are none
+IDLE = 12  # rounds of starts in a row that found nothing new
+WHOLE = "every entry that arrived is the sum of the recovered samples' own"
+
+
+def kept_entries(problem: NetworkView) -> tuple[Bool[Tensor, "_m _n"], ...]:
+    """Which entries of every layer's gradient arrived: those that are not zero."""
+    return tuple(problem.augmented(k) != 0 for k in range(problem.last + 2))
+
+
+def is_pruned(problem: NetworkView) -> bool:
+    """Whether entries are missing from the first gradient: zeros in rows and columns that are not zero altogether."""
+    arrived = problem.augmented(0) != 0
+    live = arrived[arrived.any(1)][:, arrived.any(0)]
+    return bool(live.numel()) and float(live.double().mean()) < DENSE
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the projections see: both gradients' completed parts, factorised, less the samples that were found.
+
+    Only the hidden units that both know take part. A sample's coordinates are those along the rows of the first
+    gradient, and one for each input that it does not determine.
+    """
+
+    problem: NetworkView
+    known: tuple[Completed, Completed]
+    factors: tuple[Factors, Factors]
+
+    @classmethod
+    def of(cls, problem: NetworkView, *known: Completed) -> "Sight":
+        parts = []
+        for part in known:
+            U, s, V = torch.linalg.svd(part.J[part.rows][:, part.columns], full_matrices=False)
+            parts.append(Factors(U[:, : part.rank], s[: part.rank], V[: part.rank]))
+        return cls(problem, known, tuple(parts))
+
+    @property
+    def left(self) -> int:
+        return len(self.factors[0].singular)
+
+    def search(self, starts: int, generator: Generator) -> Float[Tensor, "k n"]:
+        """Inputs whose pre-activations and activations fit both gradients to rounding, from random starts."""
+        first, second = self.known
+        units = second.columns[:-1]
+        unknown = F.one_hot((~first.columns).nonzero()[:, 0], len(first.columns)).to(first.J)
+        rows = torch.cat([torch.zeros_like(first.J[: self.left]), unknown])
+        rows[: self.left, first.columns] = self.factors[0].rows
+        lift, triangle = torch.linalg.qr(self.problem.affine(0)[units] @ rows.T)
+        inner = torch.zeros_like(second.J[: self.left])
+        inner[:, second.columns] = self.factors[1].rows
+        span = torch.linalg.qr(inner[:, :-1][:, units].T)[0]
+        c = torch.randn(starts, lift.shape[1], generator=generator, dtype=torch.float64).to(lift)
+        end, sine = ascend(F.normalize(c, dim=1).float(), lift.float(), span.float())
+        end = end[distinct(end, sine, 0.9999)[: (sine < 0.2).sum()]].double()
+        found = lift.new_zeros(0, lift.shape[1])
+        limit = self.problem.accuracy.projection
+        for part in end.split(32):
+            c, sine, apart = polish(part, lift, span, rounds=12)
+            found = torch.cat([found, c[(sine < limit) & (apart > 1e2 * sine)]])
+        found = found[distinct(found, torch.zeros_like(found[:, 0]), SAME)]
+        x = torch.linalg.solve_triangular(triangle, found.T, upper=True).T @ rows
+        return x[:, :-1] / x[:, -1:]
+
+    def without(self, inputs: Float[Tensor, "s n"]) -> tuple["Sight", Bool[Tensor, " s"]]:
+        """Less the samples for which one class alone explains a direction of the first gradient; which those are."""
+        rows, basis = self.known[0].rows, self.factors[0].basis
+        own = torch.stack([d[:, rows] for d in each_class(self.problem, inputs)], 1)
+        sines = (own - own @ basis @ basis.T).norm(dim=2) / own.norm(dim=2).clamp_min(1e-300)
+        ranked, order = sines.sort(dim=1)
+        sure = (ranked[:, 0] < 1e-2 * ranked[:, 1]) & (ranked[:, 0] < self.problem.accuracy.projection)
+        x, label = inputs[sure], order[sure, 0]
+        run = passes(self.problem, x, Targets(F.one_hot(label, self.problem.classes).to(x), 1.0, 0.0))
+        parts = []
+        for k, (known, part) in enumerate(zip(self.known, self.factors, strict=True)):
+            deltas, states = run.deltas[k][:, known.rows], self.problem.extend(k, run.inputs[k])[:, known.columns]
+            # The one weight at which a sample's outer product lowers the rank (Wedderburn).
+            weight = 1 / ((states @ part.rows.T) / part.singular * (deltas @ part.basis)).sum(1, keepdim=True)
+            parts.append(part.without(weight * deltas, states))
+        return replace(self, factors=tuple(parts)), sure
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A problem with its first two gradients completed, and `kept`, the entries of every gradient that arrived."""
+
+    problem: NetworkView
+    kept: tuple[Bool[Tensor, "_m _n"], ...]
+    first: Completed
+    second: Completed
+
+    @property
+    def rank(self) -> int:
+        return self.first.rank
+
+    def read(self, inputs: Float[Tensor, "b n"]) -> Targets:
+        """Labels and copies of all samples: the gradient's own back-propagated vectors held against each class's."""
+        known, problem = self.first, self.problem
+        X = problem.extend(0, inputs)[:, known.columns]
+        measured = torch.linalg.pinv(X.T) @ known.J[known.rows][:, known.columns].T
+        own = torch.stack([d[:, known.rows] for d in each_class(problem, inputs)], 1)
+        scale = torch.einsum("scm,sm->sc", own, measured) / own.pow(2).sum(2).clamp_min(1e-300)
+        off = (measured[:, None] - scale[:, :, None] * own).norm(dim=2) / measured.norm(dim=1, keepdim=True)
+        off, label = off.min(1)
+        unit = problem.unit(problem.batch_size or self.rank)
+        copies = scale.gather(1, label[:, None])[:, 0] / unit
+        whole = copies.round().clamp_min(1)
+        error = torch.maximum(off, (copies - whole).abs()).amax()
+        return Targets(F.one_hot(label, problem.classes).to(inputs) * whole[:, None], unit, float(error))
+
+    def check(self, inputs: Float[Tensor, "b n"], targets: Targets) -> tuple[Misfit, Float[Tensor, "b n"]]:
+        """The samples' own gradients against the entries that arrived, in every layer; and the inputs corrected.
+
+        The error of an input is what the first gradient allows, where it is completed, and elsewhere what the second
+        allows in the activations, seen through the weights of the active units.
+        """
+        problem, run = self.problem, passes(self.problem, inputs, targets)
+        own = [run.deltas[k].T @ problem.extend(k, run.inputs[k]) for k in range(problem.last + 2)]
+        layers = tuple(
+            float(((problem.augmented(k) - own[k]) * kept).norm() / problem.augmented(k).norm().clamp_min(1e-300))
+            for k, kept in enumerate(self.kept)
+        )
+        step, noise = self._step(0, run, own[0])
+        inner = self.first.columns[:-1]
+        corrected = torch.where(inner, inputs + step[:, :-1], inputs)
+        rest, doubt = self._unknown(run, own[1], corrected)
+        corrected[:, ~inner] = corrected[:, ~inner] + rest
+        size = problem.extend(0, inputs).norm(dim=1)
+        error = (torch.hypot(step[:, self.first.columns].norm(dim=1), rest.norm(dim=1)) + noise + doubt) / size
+        return Misfit(layers, error), corrected
+
+    def _unknown(
+        self, run: Passes, own: Float[Tensor, "m n1"], inputs: Float[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b u"], Float[Tensor, " b"]]:
+        """What is missing of the inputs that the first gradient does not determine, and how well that is known."""
+        problem, units = self.problem, self.second.columns[:-1]
+        columns = ~self.first.columns[:-1]
+        if not columns.any():
+            return inputs[:, :0], inputs.new_zeros(len(inputs))
+        step, noise = self._step(1, run, own)
+        y = run.inputs[1] + step[:, : run.inputs[1].shape[1]]
+        active = ((run.inputs[1] > 0) & units).to(y)
+        W, gap = problem.weights[0][:, columns], (y - problem.apply(0, inputs)) * active
+        gram = torch.einsum("sm,mu,mv->suv", active, W, W)
+        values, vectors = torch.linalg.eigh(gram)
+        inverse = vectors / values.clamp_min(1e-300)[:, None] @ vectors.mT
+        rest = torch.einsum("suv,mv,sm->su", inverse, W, gap)
+        left = (gap - rest @ W.T * active).norm(dim=1) + noise * active.sum(1).sqrt()
+        return rest, left / values[:, 0].clamp_min(1e-300).sqrt()
+
+    def _step(
+        self, k: int, run: Passes, own: Float[Tensor, "m n1"]
+    ) -> tuple[Float[Tensor, "b n1"], Float[Tensor, " b"]]:
+        """What the entries that arrived of layer k have beyond the samples' own, per sample; and the rest as noise."""
+        kept = self.kept[k] & (self.first, self.second)[k].columns
+        rest = (self.problem.augmented(k) - own) * kept
+        basis, triangle = torch.linalg.qr(run.deltas[k].T)
+        inverse = torch.linalg.inv(triangle)
+        share = float(kept.double().mean())
+        noise = inverse.norm(dim=1) * rest.norm() / (share * len(rest) ** 0.5)
+        return inverse @ completion.masked_least_squares(basis, rest, kept.to(rest))[0], noise
+
+
+def open_pruned(problem: NetworkView, generator: Generator, until: float = math.inf) -> Pruned | str:
+    """The first two gradients completed, the second first, until `time.perf_counter` shows `until`; or why not."""
+    kept, parts = kept_entries(problem), []
+    for k in (1, 0):
+        if completion.most_rank(kept[k]) < (problem.batch_size or 1):
+            return _too_few(k, kept[k])
+        options = {
+            "most": problem.batch_size,
+            "tolerance": problem.accuracy.completed,
+            "until": until,
+            "generator": generator,
+        }
+        parts.insert(0, completion.complete(problem.augmented(k), kept[k], **options))
+        if not parts[0].exact:
+            return f"{_too_few(k, kept[k])}, and gave no completion that the others confirm"
+    pruned = Pruned(problem, kept, *parts)
+    return _refusal(pruned) or pruned
+
+
+def _too_few(k: int, kept: Bool[Tensor, "m n"]) -> str:
+    arrived = f"{int(kept.sum())} entries of layer {k + 1}'s gradient arrived, {float(kept.double().mean()):.0%}"
+    return f"{arrived}: they bear a rank of {completion.most_rank(kept)} at most"
+
+
+def recover(problem: NetworkView, *, budget: Budget, generator: Generator) -> Recovery:
+    """The batch behind an update of which only some entries were sent; certified where it explains each of them.
+
+    Raises `ValueError` for a gradient that is zero.
+    """
+    begin = time.perf_counter()
+    if problem.last == 0 or problem.biases[0] is None:
+        return _nothing(
+            problem, "pruned gradients need two hidden layers, the first of them with a bias", (0, 0), begin
+        )
+    pruned = open_pruned(problem, generator, begin + budget.seconds)
+    if isinstance(pruned, str):
+        return _nothing(problem, pruned, (problem.batch_size or 0, 0), begin)
+    sight = Sight.of(problem, pruned.first, pruned.second)
+    found, starts, idle = problem.weights[0].new_zeros(0, problem.weights[0].shape[1]), 0, 0
+    while sight.left and idle < IDLE and starts < budget.starts:
+        if starts and time.perf_counter() - begin > budget.seconds:
+            break
+        count = max(16, 2 * sight.left)
+        new = sight.search(count, generator)
+        sight, sure = sight.without(new)
+        found, starts, idle = torch.cat([found, new[sure]]), starts + count, 0 if sure.any() else idle + 1
+    if sight.left:
+        reason = f"found {len(found)} of {pruned.rank} samples in {starts} starts"
+        return _nothing(problem, reason, (pruned.rank, starts), begin)
+    return _judged(pruned, found, starts, begin)
+
+
+def _refusal(pruned: Pruned) -> str:
+    """Why the completed gradients do not do, in words; empty where they may."""
+    if pruned.first.rank != pruned.second.rank:
+        ranks = f"{pruned.first.rank} and {pruned.second.rank}"
+        return f"the completed gradients have ranks {ranks}: samples cannot be told apart"
+    units, needed = int(pruned.second.columns[:-1].sum()), pruned.rank + int((~pruned.first.columns).sum())
+    if needed + pruned.rank > units - 8:
+        return f"{units} hidden units are known, too few for {pruned.rank} samples and {needed} unknowns of each"
+    return ""
+
+
+def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], starts: int, begin: float) -> Recovery:
+    """The whole batch held against the entries that arrived, after corrections, as far as they help."""
+    best = None
+    for _ in range(8):
+        targets = pruned.read(inputs)
+        seen, corrected = pruned.check(inputs, targets)
+        if best is not None and not max(seen.layers) < 0.5 * max(best[0].layers):
+            break
+        best, inputs = (seen, inputs, targets), corrected
+    seen, inputs, targets = best
+    certified = certify(pruned.problem, seen, targets)
+    sure = certified.nonzero()[:, 0]  # an image that the evidence does not support is never returned
+    copies = int(targets.copies[sure].sum().round())
+    good = len(sure) == len(inputs) and copies == (pruned.problem.batch_size or copies)
+    left = f"{max(seen.layers):.1e} of a layer's entries, {float(seen.inputs.max()):.1e} of an input"
+    reason = f"{len(sure)} of {len(inputs)} samples are certain: they leave {left}, unexplained"
+    if targets.error >= LABELS:
+        reason = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
+    stats = Stats(pruned.rank, 0.0, 0.0, len(inputs), starts, 1, time.perf_counter() - begin, seen.layers)
+    evidence = (seen.inputs[sure], certified[sure], good, WHOLE if good else reason, stats)
+    return Recovery(inputs[sure], targets.counts[sure], *evidence)
+
+
+def _nothing(problem: NetworkView, reason: str, reached: tuple[int, int], begin: float) -> Recovery:
+    empty = problem.weights[0].new_zeros
+    stats = Stats(reached[0], 0.0, 0.0, 0, reached[1], 0, time.perf_counter() - begin)
+    nobody = (empty(0, problem.weights[0].shape[1]), empty(0, problem.classes), empty(0), empty(0).bool())
+    return Recovery(*nobody, False, reason, stats)
+
+
+def complete(problem: NetworkView, budget: reconstruction.Budget, seed: int) -> Reconstruction:
+    """What an update of which some entries were not sent gives back."""
+    generator = torch.Generator().manual_seed(seed)
+    return entries(recover(problem, budget=limits(budget), generator=generator), problem)

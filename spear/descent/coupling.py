@@ -1,0 +1,166 @@
+"""What ties a column q of Q to its v = Q^-T e: M = Q Q^T, of which much is known before any column is.
+
+    V = Q^-T = M^-1 Q, so that v_i = M^-1 q_i for every sample i, whatever the lengths of the columns
+
+Fresh columns point every way, so that M has nearly the spectrum of Marchenko and Pastur; and as B = Z Q^T, the
+directions that Q stretches are those in which B is large. Of every column found its part of M is known. Known columns
+also tell where the others are not: every other v is orthogonal to their q, and every other q to their v, which the
+signs of B v tell to a good part. Vectors are rows.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spear.descent.columns import complement
+from spear.published import filtering
+from spear.published.view import Observed
+
+SINGULAR = 1e-12  # of the largest singular value of B N: what is under it counts as it
+GRID = 4096  # points at which the density of Marchenko and Pastur is summed
+VISITS, DAMPED = 25, 0.7  # of expectation propagation: its rounds, and the share of the new message
+FAR = 1e3  # standard deviations beyond which the hazard of a normal variable is that distance
+AGREED = 0.98  # share of a known column's signs that its v must have to be taken for it
+LEAST_DOUBT = 0.01  # share of a known v that is left in doubt, at least: its model is rough
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What is known of the columns still sought: `free` N spans their v, `moment` is M, `away` weighs (v_i q)^2.
+
+    `away` sums v_i v_i^T over the known columns, each v_i of length 1 and divided by the doubt that is left about it.
+    """
+
+    free: Float[Tensor, "b r"]
+    moment: Float[Tensor, "b b"]
+    away: Float[Tensor, "b b"]
+
+    def step(
+        self, triangle: Float[Tensor, "r r"], coupling: float, ridge: float, parting: float
+    ) -> Float[Tensor, "c c"]:
+        """The linear step as one matrix, from rows (L^T r_g, basis^T r_z) to rows (q, c), c = triangle w.
+
+        It minimises, over q and w, for the QR decomposition B N = basis triangle and t = |B N|_F / |M^1/2 N|_F,
+
+            |L q - r_g|^2 + |B N w - r_z|^2 + coupling |M^-1/2 q - t M^1/2 N w|^2 + ridge t^2 |M^1/2 N w|^2
+            + parting q^T away q
+        """
+        b, r = self.free.shape
+        inner = self.free.mT @ self.moment @ self.free
+        left, s, right = torch.linalg.svd(triangle)
+        t = float(s.norm() / inner.diagonal().sum().sqrt())
+        turned = self.free @ right.mT  # w in the coordinates in which triangle is s
+        normal = torch.eye(b + r, dtype=s.dtype, device=s.device)
+        normal[:b, :b] += coupling * torch.linalg.inv(self.moment) + parting * self.away
+        normal[b:, b:] = (s.square() + (SINGULAR * s[0]) ** 2).diag()
+        normal[b:, b:] += (coupling + ridge) * t**2 * right @ inner @ right.mT
+        normal[:b, b:] = -coupling * t * turned
+        normal[b:, :b] = normal[:b, b:].mT
+        inverse = torch.linalg.inv(normal)
+        inverse[b:] *= s[:, None]
+        inverse[:, b:] *= s
+        turn = torch.block_diag(torch.eye(b, dtype=s.dtype, device=s.device), left)
+        return turn @ inverse @ turn.mT
+
+
+def uncoupled(known: Float[Tensor, "f b"]) -> Coupling:
+    """Nothing is taken to be known but unit columns, to which every other v is orthogonal."""
+    b = known.shape[1]
+    return Coupling(complement(known), torch.eye(b).to(known), known.new_zeros(b, b))
+
+
+def prior(observed: Observed) -> Callable[[Float[Tensor, "f b"]], Coupling]:
+    """The coupling of the columns still sought, given unit columns that are known: M at first as it is of random Q."""
+    m, b = observed.L.shape
+    right = torch.linalg.svd(torch.linalg.qr(observed.B)[1])[2]
+    fresh = right.mT @ (marchenko_pastur(b, b / m).to(right)[:, None] * right)
+
+    def given(known: Float[Tensor, "f b"]) -> Coupling:
+        if not len(known):
+            return replace(uncoupled(known), moment=fresh)
+        v, doubt = duals(observed, known, fresh)
+        moment = known.mT @ known + (1 - len(known) / b) * fresh
+        return Coupling(complement(known), moment, v.mT @ (v / doubt.clamp_min(LEAST_DOUBT)[:, None]))
+
+    return given
+
+
+def marchenko_pastur(count: int, ratio: float) -> Float[Tensor, " count"]:
+    """Eigenvalues of G^T G / m for `count` random columns of m = count / ratio entries, falling: the law's quantiles.
+
+    With x = 1 + ratio + 2 sqrt(ratio) cos(a) the density is 2 sin(a)^2 / (pi x) (Marchenko, Pastur 1967). Their mean
+    is 1. Raises `ValueError` for a ratio outside (0, 1].
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"columns are to be no longer in number than in entries, ratio {ratio:g} is not in (0, 1]")
+    angle = torch.linspace(0, math.pi, GRID, dtype=torch.float64)[1:-1]
+    x = 1 + ratio + 2 * math.sqrt(ratio) * angle.cos()
+    share = (angle.sin() ** 2 / x).cumsum(0)
+    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    values = x[torch.searchsorted(share / share[-1], wanted).clamp_max(len(x) - 1)]
+    return values / values.mean()
+
+
+def duals(
+    observed: Observed, known: Float[Tensor, "f b"], moment: Float[Tensor, "b b"]
+) -> tuple[Float[Tensor, "f b"], Float[Tensor, " f"]]:
+    """The v of known columns, of unit length, as far as their signs tell them, and the doubt: the share that is open.
+
+    v_i = M^-1/2 (D_i + N w_i), where D is the dual basis of the known M^-1/2 q in their span and N spans the rest: what
+    is expected of v given q, and what is not. The signs of B v_i are those of the mask of q_i. Under a normal w, its
+    size that of all of them, expectation propagation gives its mean and spread (Minka 2001; with one precision for all
+    neurons as in Ma and Ping 2017).
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    half = vectors / values.sqrt() @ vectors.mT
+    dual, free = torch.linalg.pinv(known @ half).mT, complement(known @ half)
+    mask = ~filtering.zero_rows(observed.L, known, tolerance=observed.tolerance)
+    B = observed.B @ half
+    basis, triangle = torch.linalg.qr(B @ free)
+    left, s, right = torch.linalg.svd(triangle)
+    w, spread = signed(basis @ left, s, dual @ B.mT, mask)
+    v = (dual + w @ right @ free.mT) @ half
+    size = v.square().sum(1)
+    z = v @ observed.B.mT
+    agreed = ((z > 0) == mask).double().mean(1)
+    agreed = torch.maximum(agreed, 1 - agreed)
+    doubt = torch.where(agreed > AGREED, spread / (size + spread), math.inf)
+    return torch.where(agreed[:, None] > AGREED, v / size.sqrt()[:, None], 0.0), doubt
+
+
+def signed(
+    C: Float[Tensor, "m r"], s: Float[Tensor, " r"], offset: Float[Tensor, "f m"], mask: Bool[Tensor, "f m"]
+) -> tuple[Float[Tensor, "f r"], Float[Tensor, " f"]]:
+    """Mean and total variance of normal w, given the signs of offset + C (s w), up to one sign for each row of them.
+
+    C has orthonormal columns; positive where `mask` is.
+    """
+    (m, r), scale = C.shape, (s.square().sum() / len(C)).sqrt().clamp_min(1e-300)
+    sign = torch.where(mask, 1.0, -1.0).to(s)
+    sign = sign * torch.where((sign * offset).sum(1, keepdim=True) < 0, -1.0, 1.0).to(s)
+    s, offset = s / scale, offset / scale
+    size = torch.ones((), dtype=s.dtype, device=s.device) / (r + len(offset))
+    cavity, precision = offset, torch.full_like(offset[:, :1], float(1 / size))
+    message = weight = None
+    for _ in range(VISITS):
+        depth = sign * cavity * precision.sqrt()
+        hazard = torch.exp(-0.5 * depth.square() - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(depth))
+        hazard = torch.where(depth < -FAR, -depth, hazard)
+        z = cavity + sign * hazard * precision.rsqrt()
+        variance = ((1 - depth * hazard - hazard.square()).clamp_min(1e-6) / precision).mean(1, keepdim=True)
+        heavier = (1 / variance - precision).clamp_min(1e-9)
+        sent = (z / variance - precision * cavity) / heavier
+        message = sent if message is None else DAMPED * sent + (1 - DAMPED) * message
+        weight = heavier if weight is None else DAMPED * heavier + (1 - DAMPED) * weight
+        inverse = 1 / (1 / size + weight * s.square())
+        w = inverse * weight * s * ((message - offset) @ C)
+        spread = inverse.sum(1)
+        z, variance = offset + (w * s) @ C.mT, (inverse * s.square()).sum(1, keepdim=True) / m
+        precision = (1 / variance.clamp_min(1e-30) - weight).clamp_min(1e-9)
+        cavity = (z / variance.clamp_min(1e-30) - weight * message) / precision
+        size = ((w.square().sum(1) + spread) / r).median().clamp_min(1e-30)
+    return w, spread

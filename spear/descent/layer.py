@@ -1,0 +1,158 @@
+"""One layer, all that it knows: the zero pattern of G and the signs of Z are one and the same.
+
+    G = L Q      Z = B V, V = Q^-T      supp(G) = {Z > 0}
+
+Both sides are linear in one unknown, and the ReLU couples them row by row. What ties a column q to its v beside that,
+`spear.descent.coupling` foretells. A row of L, as v, is led to a column by relaxed reflections between the two linear spaces
+and the coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q (starts, b).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spear.descent.columns import Lengths, collect, draw, unit
+from spear.descent.coupling import Coupling, prior, uncoupled
+from spear.published.greedy import Candidates
+from spear.published.view import Observed
+from spear.reconstruction import Budget, Progress
+
+LENGTHS = Lengths(shortest=60, longest=240, factor=2)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the schedule: its steps, the relaxation, and how strongly signs and q, v are coupled.
+
+    A row is inactive if z < 0 and g^2 < `trust` z^2; `coupling`, `ridge` and `parting` are weights in the linear step
+    (`Coupling.step`). The `kept` share of the starts, those whose g is nearest to its space, goes on to the next stage.
+    """
+
+    steps: int
+    relaxation: float
+    trust: float
+    coupling: float
+    ridge: float = 0.0
+    parting: float = 0.0
+    kept: float = 1.0
+
+
+SETTLING = (
+    Stage(60, 1.0, 8.0, 0.1, 0.005, 0.08),
+    Stage(60, 1.0, 8.0, 0.03, 0.0, 0.04),
+    Stage(120, 1.0, 4.0, 0.0),
+)
+APART = (
+    Stage(60, 0.4, 10.0, 0.0),
+    Stage(40, 0.4, 3.0, 0.0, kept=0.75),
+    Stage(200, 0.4, 3.0, 0.0),
+)
+
+
+def schedule(steps: int, *, coupled: bool = True) -> tuple[Stage, ...]:
+    """The search itself, of that many steps, and the stages in which it settles; without coupling of q and v."""
+    if coupled:
+        *early, last = SETTLING
+        kept = 1.0 if steps <= LENGTHS.shortest else 0.5  # short searches are those of which most arrive
+        return Stage(steps, 1.0, 8.0, 0.3, 0.04, 0.15), *(replace(stage, kept=kept) for stage in early), last
+    return Stage(steps, 1.0, 20.0, 0.0), *APART
+
+
+def operations(observed: Observed, count: int, steps: int) -> int:
+    """Multiplications and additions of `reflect` while no column is known, for k starts and each step.
+
+    Four products of (k, m, b) and one of (k, 2b, 2b).
+    """
+    (m, b), total = observed.L.shape, 0
+    for stage in schedule(steps):
+        total, count = total + count * stage.steps, math.ceil(stage.kept * count)
+    return 2 * (2 * m * 2 * b + (2 * b) ** 2) * total
+
+
+def search(
+    observed: Observed,
+    budget: Budget,
+    seed: int,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    goal: float | int = 1,
+) -> Candidates:
+    """All columns of Q from the layer's weights and gradient.
+
+    Two searches take turns. One starts at rows of L, v, with q = M v, and couples them. The other lets q and v go their
+    ways, as they do in trained networks and deep layers, half of them from starts in which every sample has a like
+    share.
+    """
+    observed = observed.alive()
+    given = prior(observed)
+
+    def coupled(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        coupling = given(known)
+        v = draw(observed, coupling.free, count, generator)
+        return reflect(observed, coupling, v @ coupling.moment, v, schedule(steps))
+
+    def apart(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        nothing = uncoupled(known)
+        rows = draw(observed, nothing.free, count // 2, generator)
+        q, v = balanced(observed, nothing.free, count - count // 2, generator)
+        starts = torch.cat([rows, q]), torch.cat([rows, v])
+        return reflect(observed, nothing, *starts, schedule(steps, coupled=False))
+
+    return collect(observed, (coupled, apart), LENGTHS, budget, seed, progress, goal=goal)
+
+
+def balanced(
+    observed: Observed, free: Float[Tensor, "b r"], count: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "k b"], Float[Tensor, "k b"]]:
+    """Starts q and v in which every sample has a like share, however small its gradient is.
+
+    A row of L is a mixture of the samples by the size of their gradients, which in a trained network differ by many
+    orders. As X^T = V^T R, a v for which N^T R has white coefficients, v = N (N^T R R^T N)^-1/2 w with w normal, mixes
+    the samples by the size of their inputs alone. q follows from the signs of v: the projection of max(B v, 0).
+    """
+    values, vectors = torch.linalg.eigh(free.mT @ (observed.R @ observed.R.mT) @ free)
+    white = torch.randn(count, len(values), generator=generator, dtype=free.dtype).to(free.device)
+    v = white * values.clamp_min(1e-300).rsqrt() @ vectors.mT @ free.mT
+    if observed.d is not None:
+        v = torch.where((v @ observed.d < 0)[:, None], -v, v)
+    return unit((v @ observed.B.mT).clamp_min(0) @ observed.L), unit(v)
+
+
+def reflect(
+    observed: Observed,
+    coupling: Coupling,
+    q: Float[Tensor, "k b"],
+    v: Float[Tensor, "k b"],
+    stages: Sequence[Stage],
+) -> Float[Tensor, "j b"]:
+    """Relaxed reflections from starts q, v towards columns whose v lies in the span of `coupling.free`, in float32.
+
+    x = (g, z) is reflected at the coupled signs and projected on the linear spaces, where q and v are drawn together:
+    x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step. Of k starts
+    those come back that no stage dropped.
+    """
+    L, (m, b) = observed.L.float(), observed.L.shape
+    basis, triangle = torch.linalg.qr(observed.B @ coupling.free)  # z = B free w = basis c with c = triangle w
+    C = basis.float()
+    g = math.sqrt(m) * unit(q).float() @ L.mT
+    z = math.sqrt(m) * unit(v @ coupling.free @ triangle.mT).float() @ C.mT
+    for stage in stages:
+        step = coupling.step(triangle, stage.coupling, stage.ridge, stage.parting).float()
+        half = stage.relaxation / 2
+        for _ in range(stage.steps):
+            inactive = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)) < 0
+            rg, rz = torch.where(inactive, -g, g), torch.where(inactive, z, z.abs())
+            both = torch.cat([rg @ L, rz @ C], 1) @ step
+            q, c = unit(both[:, :b]), unit(both[:, b:])
+            # P_B x is the mean of x and its reflection
+            g.mul_(1 - half).sub_(rg, alpha=half).addmm_(q, L.mT, alpha=2 * half * math.sqrt(m))
+            z.mul_(1 - half).sub_(rz, alpha=half).addmm_(c, C.mT, alpha=2 * half * math.sqrt(m))
+        g = torch.where(inactive, 0, g)
+        near = torch.linalg.vector_norm(g @ L, dim=1) / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-30)
+        best = near.argsort(descending=True)[: math.ceil(stage.kept * len(g))]
+        g, z = g[best], z[best]
+    return unit(g @ L)

@@ -1,0 +1,167 @@
+"""What a client sends, and what it discloses: a `SharedUpdate`. The plainest one is a FedSGD step on one batch.
+
+Other clients are in `spear.federated.clients`, what is done to an update before it is sent in `spear.federated.defences`.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+
+from spear.federated.update import SharedUpdate, check_loss
+
+RANDOM_IN_TRAINING = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+)
+
+
+def gradient(
+    model: nn.Module,
+    inputs: Float[Tensor, "b *input_shape"],
+    labels: Int[Tensor, " labels"],
+    *,
+    reduction: str = "mean",
+    loss: str = "cross_entropy",
+) -> SharedUpdate:
+    """The update of a FedSGD client: gradients of the loss of one batch by every parameter.
+
+    `inputs` holds one sample per row, in the dtype of the model; `labels` the class of each sample. The model is left
+    unchanged, its `.grad` fields included.
+
+    Raises `ValueError` for an unknown reduction or loss, for batch normalisation or dropout in training mode (the
+    gradient of a sample would depend on the other samples, or on chance: call `model.eval()` first), for inputs and
+    labels of unequal length, and for a label that the model has no output for.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"unknown reduction {reduction!r}: use 'mean' or 'sum'")
+    check_loss(loss)
+    if len(inputs) != len(labels):
+        raise ValueError(f"{len(inputs)} inputs but {len(labels)} labels")
+    _refuse_training_mode(model)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    logits = model(inputs)
+    most = 2 if logits.shape[1] == 1 and loss != "cross_entropy" else logits.shape[1]
+    if int(labels.min()) < 0 or int(labels.max()) >= most:
+        span = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"labels run from {span}; the model has {logits.shape[1]} outputs")
+    value = batch_loss(logits, labels, loss, reduction)
+    values = torch.autograd.grad(value, parameters, allow_unused=True)
+    found = {n: g for n, g in zip(names, values, strict=True) if g is not None}
+    return SharedUpdate(found, reduction, len(inputs), tuple(inputs.shape[1:]), loss=loss)
+
+
+def batch_loss(
+    logits: Float[Tensor, "b outputs"], labels: Int[Tensor, " b"], loss: str, reduction: str
+) -> Float[Tensor, ""]:
+    """One of `LOSSES` of a batch; "mean" is that over samples and, but for cross-entropy, over outputs."""
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits, labels, reduction=reduction)
+    outputs = logits.shape[1]
+    wanted = F.one_hot(labels, max(outputs, 2))[:, -outputs:].to(logits)
+    compare = F.mse_loss if loss == "squared_error" else F.binary_cross_entropy_with_logits
+    return compare(logits, wanted, reduction=reduction)
+
+
+def _refuse_training_mode(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, RANDOM_IN_TRAINING):
+            kind = type(module).__name__
+            why = "so the gradient of a sample is not its own: call model.eval()"
+            raise ValueError(f"{name} ({kind}) is in training mode, {why}")
+
+
+def local_training(
+    model: nn.Module,
+    inputs: Float[Tensor, "b *input_shape"],
+    labels: Int[Tensor, " b"],
+    *,
+    epochs: int = 1,
+    mini_batch: int | None = None,
+    learning_rate: float | int = 0.1,
+    momentum: float | int = 0.0,
+    shuffle: bool = False,
+    generator: Generator | None = None,
+) -> SharedUpdate:
+    """The update of a FedAvg client: its weights' change by `epochs` passes of SGD over its samples.
+
+    Each step takes the next `mini_batch` samples (default: all), in the order given or, with `shuffle`, in a new one
+    each epoch, and subtracts `learning_rate` times the mean gradient (with `momentum`: times its running sum, as
+    `torch.optim.SGD` does). The model is left unchanged. Source: McMahan et al. 2017, Federated Averaging.
+
+    Raises `ValueError` for epochs, mini-batch or learning rate that are not positive, for a momentum outside [0, 1),
+    and as `spear.federated.gradient` does.
+    """
+    size = len(inputs) if mini_batch is None else mini_batch
+    if min(epochs, size) < 1 or learning_rate <= 0 or not 0 <= momentum < 1:
+        raise ValueError(
+            f"epochs {epochs}, mini-batch {size} and learning rate {learning_rate} must be positive, "
+            f"and 0 <= momentum {momentum} < 1"
+        )
+    local = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(local.parameters(), lr=learning_rate, momentum=momentum)
+    steps = 0
+    for _ in range(epochs):
+        order = torch.randperm(len(inputs), generator=generator) if shuffle else torch.arange(len(inputs))
+        for index in order.to(inputs.device).split(size):
+            sent = gradient(local, inputs[index], labels[index]).gradients
+            for name, parameter in local.named_parameters():
+                parameter.grad = sent.get(name)
+            optimizer.step()
+            steps += 1
+    after = dict(local.named_parameters())
+    change = {name: (p - after[name]).detach() for name, p in model.named_parameters() if p.requires_grad}
+    local_training = {"local_steps": steps, "learning_rate": learning_rate, "mini_batch": size, "momentum": momentum}
+    return SharedUpdate(change, count=len(inputs), input_shape=tuple(inputs.shape[1:]), **local_training)
+
+
+def accumulated(
+    model: nn.Module, inputs: Float[Tensor, "b *input_shape"], labels: Int[Tensor, " b"], *, micro_batch: int
+) -> SharedUpdate:
+    """The gradient of a client without the memory for its whole batch: the mean over micro-batches of their means.
+
+    Equal to `spear.federated.gradient` where `micro_batch` divides the batch; else the samples of the last, smaller
+    one weigh more. Raises `ValueError` for a micro-batch under 1, and as `gradient` does.
+    """
+    if micro_batch < 1:
+        raise ValueError(f"a micro-batch has at least 1 sample, not {micro_batch}")
+    parts = zip(inputs.split(micro_batch), labels.split(micro_batch), strict=True)
+    return replace(aggregated([gradient(model, x, y) for x, y in parts], by="clients"), clients=None)
+
+
+def aggregated(updates: Sequence[SharedUpdate], *, by: str = "samples") -> SharedUpdate:
+    """What secure aggregation lets the server see: one average of the updates of several clients.
+
+    Weighted `by="samples"` (each client in proportion to its disclosed count: one large batch) or `by="clients"` (all
+    clients equally). Source: Bonawitz et al. 2017, secure aggregation; the protocol hides the summands, not the sum.
+
+    Raises `ValueError` for no updates, another weighting, updates of different parameters or local training, and for
+    clients that do not disclose their counts.
+    """
+    if by not in ("samples", "clients"):
+        raise ValueError(f"unknown weighting {by!r}: use 'samples' or 'clients'")
+    counts = tuple(update.count for update in updates)
+    if not updates or None in counts:
+        raise ValueError(f"aggregation needs updates that disclose their counts, not {counts}")
+    first = updates[0]
+    same = [f.name for f in fields(SharedUpdate) if f.name not in ("gradients", "count")]
+    for update in updates[1:]:
+        if update.gradients.keys() != first.gradients.keys():
+            raise ValueError("clients in one sum have gradients for the same parameters")
+        if any(getattr(update, name) != getattr(first, name) for name in same):
+            raise ValueError("clients in one sum disclose the same local training, reduction and compression")
+    weights = _weights(counts, by) if first.reduction == "mean" else [1.0] * len(counts)
+    joined = {
+        name: sum(w * u.gradients[name] for w, u in zip(weights, updates, strict=True)) for name in first.gradients
+    }
+    noise = None if first.noise is None else first.noise * math.hypot(*weights)
+    return replace(first, gradients=joined, count=sum(counts), clients=counts, noise=noise)
+
+
+def _weights(counts: tuple[int, ...], by: str) -> list[float]:
+    return [count / sum(counts) if by == "samples" else 1 / len(counts) for count in counts]

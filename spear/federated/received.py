@@ -1,0 +1,95 @@
+"""An update as the server received it, checked against the model: gradients by name, their rounding, where to compute."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spear.federated.update import Lazy, SharedUpdate
+from spear.models.streaming import CHUNK
+
+PRECISIONS = (torch.float32, torch.float64)
+COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
+
+
+@dataclass(frozen=True)
+class Widened(Mapping[str, Tensor]):
+    """Gradients by name in float64 on one device, each converted when it is asked for: together they may be too large.
+
+    The tensors of a safetensors file are read from disk no sooner than that.
+    """
+
+    received: Mapping[str, Tensor]
+    device: torch.device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.received[name].to(self.device, torch.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.received)
+
+    def __len__(self) -> int:
+        return len(self.received)
+
+
+def compute_device(device: str | torch.device | None) -> torch.device:
+    """The device of the float64 linear algebra: the one asked for, or the CPU where that has no float64."""
+    try:
+        device = torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError) as error:  # no such device, or a build of torch without it
+        raise ValueError(f"device {str(device)!r} is not available here") from error
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tensor]:
+    """The gradients of an update, each checked against the model's parameter of its name.
+
+    Of the change of the weights by one step the gradient is what remains without the learning rate.
+    """
+    if update.local_steps != 1:
+        raise ValueError(f"an update of {update.local_steps} local steps is not the gradient of one batch")
+    parameters = dict(model.named_parameters())
+    for name, g in update.gradients.items():
+        if name not in parameters:
+            raise ValueError(f"the update has a gradient for {name!r}, which the model does not have")
+        if g.shape != parameters[name].shape:
+            expected = tuple(parameters[name].shape)
+            raise ValueError(f"the gradient of {name} has shape {tuple(g.shape)}, the model's parameter {expected}")
+        if g.dtype not in PRECISIONS or parameters[name].dtype not in PRECISIONS:
+            dtype = str(g.dtype if g.dtype not in PRECISIONS else parameters[name].dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is {dtype}: exact recovery needs float32 or float64")
+        if not all(part.isfinite().all() for part in g.flatten().split(CHUNK)):
+            raise ValueError(f"the gradient of {name} holds NaN or infinite values")
+    scale = update.loss_scale * (update.learning_rate or 1.0)
+    received = update.gradients
+    return received if scale == 1 else Lazy(tuple(received), lambda name: received[name] / scale)
+
+
+def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
+    """The relative spacing of the gradients as they came; of a change of weights, a tenth of theirs against it.
+
+    The rounding of many weights is noise of a fifth of their spacing, and spreads over all singular values: far below
+    `lowrank.VISIBLE` times what is returned.
+    """
+    eps = max(torch.finfo(g.dtype).eps for g in update.gradients.values())
+    if update.learning_rate is None:
+        return eps
+    parameters = dict(model.named_parameters())
+    sizes = [(_size(parameters[name]), _size(g)) for name, g in update.gradients.items()]
+    return min(eps * max([1.0, *(0.1 * weights / change for weights, change in sizes if change)]), COARSEST)
+
+
+def _size(tensor: Tensor) -> float:
+    parts = [float(torch.linalg.vector_norm(part.detach().double())) for part in tensor.flatten().split(CHUNK)]
+    return math.hypot(*parts)
+
+
+def input_shape(name: str, n: int, update: SharedUpdate) -> tuple[int, ...]:
+    """The shape of one of layer `name`'s inputs of n entries: the disclosed one, or a vector."""
+    if update.input_shape is None:
+        return (n,)
+    if math.prod(update.input_shape) != n:
+        raise ValueError(f"the disclosed input shape {update.input_shape} does not make the {n} inputs of {name}")
+    return update.input_shape

@@ -1,0 +1,202 @@
+"""What a client sends, and what it discloses: a `SharedUpdate`. The plainest one is a FedSGD step on one batch.
+
+Other clients are in `spear.federated.clients`, what is done to an update before it is sent in `spear.federated.defences`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spear.models.tensors import read_tensors
+
+FORMAT = "spear.SharedUpdate/1"
+LOSSES = ("cross_entropy", "binary_cross_entropy", "squared_error")
+TUPLES = {"input_shape", "clients"}  # lists, in a file's metadata
+PRUNINGS = (None, "random", "top-k")
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each computed when it is asked for: together they may be too large."""
+
+    names: tuple[str, ...]
+    compute: Callable[[str], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class SharedUpdate:
+    """The update that a client sends to the server, and what the client discloses beside it.
+
+    `gradients` maps each parameter's name to the gradient of the loss, in the parameter's shape: tensors, or NumPy
+    arrays (a gradient computed in another framework), which become tensors. `reduction` is how the loss joins the
+    samples (`"mean"` or `"sum"`); `loss` is one of `LOSSES`: all but the first compare the outputs (through
+    a sigmoid, or as they are) with the one-hot label, or with the label 0 or 1 where there is one output. `count` is
+    the number of samples and `input_shape` the shape of one sample, each `None` where it is not disclosed.
+
+    Local training (FedAvg): `learning_rate` is `None` for a gradient; where it is given, `gradients` holds the change
+    of the weights, theta_before - theta_after, by `local_steps` steps of SGD with `momentum` on `mini_batch` samples
+    each (the last of an epoch may have fewer). Aggregation: `clients` are the sample counts of the clients in the sum.
+    Privacy: per-sample gradients were clipped to the norm `clip`, `noise` is the standard deviation of the noise in
+    each entry, and `epsilon`, `delta` what an accountant says of the release. Compression: entries were dropped by
+    `pruning` (`"random"` or `"top-k"`: an entry that is exactly zero may be missing), rounded at random to `bits` bits,
+    or sent in a half-precision dtype as `loss_scale` times their value.
+    """
+
+    gradients: Mapping[str, Tensor | np.ndarray]
+    reduction: str = "mean"
+    count: int | None = None
+    input_shape: tuple[int, ...] | None = None
+    local_steps: int = 1
+    learning_rate: float | int | None = None
+    mini_batch: int | None = None
+    momentum: float | int = 0.0
+    clients: tuple[int, ...] | None = None
+    clip: float | int | None = None
+    noise: float | int | None = None
+    epsilon: float | int | None = None
+    delta: float | int | None = None
+    pruning: str | None = None
+    bits: int | None = None
+    loss_scale: float | int = 1.0
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if not self.gradients:
+            raise ValueError("an update needs at least one gradient")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"unknown reduction {self.reduction!r}: use 'mean' or 'sum'")
+        check_loss(self.loss)
+        if self.pruning not in PRUNINGS:
+            raise ValueError(f"unknown pruning {self.pruning!r}: use 'random' or 'top-k'")
+        if not self.loss_scale > 0:
+            raise ValueError(f"a loss scale is positive, not {self.loss_scale}")
+        if not isinstance(self.gradients, Lazy):
+            tensors = {name: _tensor(name, value) for name, value in self.gradients.items()}
+            object.__setattr__(self, "gradients", tensors)
+
+    def disclosing(self, **told: float | int | None) -> "SharedUpdate":
+        """The update with what is known from elsewhere of the client's training, `None` where nothing is.
+
+        Raises `ValueError` where that contradicts what the update itself discloses, or itself.
+        """
+        usual = {f.name: f.default for f in fields(self)}
+        given = {name: value for name, value in told.items() if value is not None}
+        for name, value in given.items():
+            own = getattr(self, name)
+            if own not in (usual[name], value):
+                raise ValueError(f"the update says {name} {own}, not {value}")
+        update = replace(self, **given)
+        _check_training(update)
+        return update
+
+    def save(self, path: str | Path) -> None:
+        """Write the update as a safetensors file; nothing is pickled."""
+        disclosed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gradients"}
+        metadata = {"format": FORMAT, "disclosed": json.dumps(disclosed)}
+        save_file({name: g.detach().cpu().contiguous() for name, g in self.gradients.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SharedUpdate":
+        """Read an update that `save` wrote, or any safetensors file of gradients by parameter name.
+
+        Raises `FileNotFoundError` where there is no file, and `ValueError` for a truncated or foreign file.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"{path}: format {metadata['format']!r} is not {FORMAT!r}")
+        try:
+            disclosed = json.loads(metadata.get("disclosed", "{}"))
+            for name in TUPLES & disclosed.keys():
+                disclosed[name] = None if disclosed[name] is None else tuple(disclosed[name])
+            return cls(tensors, **disclosed)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: not an update: {error}") from error
+
+
+def _check_training(update: SharedUpdate) -> None:
+    """What a client may say of its local training, or a `ValueError` that names what is wrong."""
+    steps, rate, size, count = update.local_steps, update.learning_rate, update.mini_batch, update.count
+    if rate is not None and not rate > 0:
+        raise ValueError(f"a learning rate is positive, not {rate}")
+    if not 0 <= update.momentum < 1:
+        raise ValueError(f"a momentum is at least 0 and under 1, not {update.momentum}")
+    if min(steps, size or 1, count or 1) < 1:
+        raise ValueError(f"local steps {steps}, mini-batch {size} and samples {count} are at least 1")
+    if size and count and size > count:
+        raise ValueError(f"a mini-batch of {size} does not come from {count} samples")
+    if rate is None and (steps > 1 or size or update.momentum):
+        raise ValueError("local steps, mini-batch and momentum are of a change of weights: its learning rate is needed")
+
+
+def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value.copy())
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the gradient of {name} is {type(value).__name__}, not a tensor or a NumPy array")
+    return value.detach()
+
+
+def check_loss(loss: str) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
+
+
+def is_perturbed(update: SharedUpdate) -> bool:
+    """Whether what the client disclosed leaves no exact gradient: noise, rounding or half precision."""
+    halves = any(g.dtype in HALVES for g in update.gradients.values())
+    return halves or bool(update.noise) or update.bits is not None
+
+
+def as_gradient(update: SharedUpdate) -> SharedUpdate:
+    """The same in float64, without the loss scale."""
+    return replace(each(update, lambda g: g.double() / update.loss_scale), loss_scale=1.0)
+
+
+def each(update: SharedUpdate, change: Callable[[Tensor], Tensor]) -> SharedUpdate:
+    return replace(update, gradients={name: change(g) for name, g in update.gradients.items()})
+
+
+def difference(
+    model: nn.Module,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    *,
+    learning_rate: float | int,
+    count: int | None = None,
+    input_shape: tuple[int, ...] | None = None,
+) -> SharedUpdate:
+    """The change of a client's weights by name, before - after, by a step of SGD with `learning_rate`.
+
+    Each is computed when it is asked for. Entries that are no parameters of the model (running statistics) are left
+    out. `count` and `input_shape` are what the client discloses; of several steps, see `SharedUpdate.disclosing`. Raises
+    `ValueError` for a learning rate that is not positive, and for a parameter that is missing or of another shape on
+    one side.
+    """
+    names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    for name in names:
+        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (before, after)]
+        if None in shapes or shapes[0] != shapes[1]:
+            raise ValueError(f"{name} has shape {shapes[0]} before the step and {shapes[1]} after it")
+    change = Lazy(names, lambda name: (before[name] - after[name]).detach())
+    return SharedUpdate(change, input_shape=input_shape).disclosing(learning_rate=learning_rate, count=count)

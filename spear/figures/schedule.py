@@ -1,0 +1,187 @@
+"""Execute the runs of `notebooks/runs.yaml`: what changed, side by side, figures all or none.
+
+A run works in a folder of its own under `build/runs`, its figures included (`spear.figures.attempt`), by an executor: threads
+of this process, or a cluster. When the notebook has succeeded and has written what it declares, this process takes the
+figures to their folder, each by one rename, and then, last, records what the run was made of. An interruption or a lost
+worker leaves no half-written figure, nothing is published twice, and the next call redoes only what is not recorded.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import nbformat
+
+from spear import paths
+from spear.data import catalog
+from spear.figures import attempt, gallery
+from spear.figures.table import Run, parameters
+
+VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
+PACKAGE = Path(__file__).resolve().parent.parent
+NOT_HASHED = ("cli", "figures")  # no notebook imports them
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What became of a run: `seconds` is its wall time, `detail` the failing cell and its error."""
+
+    run: str
+    status: Literal["running", "running again", "done", "unchanged", "failed", "interrupted"]
+    seconds: float = 0.0
+    detail: str = ""
+
+
+def execute(
+    runs: Sequence[Run],
+    *,
+    jobs: int,
+    cell_timeout: int,
+    executor: Executor | None = None,
+    force: bool = False,
+    report: Callable[[RunStatus], None],
+) -> None:
+    """Execute runs: `jobs` at a time, each with its share of the cores as BLAS threads, or all by `executor`, with one.
+
+    A run whose record and figures are current is skipped unless `force`. `cell_timeout` is in seconds. `report` is
+    called when a run starts and when it ends; one that fails does not stop the others. An exception, Ctrl-C among
+    them, ends the processes first.
+    """
+    due = [run for run in runs if force or not is_current(run)]
+    for run in runs:
+        if run not in due:
+            report(RunStatus(run.name, "unchanged"))
+    threads = 1 if executor else max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(due))))
+    own = None if executor else ThreadPoolExecutor(jobs)
+    active: list[_Job] = []
+    try:
+        active += [_Job(run, executor or own, threads, cell_timeout) for run in due]
+        while active:
+            for job in list(active):
+                for outcome in job.news():
+                    report(outcome)
+                if job.future.done():
+                    active.remove(job)
+                    report(job.finish())
+            time.sleep(0.05)
+    finally:
+        _call_off(active)
+        for job in active:
+            if job.began:
+                report(RunStatus(job.run.name, "interrupted", time.monotonic() - job.began))
+        if own:
+            own.shutdown()
+
+
+def is_current(run: Run) -> bool:
+    """Whether the run finished with what its fingerprint is made of now, and its figures are still as it wrote them."""
+    try:
+        record = json.loads(_record(run).read_text())
+        figures = {name: _digest((paths.figures() / run.variant / name).read_bytes()) for name in run.files}
+    except (FileNotFoundError, ValueError):
+        return False
+    return record == {"fingerprint": fingerprint(run), "figures": figures}
+
+
+def fingerprint(run: Run) -> str:
+    """Hash of everything a run depends on: cells without outputs, parameters, the package, versions, data present."""
+    cells = nbformat.read(run.notebook, as_version=4).cells
+    modules = {str(p.relative_to(PACKAGE)): p for p in sorted(PACKAGE.rglob("*.py"))}
+    parts = {
+        "cells": [cell.source for cell in cells if cell.cell_type == "code"],
+        "parameters": run.parameters,
+        "modules": {
+            name: _digest(path.read_bytes()) for name, path in modules.items() if Path(name).parts[0] not in NOT_HASHED
+        },
+        "versions": [sys.version_info[:2], *map(version, VERSIONS)],
+        "data": [name for name in catalog.names() if catalog.available(name)],
+    }
+    return _digest(json.dumps(parts, sort_keys=True).encode())
+
+
+def publish(run: Run, folder: Path, made_of: str) -> None:
+    """Take the figures of a run from `folder` to where they belong, stamped with their origin; record the run."""
+    contents = {name: (folder / name).read_bytes() for name in run.files}
+    for stem in run.captions:
+        contents[f"{stem}.png"] = _stamped(run, stem, contents)
+    paths.write({paths.figures() / run.variant / name: content for name, content in contents.items()})
+    figures = {name: _digest(content) for name, content in contents.items()}
+    paths.write({_record(run): json.dumps({"fingerprint": made_of, "figures": figures}).encode()})
+
+
+def _stamped(run: Run, stem: str, contents: Mapping[str, bytes]) -> bytes:
+    """The picture with its origin inside, of today; of its day where it is published already, with its numbers."""
+    values = parameters(run.notebook) | dict(run.parameters)
+    origin = gallery.Origin(run.profile, values, _data_sets(run, values), date.today().isoformat())
+    numbers, picture = (paths.figures() / run.variant / f"{stem}{suffix}" for suffix in (".csv", ".png"))
+    if picture.is_file() and numbers.is_file() and numbers.read_bytes() == contents[numbers.name]:
+        before = gallery.origin(picture)
+        same = before and gallery.stamped(contents[picture.name], replace(origin, date=before.date))
+        if same == picture.read_bytes():
+            return same
+    return gallery.stamped(contents[picture.name], origin)
+
+
+def _data_sets(run: Run, values: Mapping[str, object]) -> list[str]:
+    """The data sets that are named among a notebook's parameters and are at hand."""
+    named = [name for value in values.values() for name in (value if isinstance(value, list) else [value])]
+    words = dict.fromkeys(name for name in named if isinstance(name, str))
+    known = (*catalog.names(), run.dataset)
+    return [name for name in words if name in known and catalog.available(name)]
+
+
+class _Job:
+    """A run that an executor was given, and what is seen of it in its folder."""
+
+    def __init__(self, run: Run, executor: Executor, threads: int, cell_timeout: int) -> None:
+        self.run, self.fingerprint = run, fingerprint(run)
+        self.work = _record(run).with_suffix("")
+        self.began, self.attempts = 0.0, 0
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        options = {"threads": threads, "cell_timeout": cell_timeout}
+        self.future = executor.submit(attempt.perform, run, self.work, paths.data_root(), **options)
+
+    def news(self) -> Iterator[RunStatus]:
+        """What to report of attempts that have begun since the last call."""
+        attempts = len([*self.work.iterdir()])
+        if attempts > self.attempts:
+            self.began = self.began or time.monotonic()
+            yield RunStatus(self.run.name, "running" if not self.attempts else "running again")
+        self.attempts = attempts
+
+    def finish(self) -> RunStatus:
+        """Publish the figures of a run that succeeded; say why one failed."""
+        try:
+            folder, problem = self.future.result()
+        except Exception as error:  # whatever became of a cluster's worker
+            folder, problem = self.work, f"{type(error).__name__}: {error}"
+        seconds = time.monotonic() - (self.began or time.monotonic())
+        if problem:
+            return RunStatus(self.run.name, "failed", seconds, problem)
+        publish(self.run, folder / "figures", self.fingerprint)
+        return RunStatus(self.run.name, "done", seconds)
+
+
+def _call_off(jobs: Sequence[_Job]) -> None:
+    for job in jobs:
+        (job.work / attempt.STOP).touch()
+    wait([job.future for job in jobs if not job.future.cancel()])
+
+
+def _record(run: Run) -> Path:
+    return paths.root() / "build" / "runs" / (run.variant or run.profile) / f"{run.name}.json"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,132 @@
+"""One sample alone, by the layer below: what lets a solved sample leave the problem before the others are found.
+
+Once delta_i of the last hidden layer is known, h of the layer below, W_lᵀ delta_i, is known exactly and is this
+sample's alone: phase retrieval finds its mask there at batch sizes far beyond those where the first one works. The mask
+is that of the sample's activations y_i, whose zeros determine it. Subtracting delta_i [y_i; 1]ᵀ leaves the same problem
+with one sample less, on both sides.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from spear.network import exact_step, phase_retrieval
+from spear.network.exact_step import Tolerances
+from spear.network.phase_retrieval import Iterate
+from spear.network.problem import NetworkView
+from spear.network.spaces import Solved, Spaces, complement, misfit, normalise, project
+
+SPARE_ROWS = 10
+
+
+def vectors_below(problem: NetworkView, solved: Solved) -> Float[Tensor, "f m"]:
+    """The solved samples' back-propagated vectors before the layer below's mask, to the scale of their t."""
+    top = problem.last
+    return ((solved.d @ problem.weights[top + 1]) * solved.mask) @ problem.weights[top]
+
+
+def masks_below(
+    h: Float[Tensor, "f m"],
+    basis: Float[Tensor, "m b"],
+    tolerances: Tolerances,
+    *,
+    starts: int = 2,
+    steps: int = 200,
+    generator: Generator,
+) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m"]]:
+    """Phase retrieval with exactly known h: which samples it solved, and their masks (D ∘ h in span of `basis`)."""
+    sample = torch.arange(len(h), device=h.device).repeat(starts)
+    guess = normalise(h)[sample]
+    v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
+    low = basis.float()
+    start = Iterate(guess * (v > 0), guess, v, guess).to(torch.float32)
+    end = phase_retrieval.retrieve_phases(start, low, steps=steps)
+    close = misfit(end.target, low) < tolerances.near
+    sample, guess, mask = sample[close], guess[close], end.target[close] != 0
+    for _ in range(4):
+        u = project(mask * guess, basis)
+        before, mask = mask, (2 * u - guess) * guess > 0
+    sine = (mask * guess - project(mask * guess, basis)).norm(dim=1) / (mask * guess).norm(dim=1).clamp_min(1e-30)
+    good = (before == mask).all(1) & (sine < tolerances.accept)
+    sample, mask = sample[good], mask[good]
+    first = (
+        exact_step.distinct(sample[:, None] == torch.arange(len(h), device=h.device), torch.zeros(len(sample)))
+        if len(sample)
+        else sample
+    )
+    return sample[first], mask[first]
+
+
+def activation_coordinates(
+    spaces: Spaces,
+    solved: Solved,
+    activations: Float[Tensor, "b n"],
+    index: Int[Tensor, " g"],
+    mask: Bool[Tensor, "g n"],
+    tolerances: Tolerances,
+) -> tuple[Bool[Tensor, " g"], Float[Tensor, "g b"]]:
+    """s of the samples `index` of `solved` from the zeros of their activations: which are determined, and s.
+
+    s lies on an affine space, ⟨s, t_k / S⟩ = [k = i] for every solved k: the zeros of Vᵀ s (`activations` is V without
+    its last column) fix the rest by least squares.
+    """
+    if not len(index):
+        return index.bool(), solved.t[:0]
+    scaled = solved.t / spaces.singular
+    dual = torch.linalg.pinv(scaled).T[index]
+    free = complement(spaces, solved)
+    answers, sure = [], []
+    for particular, active in zip(dual, mask, strict=True):
+        zeros = activations[:, ~active]
+        s = particular
+        if free.shape[1] and zeros.shape[1] >= free.shape[1] + SPARE_ROWS:
+            s = particular - free @ torch.linalg.lstsq(zeros.T @ free, zeros.T @ particular, driver="gels").solution
+        y = s @ activations
+        sure.append(bool((s @ zeros).norm() < tolerances.accept * y.norm() and y[active].min() > 0))
+        answers.append(s)
+    return torch.tensor(sure, device=mask.device), torch.stack(answers)
+
+
+def softmax_coordinates(
+    problem: NetworkView, spaces: Spaces, solved: Solved
+) -> tuple[Bool[Tensor, " f"], Float[Tensor, "f b"]]:
+    """With one hidden layer: s of the `solved` samples from their softmax, and which of them that determines.
+
+    For the classes other than the label, log d is the logit up to a constant, and the logits are linear in s where the
+    mask is known: C - 2 equations, for as many unknowns as samples are missing.
+    """
+    free, scaled = complement(spaces, solved), solved.t / spaces.singular
+    s = torch.linalg.pinv(scaled).T
+    if problem.loss != "cross_entropy" or problem.biases[0] is None or not 0 < free.shape[1] < problem.outputs - 3:
+        return torch.zeros(len(s), dtype=torch.bool, device=s.device), s
+    other = (solved.d > 0).to(s)
+    offset = solved.d.clamp_min(1e-300).log() - (0 if problem.biases[-1] is None else problem.biases[-1])
+    linear = (spaces.head * solved.mask[:, None, :]) @ spaces.lift - offset[:, :, None] * spaces.rows[:, -1]
+    mean = (linear * other[:, :, None]).sum(1, keepdim=True) / other.sum(1)[:, None, None]
+    linear = (linear - mean) * other[:, :, None]
+    left, sizes, right = torch.linalg.svd(linear @ free, full_matrices=False)
+    wanted = (linear @ s[:, :, None])[:, :, 0]
+    step = torch.einsum("fkr,fk,fck,fc->fr", right, 1 / sizes.clamp_min(1e-300), left, wanted)
+    s = s - step @ free.T
+    rest = (linear @ s[:, :, None])[:, :, 0].norm(dim=1)
+    error = 10 * rest / sizes.amin(1) / s.norm(dim=1)
+    right_side = (s @ spaces.lift.T * (s @ spaces.rows[:, -1:]) > 0) == solved.mask
+    return right_side.all(1) & (error < 1e-6) & (sizes > 1e-6 * sizes.amax()).all(1), s
+
+
+def deflate(spaces: Spaces, solved: Solved, index: Int[Tensor, " g"], s: Float[Tensor, "g b"]) -> tuple[Spaces, Solved]:
+    """The problem without the samples `index`, whose s are known: smaller spaces, and the other solved ones in them."""
+    core = torch.diag(spaces.singular) - solved.t[index].T @ s
+    left, singular, right = torch.linalg.svd(core)
+    rank = spaces.rank - len(index)
+    left, singular, right = left[:, :rank], singular[:rank], right[:rank]
+    smaller = replace(
+        spaces, basis=spaces.basis @ left, singular=singular, rows=right @ spaces.rows, lift=spaces.lift @ right.T
+    )
+    kept = torch.ones(len(solved), dtype=torch.bool, device=index.device)
+    kept[index] = False
+    rest = solved[kept]
+    norm = (rest.t @ left).norm(dim=1, keepdim=True)
+    return smaller, Solved(rest.t @ left / norm, rest.d / norm, rest.mask)

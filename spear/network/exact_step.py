@@ -1,0 +1,175 @@
+"""The exact step for a fixed mask, and the masks that it settles on."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from spear.network.phase_retrieval import Iterate, retrieve_phases
+from spear.network.spaces import TINY, Solved, Spaces, misfit, normalise
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Outcome of the exact step for each mask: t, d, the sine to span(U) and the next larger one.
+
+    `mask` is what t itself implies, `settled` whether that was the mask it came from. `lever` is |t / S|, by which
+    noise in the gradient turns t out of span(U).
+    """
+
+    t: Float[Tensor, "k b"]
+    d: Float[Tensor, "k outputs"]
+    sine: Float[Tensor, " k"]
+    second: Float[Tensor, " k"]
+    mask: Bool[Tensor, "k m"]
+    settled: Bool[Tensor, " k"]
+    lever: Float[Tensor, " k"]
+
+    def solved(self, index: Tensor) -> Solved:
+        return Solved(self.t[index], self.d[index], self.mask[index])
+
+    def replaced(self, index: Int[Tensor, " j"], other: "Exact") -> "Exact":
+        """The same with the masks `index` as in `other`."""
+        return Exact(*(getattr(self, f.name).index_copy(0, index, getattr(other, f.name)) for f in fields(self)))
+
+    def __getitem__(self, index: Tensor) -> "Exact":
+        return Exact(*(getattr(self, f.name)[index] for f in fields(self)))
+
+
+def solve_mask(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) -> Exact:
+    """For a fixed mask the best (t, d) is a generalised eigenpair: the smallest of (EᵀE - (UᵀE)ᵀ(UᵀE), EᵀE).
+
+    Here E = D ∘ W_outᵀ Z, Z a basis of the possible d. Masks are renewed from the solution until they settle, at most
+    `rounds` times. The largest entry of d, the label's, is negative.
+    """
+    exact = _exact_once(spaces, mask)
+    for _ in range(rounds - 1):
+        left = (~exact.settled).nonzero()[:, 0]
+        if not len(left):
+            break
+        exact = exact.replaced(left, _exact_once(spaces, exact.mask[left]))
+    return exact
+
+
+def _exact_once(spaces: Spaces, mask: Bool[Tensor, "k m"]) -> Exact:
+    heads = spaces.head_space
+    gram, t_all = _normal_equations(spaces.basis, heads, mask)
+    values, d = _smallest(gram, t_all)
+    t = torch.einsum("kcb,kc->kb", t_all, d)
+    u, h = t @ spaces.basis.T, d @ heads.T
+    new = (2 * u - h) * h > 0
+    masked = h * mask
+    sine = (masked - u).norm(dim=1) / masked.norm(dim=1).clamp_min(TINY)  # the eigenvalue is known to rounding only
+    d = d @ spaces.contrasts.T
+    norm = t.norm(dim=1, keepdim=True).clamp_min(TINY) * _sign(d)[:, None]
+    second = values[:, 1].clamp_min(0).sqrt() if values.shape[1] > 1 else torch.ones_like(sine)
+    t, d = t / norm, d / norm
+    return Exact(t, d, sine, second, new, (new == mask).all(1), (t / spaces.singular).norm(dim=1))
+
+
+def _sign(d: Float[Tensor, "k outputs"]) -> Float[Tensor, " k"]:
+    """Orientation that makes the largest entry of d, the label's, negative."""
+    return -torch.sign(d.gather(1, d.abs().argmax(1, keepdim=True))[:, 0])
+
+
+def _normal_equations(
+    basis: Float[Tensor, "m b"], heads: Float[Tensor, "m c"], mask: Bool[Tensor, "k m"]
+) -> tuple[Float[Tensor, "k c c"], Float[Tensor, "k c b"]]:
+    """EᵀE and (UᵀE)ᵀ for E = D ∘ heads: few classes by products of all masks at once, many one mask after the other."""
+    c = heads.shape[1]
+    if c > 32:
+        pairs = [(heads[on].T @ heads[on], heads[on].T @ basis[on]) for on in mask]
+        gram, t = zip(*pairs, strict=True)
+        return torch.stack(gram), torch.stack(t)
+    weight = mask.to(basis.dtype)
+    gram = (weight @ (heads[:, :, None] * heads[:, None, :]).reshape(len(heads), c * c)).reshape(-1, c, c)
+    masked = weight[:, None, :] * heads.T
+    return gram, (masked.reshape(-1, len(heads)) @ basis).reshape(len(mask), c, -1)
+
+
+def _smallest(
+    gram: Float[Tensor, "k c c"], t: Float[Tensor, "k c b"]
+) -> tuple[Float[Tensor, "k two"], Float[Tensor, "k c"]]:
+    """The two smallest eigenvalues of gram - t tᵀ against gram, and the first eigenvector."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    ridge = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    factor = torch.linalg.cholesky(gram + (500 * torch.finfo(gram.dtype).eps * ridge + TINY) * eye)
+    half = torch.linalg.solve_triangular(factor, gram - t @ t.transpose(1, 2), upper=False)
+    full = torch.linalg.solve_triangular(factor, half.transpose(1, 2), upper=False)
+    values, vectors = torch.linalg.eigh((full + full.transpose(1, 2)) / 2)
+    d = torch.linalg.solve_triangular(factor.transpose(1, 2), vectors[:, :, :1], upper=True)[:, :, 0]
+    return values[:, :2], d
+
+
+def distinct(mask: Bool[Tensor, "k m"], order: Float[Tensor, " k"]) -> Int[Tensor, " j"]:
+    """One index for each different mask, smallest `order` first (masks are compared by a random linear hash)."""
+    weights = torch.rand(mask.shape[1], generator=Generator().manual_seed(0), dtype=torch.float64)
+    code = mask.double() @ weights.to(mask.device)
+    ranked = torch.argsort(order)
+    _, inverse = torch.unique(code[ranked], return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), len(code), device=mask.device)
+    first = first.scatter_reduce(0, inverse, torch.arange(len(code), device=mask.device), "amin")
+    return ranked[first.sort()[0]]
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Squared sine under which a target is refined, sine under which a solution is accepted, and its least gap.
+
+    `rough` is the sine under which a solution in single precision is solved again in full precision.
+
+    `noise` is the size of the noise in the gradient, in its unit: the exact step accepts what that explains.
+    """
+
+    near: float = 0.03
+    rough: float = 1e-3
+    accept: float = 1e-7
+    gap: float = 1e3
+    noise: float = 0.0
+
+
+def refine(
+    spaces: Spaces,
+    iterate: Iterate,
+    *,
+    head: Float[Tensor, "m free"] | None,
+    tolerances: Tolerances,
+    rounds: int = 10,
+    steps: int = 50,
+) -> Solved:
+    """Exact steps on every target near span(U); near misses go on from the h that the step found (second stage).
+
+    The steps that settle the masks run in the precision of `iterate`; only what fits there is solved in full precision.
+    """
+    rough, found = spaces.to(iterate.u.dtype), Solved.none(spaces)
+    for stage in range(rounds + 1):
+        distance = misfit(iterate.target, rough.basis)
+        iterate, distance = iterate[distance < tolerances.near], distance[distance < tolerances.near]
+        if not len(distance):
+            break
+        iterate = iterate[distinct(iterate.target != 0, distance)]
+        exact = solve_mask(rough, iterate.target != 0)
+        one = distinct(exact.mask, exact.sine)
+        iterate, exact = iterate[one], exact[one]
+        again = exact.sine < 0.3
+        close = (exact.settled & (exact.sine < tolerances.rough)).nonzero()[:, 0]
+        if len(close):
+            fine = solve_mask(spaces, exact.mask[close])
+            good = accepted(fine, tolerances)
+            found = found.join(fine.solved(good), room=spaces.rank)
+            again[close[good]] = False
+        if stage == rounds or not again.any():
+            break
+        iterate = iterate[again]
+        h = normalise(exact.d[again] @ rough.head)
+        h = h * torch.sign((h * iterate.h).sum(1, keepdim=True))
+        iterate = retrieve_phases(replace(iterate, h=h), rough.basis, steps=steps, head=head)
+    return found
+
+
+def accepted(exact: Exact, tolerances: Tolerances) -> Bool[Tensor, " k"]:
+    """A mask that settled, whose t fits to rounding, and no second t for the same mask (equal masks merge samples)."""
+    limit = (10 * tolerances.noise * exact.lever).clamp(1e-7, 1e-3)
+    apart = exact.second > tolerances.gap * exact.sine.clamp_min(1e-8)
+    return exact.settled & (exact.sine < limit) & apart

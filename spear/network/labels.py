@@ -1,0 +1,130 @@
+"""Samples of unequal weight in the loss: what clipping leaves, or an average over clients of unequal size.
+
+A sample of weight c and input x leaves c delta [x; 1]ᵀ in the first gradient: x -> a x, c -> c / a changes only the
+bias column, and what that does to the softmax. So weights and inputs are told apart by the biases, and only by them.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spear.network.problem import NetworkView, Targets, passes
+
+
+def decode_weighted(
+    problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"], unit: float
+) -> Targets:
+    """One label and one weight for each sample: dLoss/dlogits is weight (a - e), and that fits a single label.
+
+    The counts are weights in units of `unit`. The error is infinite where two labels fit or none, and where unequal
+    weights cannot be told from something else. With two classes any dLoss/dlogits fits some weight, and two images
+    whose masks are equal are one with their mean, exactly; so too, nearly, where a network is sure of all but two
+    classes: hence each sample of a batch of known size must be there. And layers without a bias do not tell the
+    scale of an input from its weight.
+    """
+    told = problem.batch_size == len(errors) and all(b is not None for b in problem.biases)
+    if not told or problem.outputs < (3 if problem.loss == "cross_entropy" else 2):
+        return Targets(errors.new_zeros(len(errors), problem.classes), unit, float("inf"), whole=False)
+    labels = problem.one_hot(torch.arange(problem.classes, device=errors.device))
+    own = activated[:, None] - labels
+    weight = (own * errors[:, None]).sum(2) / own.pow(2).sum(2).clamp_min(1e-300)
+    off = (errors[:, None] - weight[:, :, None] * own).norm(dim=2) / errors.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    off = torch.where(weight > 0, off, float("inf"))
+    ranked, order = off.sort(dim=1)
+    unique = ranked[:, 1] > 1e3 * ranked[:, 0].clamp_min(1e-9)
+    best = order[:, :1]
+    counts = torch.zeros_like(weight).scatter(1, best, weight.gather(1, best) / unit)
+    error = torch.where(unique, ranked[:, 0], float("inf"))
+    return Targets(counts, unit, float(error.max()), whole=False)
+
+
+def bias_system(
+    problem: NetworkView, deltas: tuple[Float[Tensor, "s _m"], ...] | list[Float[Tensor, "s _m"]]
+) -> tuple[Float[Tensor, "s rows"], Float[Tensor, " rows"]]:
+    """D and g of Dᵀ c = g, the bias gradients of all layers side by side: g_l = sum of c_i delta_{l,i}."""
+    pairs = [(d, g) for d, g in zip(deltas, problem.bias_gradients, strict=True) if g is not None]
+    return torch.cat([d for d, _ in pairs], 1), torch.cat([g for _, g in pairs])
+
+
+def reweighed(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) -> Targets:
+    """Weights anew, by least squares on the bias gradients of all layers: (sum D_l D_lᵀ) c = sum D_l dL/dbeta_l.
+
+    Weights that do not agree with the old ones, or are not positive, make the error infinite.
+    """
+    single = (targets.counts > 0).to(inputs)
+    D, g = bias_system(problem, passes(problem, inputs, Targets(single, targets.unit, 0.0)).deltas)
+    if not bool(D.isfinite().all()):
+        return replace(targets, error=float("inf"))
+    copies = torch.linalg.lstsq(D.T, g[:, None]).solution[:, 0]
+    agree = (copies > 0) & ((copies / targets.copies - 1).abs() < problem.accuracy.weight)
+    error = targets.error if bool(agree.all()) else float("inf")
+    return replace(targets, counts=single * copies[:, None], error=error)
+
+
+def decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"]) -> Targets:
+    """Labels and copies of every sample from dLoss/dlogits: k a - errors / unit is a vector of k integer counts.
+
+    Here a is `problem.activate` of the logits. One image may be in the batch several times, with different labels. The
+    batch size is the given one; or the smallest that makes all counts integers which add up to it, or else to less:
+    samples are missing where their gradients are below rounding. Where no whole numbers fit, labels may be smoothed, or
+    each sample has a weight of its own.
+    """
+    rank, known = len(errors), problem.batch_size
+    sizes = [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2)
+    best, partial = None, None
+    for size in sizes:
+        spare = 8 if problem.reduction == "sum" and not known else max(size - rank, 0)
+        counts, off = _counts(errors / problem.unit(size), activated, spare + 1)
+        excess = float(counts.sum()) - (size if known or problem.reduction == "mean" else float(counts.sum()))
+        targets = Targets(counts, problem.unit(size), off + max(excess, 0.0))
+        if targets.error < 1e-4 and excess == 0:
+            return targets
+        partial = targets if partial is None and targets.error < 1e-4 else partial
+        best = targets if best is None or targets.error < best.error else best
+    if partial is not None:
+        return partial
+    unit = problem.unit(known or rank)
+    if problem.loss == "cross_entropy":
+        best = min(best, _smoothed(errors, activated, unit), key=lambda t: t.error)
+    if best.error < 1e-4:
+        return best
+    return min(best, decode_weighted(problem, errors, activated, unit), key=lambda t: t.error)
+
+
+def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "s classes"], unit: float) -> Targets:
+    """Single copies with label smoothing: p - errors / unit is the same small value off the label, in every sample.
+
+    A value off the label that reaches the label's own is no label, and fewer than four values are no evidence that they
+    are even (one image with two labels looks like that): the error is then infinite.
+    """
+    raw = probabilities - errors / unit
+    label = raw.argmax(1, keepdim=True)
+    off = torch.ones_like(raw).scatter(1, label, 0) > 0
+    counts = torch.full_like(raw, raw[off].median().clamp_min(0))
+    counts.scatter_(1, label, 1 - (raw.shape[1] - 1) * counts[:, :1])
+    even = raw.shape[0] * (raw.shape[1] - 1) >= 4
+    even &= bool((counts.amax(1) > counts.amin(1)).all() and (counts.argmax(1, keepdim=True) == label).all())
+    return Targets(counts, unit, float((raw - counts).abs().max()) if even else float("inf"))
+
+
+def _counts(
+    errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"], most: int
+) -> tuple[Float[Tensor, "s classes"], float]:
+    """Per sample the smallest k up to `most` whose counts are integers, or nearest to that; the largest distance.
+
+    With one output, the count of the label 1 is read off, and that of 0 is the rest.
+    """
+    k = torch.arange(1, most + 1, dtype=activated.dtype, device=activated.device)[:, None, None]
+    raw = k * activated - errors
+    counts = raw.round().clamp_min(0)
+    if raw.shape[2] == 1:
+        counts = counts.minimum(k)
+    off = (raw - counts).abs().amax(2)
+    counts = torch.cat([k - counts, counts], 2) if raw.shape[2] == 1 else counts
+    off = off + (counts.sum(2) - k[:, :, 0]).abs()
+    fine = off < 1e-4
+    best = torch.where(fine.any(0), fine.double().argmax(0), off.argmin(0))
+    sample = torch.arange(len(errors), device=errors.device)
+    return counts[best, sample], float(off[best, sample].max())

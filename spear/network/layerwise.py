@@ -1,0 +1,143 @@
+"""From gradient directions down to inputs: labels, one least squares a layer, and what certifies the samples."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spear.network.deflation import SPARE_ROWS
+from spear.network.labels import decode
+from spear.network.problem import NetworkView, Targets
+from spear.published.lowrank import LowRank
+
+PositiveRule = Callable[[Tensor], Tensor]
+
+
+def solve(deltas: Float[Tensor, "s m"], total: Float[Tensor, "m n"]) -> Float[Tensor, "s n"]:
+    """The inputs whose outer products with `deltas` sum to the gradient `total`, by least squares.
+
+    Dependent `deltas` give values that are not finite, which no check passes.
+    """
+    basis, triangle = torch.linalg.qr(deltas.T)
+    return torch.linalg.solve_triangular(triangle, basis.T @ total, upper=True)
+
+
+def activations(
+    problem: NetworkView, rows: Float[Tensor, "s in1"], mask: Bool[Tensor, "s m"], d: Float[Tensor, "s outputs"]
+):
+    """Split rows = scale * [y; 1] of the last hidden layer into y (s, in) and scale (s,).
+
+    Without a bias the scale follows from the softmax: for the classes other than the label, log d - beta_out is
+    the logit up to a constant, and the logits are linear in y.
+    """
+    k = problem.last
+    if problem.biases[k] is not None:
+        return rows[:, :-1] / rows[:, -1:], rows[:, -1]
+    outputs = (rows @ problem.weights[k].T * mask) @ problem.weights[k + 1].T
+    offset = 0 if problem.biases[k + 1] is None else problem.biases[k + 1]
+    logits = d.clamp_min(1e-300).log() - offset
+    other = d > 0
+    centre = lambda x: (x - (x * other).sum(1, keepdim=True) / other.sum(1, keepdim=True)) * other  # noqa: E731
+    scale = centre(outputs).pow(2).sum(1) / (centre(outputs) * centre(logits)).sum(1)
+    return rows / scale[:, None], scale
+
+
+def descend(
+    problem: NetworkView,
+    rows: Float[Tensor, "s in1"],
+    mask: Bool[Tensor, "s m"],
+    d: Float[Tensor, "s outputs"],
+    *,
+    positive: PositiveRule,
+    spans: Sequence[Float[Tensor, "_out _rank"]] | None = None,
+) -> tuple[Float[Tensor, "s n"], Targets]:
+    """From all samples' [y; 1] (up to scale), masks and d at the last hidden layer to inputs and labels.
+
+    One least squares a layer: the gradient of a layer is the back-propagated vectors times its inputs.
+    `positive` tells the positive activations from the rounding around zero. With `spans`, orthonormal bases of the
+    column spaces of the gradients, masks are corrected until the back-propagated vectors lie in them.
+    """
+    top = problem.last
+    y, scale = activations(problem, rows, mask, d)
+    mask = without_mistakes(problem, y, mask, d)
+    logits = lambda y: problem.apply(top + 1, problem.apply(top, y) * mask)  # noqa: E731
+    errors, shift = d * scale[:, None], float("inf")
+    targets = replace(decode(problem, errors, problem.activate(logits(y))), measured=errors)
+    for _ in range(4):
+        renewed = targets.errors(problem.activate(logits(y)))
+        y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.augmented(top))[:, : y.shape[1]]
+        last, shift = shift, float(((y_new - y).norm(dim=1) / y.norm(dim=1)).max())
+        if shift > last / 2 or shift < 1e-13:
+            break
+        y, errors = y_new, renewed
+    deltas = (errors @ problem.weights[top + 1]) * mask
+    for k in range(top - 1, -1, -1):
+        h = deltas @ problem.weights[k + 1]
+        deltas = h * (positive(y) if spans is None else corrected(positive(y), h, spans[k]))
+        y = solve(deltas, problem.augmented(k))[:, : problem.weights[k].shape[1]]
+    return y, targets
+
+
+def without_mistakes(
+    problem: NetworkView, y: Float[Tensor, "s in1"], mask: Bool[Tensor, "s m"], d: Float[Tensor, "s outputs"]
+) -> Bool[Tensor, "s m"]:
+    """The masks at the last hidden layer, the pre-activation deciding where h_j is too small for u_j to tell 0 from it.
+
+    Among thousands of units some h_j happens to be as small as the rounding of the directions.
+    """
+    h = d @ problem.weights[problem.last + 1]
+    faint = h.abs() < problem.accuracy.faint * h.pow(2).mean(1, keepdim=True).sqrt()
+    return torch.where(faint, problem.apply(problem.last, y) > 0, mask)
+
+
+def corrected(
+    mask: Bool[Tensor, "s m"], h: Float[Tensor, "s m"], span: Float[Tensor, "m r"], *, rounds: int = 4
+) -> Bool[Tensor, "s m"]:
+    """Masks near `mask` whose D ∘ h lie nearest to the span: what its projection says of each entry, 0 or h_j."""
+    best, least = mask, torch.full_like(h[:, 0], float("inf"))
+    for _ in range(rounds):
+        u = mask * h
+        inside = u @ span @ span.T
+        sine = (u - inside).norm(dim=1) / u.norm(dim=1).clamp_min(1e-300)
+        best = torch.where((sine < least)[:, None], mask, best)
+        least, mask = torch.minimum(sine, least), (2 * inside - h) * h > 0
+    return best
+
+
+def above_noise(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
+    """Which recovered activations are positive: above four times the most negative entry, a measure of the noise."""
+    return y > 4 * torch.maximum(-y.amin(1), 1e-15 * y.amax(1))[:, None]
+
+
+def above_gap(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
+    """Which recovered activations are positive: above the widest gap (as a ratio) in each sample's sorted entries.
+
+    For weak samples, whose zeros carry a trace of other samples' activations, all of one sign.
+    """
+    floor = torch.maximum(-y.amin(1), 1e-15 * y.amax(1))[:, None].clamp_min(1e-300)
+    ranked = y.clamp_min(floor).sort(dim=1)[0]
+    below = (ranked[:, 1:] / ranked[:, :-1]).argmax(1, keepdim=True)
+    return y > ranked.gather(1, below)
+
+
+def down(
+    problem: NetworkView, lows: list[LowRank], y: Float[Tensor, "s m"]
+) -> tuple[Float[Tensor, "s n"], Bool[Tensor, " s"]]:
+    """From each sample's own activations at the last hidden layer's input to its input; which of them are determined.
+
+    On its active units a sample's pre-activations are known, and they determine its place in the row space below,
+    as long as more units are active than the rank.
+    """
+    determined = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    for k in range(problem.last - 1, -1, -1):
+        rows = lows[k].R / lows[k].R.norm(dim=1, keepdim=True)
+        lift = problem.affine(k) @ rows.T
+        active = above_gap(y)
+        determined &= active.sum(1) >= len(rows) + SPARE_ROWS
+        s = torch.stack(
+            [torch.linalg.lstsq(lift[on], z[on], driver="gelsd").solution for on, z in zip(active, y, strict=True)]
+        )
+        y = (s @ rows)[:, : problem.weights[k].shape[1]]
+    return y, determined

@@ -1,0 +1,76 @@
+"""Many classes: where the space of all h is too large for the width, each class keeps one h, made exact at the end.
+
+With C - 1 + b directions in m dimensions every mask fits some h, so the exact step says nothing. But the more classes,
+the smaller each probability, and the better is h known from the class alone: from the mean softmax of the batch, which
+the output bias gradient discloses. All samples found, each one's own softmax follows from its activations, h from that,
+and so on: the error shrinks by a constant factor a round.
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spear.network.layerwise import activations, solve
+from spear.network.phase_retrieval import Iterate
+from spear.network.problem import NetworkView
+from spear.network.spaces import TINY, Solved, Spaces, misfit, normalise, project
+
+NEAR = 0.1  # the sine to span(U) under which a mask is taken, its h known to a per cent or two
+
+
+def too_many(problem: NetworkView, spaces: Spaces, margin: int) -> bool:
+    """Whether h must be restricted: the live units are fewer than the unknowns of one sample and all classes."""
+    live = int((spaces.basis.norm(dim=1) > 1e-9).sum())
+    return problem.loss == "cross_entropy" and live < spaces.rank + problem.outputs + margin
+
+
+def mean_softmax(problem: NetworkView, prior: Float[Tensor, " classes"], rank: int) -> Float[Tensor, " classes"]:
+    """The batch's mean softmax: the output bias gradient is that minus the share of each label, a multiple of 1 / b."""
+    if problem.bias_gradients[-1] is None:
+        return prior
+    size = problem.batch_size or rank
+    gradient = problem.bias_gradients[-1] / problem.unit(size)
+    return ((gradient + (size * prior - gradient).round()) / size).clamp_min(1e-300)
+
+
+def settle(
+    spaces: Spaces, end: Iterate, labels: Int[Tensor, " k"], p: Float[Tensor, " classes"], problem: NetworkView
+) -> Solved:
+    """The directions near which a search ended, with the h of the guessed class: masks by what projection says."""
+    d = p - problem.one_hot(labels)
+    h, mask = d @ spaces.head, end.target != 0
+    for _ in range(4):
+        before, mask = mask, (2 * project(mask * h, spaces.basis) - h) * h > 0
+    sine = misfit(normalise(mask * h), spaces.basis).clamp_min(0).sqrt()
+    good = (before == mask).all(1) & (sine < NEAR)
+    found = directions(spaces, h[good], d[good], mask[good])
+    return Solved.none(spaces).join(found[sine[good].argsort()], room=spaces.rank, cosine=1 - 1e-2)
+
+
+def directions(
+    spaces: Spaces, h: Float[Tensor, "k m"], d: Float[Tensor, "k classes"], mask: Bool[Tensor, "k m"]
+) -> Solved:
+    """D ∘ h in the coordinates of U, and d to the same scale."""
+    t = (mask * h) @ spaces.basis
+    norm = t.norm(dim=1, keepdim=True).clamp_min(TINY)
+    return Solved(t / norm, d / norm, mask)
+
+
+def sharpen(problem: NetworkView, spaces: Spaces, solved: Solved, *, rounds: int = 40) -> Solved:
+    """Directions made exact once all are there: activations, softmax, h and mask of each in turn, until they settle.
+
+    A unit counts as active by its pre-activation and by the projection of D ∘ h: few are near zero in both.
+    """
+    wanted, change = problem.one_hot(solved.labels), float("inf")
+    for _ in range(rounds):
+        rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
+        y, _ = activations(problem, rows, solved.mask, solved.d)
+        z = problem.apply(problem.last, y)
+        d = problem.activate(problem.apply(problem.last + 1, z.relu())) - wanted
+        h = d @ spaces.head
+        inside, unit = project(solved.mask * h, spaces.basis), normalise(z)
+        mask = (2 * inside - h) * h / h.pow(2).sum(1, keepdim=True) + unit * unit.abs() > 0
+        before, solved = solved, directions(spaces, h, d, mask)
+        last, change = change, float((solved.t - before.t).norm())
+        if not change < last or change < 1e-14:
+            break
+    return solved

@@ -1,0 +1,136 @@
+"""Phase retrieval at the last hidden layer: each sample's gradient is 0 or h_j in every entry, and h is nearly known.
+
+    [dL/dW | dL/dbeta] = sum_i delta_i [y_i; 1]ᵀ = U S V      delta_i = U t_i = D_i ∘ h_i      [y_i; 1] = Vᵀ s_i
+
+with ⟨s_k, t_i / S⟩ = [k = i], so that solved t_i confine the remaining s_k. h_i = W_outᵀ d_i lies in a space of
+C - 1 dimensions (d_i = p_i - e_c sums to zero), and in a fresh network it is known to a few per cent once the class
+is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, outputs).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spear.network.spaces import TINY, Evened, misfit, project, quick
+
+EVERY = 5  # steps after which starts are looked at
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """A batch of starts: u towards span(U), h the guessed back-propagated vector, v the pre-activations' partner."""
+
+    u: Float[Tensor, "k m"]
+    h: Float[Tensor, "k m"]
+    v: Float[Tensor, "k m"]
+    target: Float[Tensor, "k m"]
+
+    def __getitem__(self, index: Tensor) -> "Iterate":
+        return Iterate(self.u[index], self.h[index], self.v[index], self.target[index])
+
+    def to(self, dtype: torch.dtype) -> "Iterate":
+        return Iterate(*(x.to(dtype) for x in (self.u, self.h, self.v, self.target)))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Iterate"]) -> "Iterate":
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("u", "h", "v", "target")))
+
+
+def retrieve_phases(
+    iterate: Iterate,
+    basis: Float[Tensor, "m b"],
+    *,
+    steps: int,
+    partner: Float[Tensor, "m r"] | None = None,
+    weight: float = 1.0,
+    head: Float[Tensor, "m free"] | None = None,
+    relaxation: float = 0.5,
+    near: float = 0.0,
+    evened: Evened | None = None,
+    lean: Float[Tensor, " m"] | None = None,
+    until: float = math.inf,
+) -> Iterate:
+    """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
+
+    With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
+    that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Norms of h and
+    v are kept at 1. With `evened`, made for these starts, span(U) is projected on with weights on the units. The
+    returned `target` is u's last value among {0, h_j}. A positive `lean` (`leaning`) is evidence that a unit is active,
+    which counts most where h_j is small.
+
+    A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
+    halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
+    target vanished ends too, and all when the clock (`time.perf_counter`) shows `until`.
+    """
+    basis, partner = quick(basis), None if partner is None else quick(partner)
+    number = torch.arange(len(iterate.u), device=basis.device)
+    before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
+    for done in range(0, steps, EVERY):
+        if not len(number) or time.perf_counter() > until:
+            break
+        iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation, evened, lean)
+        if near:
+            fit = misfit(iterate.target, basis)
+            over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
+            ends.append(iterate[over])
+            order.append(number[over])
+            iterate, number, before = iterate[~over], number[~over], fit[~over]
+            evened = evened[~over] if evened else None
+    return Iterate.joined([*ends, iterate])[torch.cat([*order, number]).argsort()]
+
+
+def relax(
+    iterate: Iterate,
+    basis: Float[Tensor, "m b"],
+    steps: int,
+    partner: Float[Tensor, "m r"] | None,
+    weight: float,
+    head: Float[Tensor, "m free"] | None,
+    relaxation: float,
+    evened: Evened | None,
+    lean: Float[Tensor, " m"] | None,
+) -> Iterate:
+    """The steps of `retrieve_phases`. A sign makes the choices between two values: comparisons are slow at this size."""
+    u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
+    push = None if lean is None else lean * h.abs() * h.shape[1] ** -0.5
+    for _ in range(steps):
+        pu = evened.project(u, basis) if evened else project(u, basis)
+        ru = torch.lerp(u, pu, 2.0)
+        if head is None:
+            x, evidence = h, ru.mul(2).sub_(h).mul_(h)
+        else:
+            ph = project(h, head)
+            rh = torch.lerp(h, ph, 2.0)
+            x, evidence = (ru + rh) / 2, ru * ru - (ru - rh) ** 2 / 2
+        if push is not None:
+            evidence.add_(push)
+        if partner is not None:
+            pv = project(v, partner)
+            rv = torch.lerp(v, pv, 2.0)
+            size = rv.abs()
+            evidence.addcmul_(rv, size, value=weight)
+        sign = evidence.sign_()  # 1 where active, -1 where not
+        target = torch.addcmul(x, x, sign).mul_(0.5)
+        u.add_(target, alpha=relaxation).sub_(pu, alpha=relaxation)
+        if partner is not None:
+            v.add_(size.mul_(sign).add_(rv), alpha=relaxation / 2).sub_(pv, alpha=relaxation)
+            v.div_(v.norm(dim=1, keepdim=True).clamp_min_(TINY))
+        if head is not None:
+            h = h + relaxation * (target + (rh - rh * sign) / 2 - ph)
+            scale = h.norm(dim=1, keepdim=True).clamp_min(TINY)
+            u, h, target = u.div_(scale), h / scale, target / scale
+    return Iterate(u, h, v, target)
+
+
+def search_evened(
+    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], *, steps: int, **options: float | Tensor
+) -> Iterate:
+    """`retrieve_phases` with rows evened out: each start's h is that of its label; options as there."""
+    order = labels.argsort()
+    evened = Evened.of(labels[order], iterate.h[order], basis)
+    return retrieve_phases(iterate[order], basis, steps=steps, evened=evened, **options)[order.argsort()]

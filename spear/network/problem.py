@@ -1,0 +1,221 @@
+"""The network as the server sees it: linear layers with ReLU between them, and the gradient that it received of each.
+
+Samples are rows: activations (s, n), back-propagated vectors (s, m).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from spear.accuracy import Accuracy
+from spear.federated.received import check_gradients, compute_device, input_shape, rounding_unit
+from spear.federated.update import SharedUpdate
+from spear.models.tracing import chain
+from spear.published.lowrank import LowRank, decompose
+
+
+@dataclass(frozen=True)
+class NetworkView:
+    """What the server knows: a chain of linear layers with ReLU between them, and the gradient of each.
+
+    `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
+    `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
+    `precision` is the unit roundoff of the gradients as they were sent, relative to them (they are held in float64),
+    `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`.
+    """
+
+    weights: tuple[Float[Tensor, "_out _in"], ...]
+    biases: tuple[Float[Tensor, " _out"] | None, ...]
+    weight_gradients: tuple[Float[Tensor, "_out _in"], ...]
+    bias_gradients: tuple[Float[Tensor, " _out"] | None, ...]
+    batch_size: int | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+    precision: float = 2.0**-53
+    input_shape: tuple[int, ...] | None = None
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if len(self.weights) < 2:
+            raise ValueError(f"the network method needs a hidden layer; the chain has {len(self.weights)} linear layer")
+        for k, (w, g) in enumerate(zip(self.weights, self.weight_gradients, strict=True)):
+            if w.shape != g.shape:
+                raise ValueError(f"layer {k + 1}: weight {tuple(w.shape)} but gradient {tuple(g.shape)}")
+            if k and w.shape[1] != self.weights[k - 1].shape[0]:
+                below = self.weights[k - 1].shape[0]
+                raise ValueError(f"layer {k + 1} takes {w.shape[1]} inputs; the layer below has {below} outputs")
+        for k, (b, g) in enumerate(zip(self.biases, self.bias_gradients, strict=True)):
+            if (b is None) != (g is None):
+                raise ValueError(f"layer {k + 1}: a bias needs its gradient, and a bias gradient its bias")
+
+    @property
+    def last(self) -> int:
+        """Index of the last hidden layer."""
+        return len(self.weights) - 2
+
+    @property
+    def outputs(self) -> int:
+        return self.weights[-1].shape[0]
+
+    @property
+    def classes(self) -> int:
+        """How many labels there are: one for each output, two where there is one output."""
+        return max(self.outputs, 2)
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """What the rounding of the gradients lets be asked of samples."""
+        return Accuracy.of(2 * self.precision)
+
+    def unit(self, size: int) -> float:
+        """dLoss/dlogits of one copy of a sample over (`activate(logits)` - one-hot label), in a batch of `size`."""
+        one = 2.0 if self.loss == "squared_error" else 1.0
+        outputs = 1 if self.loss == "cross_entropy" else self.outputs
+        return one if self.reduction == "sum" else one / (size * outputs)
+
+    def activate(self, logits: Float[Tensor, "*s outputs"]) -> Float[Tensor, "*s outputs"]:
+        """What the loss compares with the one-hot label: softmax, sigmoid, or the outputs themselves."""
+        if self.loss == "squared_error":
+            return logits
+        return logits.softmax(-1) if self.loss == "cross_entropy" else logits.sigmoid()
+
+    def one_hot(self, labels: Int[Tensor, " s"]) -> Float[Tensor, "s outputs"]:
+        """The outputs that the loss wants for these labels."""
+        return F.one_hot(labels, self.classes)[:, -self.outputs :].to(self.weights[-1])
+
+    def augmented(self, k: int) -> Float[Tensor, "out in1"]:
+        """[dL/dW_k | dL/dbeta_k] = sum_i delta_i [input_i; 1]ᵀ, without the last column where there is no bias."""
+        return (
+            self.weight_gradients[k]
+            if self.biases[k] is None
+            else join(self.weight_gradients[k], self.bias_gradients[k])
+        )
+
+    def factors(self, k: int, rank: int | None = None) -> LowRank:
+        """The factorised gradient of layer k, its rank counted down to the rounding with which it was sent."""
+        return decompose(self.augmented(k), rank, eps=2 * self.precision, expected=self.batch_size or 0)
+
+    def affine(self, k: int) -> Float[Tensor, "out in1"]:
+        """[W_k | beta_k], the map from [input; 1] to pre-activations, in the columns of `augmented(k)`."""
+        return self.weights[k] if self.biases[k] is None else join(self.weights[k], self.biases[k])
+
+    def extend(self, k: int, inputs: Float[Tensor, "s in"]) -> Float[Tensor, "s in1"]:
+        """[input; 1], or the input alone where layer k has no bias."""
+        return inputs if self.biases[k] is None else torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+
+    def apply(self, k: int, inputs: Float[Tensor, "s in"]) -> Float[Tensor, "s out"]:
+        """Pre-activations of layer k."""
+        z = inputs @ self.weights[k].T
+        return z if self.biases[k] is None else z + self.biases[k]
+
+
+def join(matrix: Float[Tensor, "m n"], column: Float[Tensor, " m"]) -> Float[Tensor, "m n1"]:
+    return torch.cat([matrix, column[:, None]], 1)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward and backward pass of candidates: layer k has `inputs[k]` (s, m_{k-1}) and `deltas[k]` (s, m_k)."""
+
+    inputs: tuple[Float[Tensor, "s _in"], ...]
+    deltas: tuple[Float[Tensor, "s _out"], ...]
+
+
+def forward(
+    problem: NetworkView, inputs: Float[Tensor, "s n"]
+) -> tuple[list[Float[Tensor, "s _in"]], Float[Tensor, "s outputs"]]:
+    """Inputs of every layer, and the logits."""
+    states = [inputs]
+    for k in range(problem.last + 1):
+        states.append(problem.apply(k, states[-1]).relu())
+    return states, problem.apply(problem.last + 1, states[-1])
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Who is in the batch: `counts[i]` (classes,) says how often sample i bears each label.
+
+    `unit` is one copy's weight in the loss (`NetworkView.unit`), `error` how far the counts were from integers before
+    they were rounded. `measured`, where it is given, is dLoss/dlogits as the gradient shows it: it stands in for that of a
+    weak sample whose input is not known well enough to compute it. `whole` says that counts are whole numbers of
+    copies; else every sample has one label, its count the sample's weight in units of `unit`.
+    """
+
+    counts: Float[Tensor, "s classes"]
+    unit: float
+    error: float
+    measured: Float[Tensor, "s outputs"] | None = None
+    whole: bool = True
+
+    @property
+    def copies(self) -> Float[Tensor, " s"]:
+        return self.counts.sum(1)
+
+    def errors(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
+        """dLoss/dlogits of each sample, its copies added up, from `NetworkView.activate` of its logits."""
+        own = self._own(activated)
+        return own if self.measured is None else torch.where(self.agree(activated)[:, None], own, self.measured)
+
+    def agree(self, activated: Float[Tensor, "s outputs"]) -> Bool[Tensor, " s"]:
+        """Whose dLoss/dlogits is, to a per cent, what the gradient shows."""
+        if self.measured is None:
+            return torch.ones(len(activated), dtype=torch.bool, device=activated.device)
+        return (self._own(activated) - self.measured).norm(dim=1) < 0.01 * self.measured.norm(dim=1)
+
+    def _own(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
+        return self.unit * (self.copies[:, None] * activated - self.counts[:, -activated.shape[1] :])
+
+    def __getitem__(self, index: Tensor) -> "Targets":
+        measured = None if self.measured is None else self.measured[index]
+        return replace(self, counts=self.counts[index], measured=measured)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def passes(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) -> Passes:
+    """Every layer's inputs and back-propagated vectors, for the loss of the samples with their labels."""
+    states, logits = forward(problem, inputs)
+    deltas = [targets.errors(problem.activate(logits))]
+    for k in range(problem.last, -1, -1):
+        deltas.insert(0, (deltas[0] @ problem.weights[k + 1]) * (states[k + 1] > 0))
+    return Passes(tuple(states), tuple(deltas))
+
+
+def open_network(
+    model: nn.Module,
+    update: SharedUpdate,
+    *,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+) -> NetworkView:
+    """The chain behind a model, with the update's gradients: float64 on `device`, or on the CPU where that has none.
+
+    Raises `ValueError` for a model that is not such a chain, and as `spear.attack` does for gradients that do not fit.
+    """
+    layers, gradients, device = chain(model), check_gradients(model, update), compute_device(device)
+
+    def received(name: str) -> Tensor:
+        if name not in gradients:
+            raise ValueError(f"the network method needs every layer's gradient; the update has none for {name}")
+        return gradients[name].to(device, torch.float64)
+
+    biased = [layer.linear.bias is not None for layer in layers]
+    precision = rounding_unit(model, update) / 2
+    return NetworkView(
+        tuple(layer.linear.weight.detach().to(device, torch.float64) for layer in layers),
+        tuple(
+            layer.linear.bias.detach().to(device, torch.float64) if has else None
+            for layer, has in zip(layers, biased, strict=True)
+        ),
+        tuple(received(f"{layer.name}.weight") for layer in layers),
+        tuple(received(f"{layer.name}.bias") if has else None for layer, has in zip(layers, biased, strict=True)),
+        batch_size or update.count,
+        update.reduction,
+        precision,
+        input_shape(layers[0].name, layers[0].linear.in_features, update),
+        update.loss,
+    )

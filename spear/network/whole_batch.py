@@ -1,0 +1,146 @@
+"""The attack that uses every layer: phase retrieval at the last hidden layer, least squares down, a certificate."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+
+from spear.network import many_classes
+from spear.network.check import judge
+from spear.network.layerwise import PositiveRule, above_gap, above_noise, activations, descend, solve
+from spear.network.one_by_one import conclude_partly
+from spear.network.phase_search import PhaseSearch
+from spear.network.problem import NetworkView, Targets, passes
+from spear.network.recovery import Budget, Recovery, Stats, figures, nothing, searched
+from spear.network.spaces import Solved, Spaces, contrasts, normalise
+from spear.published.lowrank import MIN_GAP, LowRank
+
+MARGIN = 8
+
+
+def recover(
+    problem: NetworkView,
+    *,
+    rank: int | None = None,
+    budget: Budget = Budget(),
+    generator: Generator | None = None,
+    progress: Callable[[Stats], None] | None = None,
+) -> Recovery:
+    """Recover the whole batch from the gradients of a fully connected ReLU network.
+
+    `rank` is the number of distinct samples, found from the gradient of the last hidden layer where it is not given.
+    `progress` receives the figures so far after every round. Nothing is returned unless it is certified:
+    an exhausted budget gives an incomplete result and its reason.
+
+    Raises `ValueError` for a gradient that is zero.
+    """
+    begin = time.perf_counter()
+    generator = generator or Generator().manual_seed(0)
+    low = problem.factors(problem.last, rank)
+    spaces = open_spaces(problem, low.L, low.R)
+    refusal = _refusal(problem, spaces, low)
+    restricted = many_classes.too_many(problem, spaces, MARGIN)
+    run = PhaseSearch(problem, spaces, low.noise, generator, restricted=restricted)
+    run.until = begin + budget.seconds
+    while refusal is None and run.left:
+        run.round()
+        stats = figures(run, low, begin)
+        if progress:
+            progress(stats)
+        if stats.seconds > budget.seconds or run.starts >= budget.starts or run.idle >= budget.idle:
+            break
+        if run.idle == 2 and blurred(problem, run):
+            break
+    stats = figures(run, low, begin)
+    result = nothing(problem, refusal or searched(stats), stats)
+    if refusal is None and len(run.found):
+        solved = many_classes.sharpen(problem, spaces, run.found) if restricted and not run.left else run.found
+        whole = conclude(problem, spaces, solved, stats)
+        result = _more(whole, result) if run.left else whole
+    if refusal or len(result.inputs) < max(stats.found, 1):
+        # Mixtures of samples whose masks resemble each other pass for samples: begin at the other end too.
+        result = _more(conclude_partly(problem, run, stats, refusal, budget), result)
+    return replace(result, stats=replace(result.stats, seconds=time.perf_counter() - begin))
+
+
+def _more(first: Recovery, second: Recovery) -> Recovery:
+    """The result with more samples, in doubt the second."""
+    return first if len(first.inputs) > len(second.inputs) else second
+
+
+def blurred(problem: NetworkView, run: PhaseSearch) -> bool:
+    """Whether the last hidden layer no longer tells all samples apart: its gradient has less rank than the first."""
+    return problem.last > 0 and problem.factors(0).rank > run.whole.rank
+
+
+def open_spaces(problem: NetworkView, L: Float[Tensor, "m b"], R: Float[Tensor, "b n1"]) -> Spaces:
+    """The spaces of the last hidden layer from its factorised gradient L R."""
+    singular = R.norm(dim=1)
+    rows = R / singular[:, None]
+    lift = problem.affine(problem.last) @ rows.T
+    return Spaces(L, singular, rows, lift, problem.weights[-1], contrasts(problem.outputs, problem.loss, L))
+
+
+def _refusal(problem: NetworkView, spaces: Spaces, low: LowRank) -> str | None:
+    """Why the search cannot be trusted to say anything, or `None`."""
+    widths = [len(w) for w in problem.weights[:-1]]
+    rank, live = spaces.rank, int((spaces.basis.norm(dim=1) > 1e-9).sum())
+    if problem.batch_size and rank > 2 * problem.batch_size and low.gap < MIN_GAP:
+        return f"rank {rank} without a gap from a batch of {problem.batch_size}: there is noise on the gradient"
+    if rank == min(problem.augmented(problem.last).shape) and low.gap < MIN_GAP:
+        least = f"the last of {rank} is {low.smallest / low.largest:.0e} of the first"
+        where = f"no gap in the singular values of the last hidden layer's gradient: {least}"
+        return f"{where}: a batch too large for width {widths[-1]}, or noise on the gradient"
+    if min(widths) < rank + MARGIN:
+        k = widths.index(min(widths))
+        needed = f"every hidden layer at least {rank + MARGIN} wide"
+        return f"a batch of rank {rank} needs {needed}; layer {k + 1} has {widths[k]}"
+    if live < rank + (2 if problem.loss == "cross_entropy" else problem.outputs) + MARGIN:
+        return f"a batch of rank {rank} leaves too few live units in the last hidden layer: {live}"
+    if problem.biases[problem.last] is None and problem.loss != "cross_entropy":
+        return f"without biases the scale of an image shows in the softmax alone; the loss is {problem.loss}"
+    return None
+
+
+def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, stats: Stats) -> Recovery:
+    """From all directions to samples: certified where they explain every layer's gradient."""
+    rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
+    sane = plausible(problem, rows, solved)
+    rows, solved, best = rows[sane], solved[sane], None
+    for positive, spans in masks_by(problem) if len(solved) else ():
+        inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
+        result = judge(problem, inputs, targets, stats)
+        if not result.complete:
+            same = consistent(problem, spaces, solved, inputs, targets)
+            result = _more(judge(problem, inputs[same], targets[same], stats), result) if same.any() else result
+        if result.complete:
+            return result
+        best = _more(result, best) if best else result
+    return best or nothing(problem, searched(stats), stats)
+
+
+def masks_by(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:
+    """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients."""
+    yield above_gap, None
+    if problem.last:
+        yield above_noise, None
+        yield above_gap, [problem.factors(k).L for k in range(problem.last)]
+
+
+def plausible(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved) -> Bool[Tensor, " s"]:
+    """Whose dLoss/dlogits is no larger than its loss can make it: a direction of mere noise has any size."""
+    if problem.loss == "squared_error":
+        return rows.isfinite().all(1)
+    scale = activations(problem, rows, solved.mask, solved.d)[1]
+    copies = 1 if problem.reduction == "mean" else problem.batch_size or 2 * len(rows)
+    return (solved.d * scale[:, None]).abs().amax(1) < 1.01 * problem.unit(1) * copies
+
+
+def consistent(
+    problem: NetworkView, spaces: Spaces, solved: Solved, inputs: Float[Tensor, "s n"], targets: Targets
+) -> Bool[Tensor, " s"]:
+    """Whose own backward pass points along the direction found: not so where that was too weak to lead to an input."""
+    own = normalise(passes(problem, inputs, targets).deltas[problem.last] @ spaces.basis)
+    return (own * solved.t).sum(1).abs() > 0.999

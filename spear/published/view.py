@@ -1,0 +1,151 @@
+"""The server's view of one layer, checked and decomposed: what every attack on a layer begins with."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spear.federated.received import Widened, check_gradients, compute_device, input_shape, rounding_unit
+from spear.federated.update import SharedUpdate
+from spear.models.streaming import Blocks, Streamed, streamed
+from spear.models.tracing import Layer, find_layer
+from spear.published.lowrank import LowRank, decompose, rank_under_noise
+
+MOST_UNDER_NOISE = 0.4  # of the smaller side: the share of a gradient's singular values that may rise above noise
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the server sees of one layer, in the coordinates of its gradient's column space.
+
+    G = L Q for the unknown Q (b, b), X^T = Q^-1 R and Z = B Q^-T with B = W R^T + beta d^T. `d` = L^T dL/dbeta = Q 1
+    fixes the scale of every column; it is `None` where the layer has no bias, and each column of Q stays free up to a
+    positive factor. An entry of a column of G counts as zero under `tolerance` times the column's largest entry.
+    """
+
+    L: Float[Tensor, "m b"]
+    R: Float[Tensor, "b n"]
+    B: Float[Tensor, "m b"]
+    d: Float[Tensor, " b"] | None
+    tolerance: float = 1e-7
+
+    def alive(self) -> "Observed":
+        """The same without the neurons that no sample activates: they are zeros of every direction, true or false."""
+        norms = torch.linalg.vector_norm(self.L, dim=1)
+        live = norms > self.tolerance * norms.max()
+        return replace(self, L=self.L[live], B=self.B[live])
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer prepared for an attack: the server's copy of it and the gradients by name, in float64 on one device.
+
+    `disclosed` is the number of samples in the loss, where it is known, `eps` the rounding unit of the update as it
+    came, `input_shape` the shape of one input of the layer.
+    """
+
+    layer: Layer
+    gradients: Widened
+    low: LowRank
+    observed: Observed
+    disclosed: int | None
+    eps: float
+    scale: float
+    input_shape: tuple[int, ...]
+    loss: str = "cross_entropy"
+
+    @property
+    def count(self) -> int:
+        """The number of samples in the loss: the disclosed one, or else the rank."""
+        return self.low.rank if self.disclosed is None else self.disclosed
+
+
+def open_layer(
+    model: nn.Module,
+    update: SharedUpdate,
+    *,
+    layer: str | None = None,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+) -> LayerView:
+    """Check model and update against each other, and factorise the gradient of one layer.
+
+    Linear algebra runs in float64 on `device`, or on the CPU where the device has no float64 (MPS).
+
+    Raises `ValueError` as `spear.attack` does.
+    """
+    found = find_layer(model, layer)
+    gradients = check_gradients(model, update)
+    m, n = found.linear.weight.shape
+    disclosed = update.count if batch_size is None else batch_size
+    _check_count(disclosed, m, n, found.name)
+    device = compute_device(device)
+    tail = None if found.tail is None else streamed(found.tail, device)
+    found = replace(found, linear=Streamed(found.linear, device), tail=tail)
+    eps = rounding_unit(model, update)
+    gradients = Widened(gradients, device)
+    low, observed = observe(found, gradients, batch_size, eps)
+    count = low.rank if disclosed is None else disclosed
+    scale = 1 / count if update.reduction == "mean" else 1.0
+    return LayerView(found, gradients, low, observed, disclosed, eps, scale, _input_shape(found, update), update.loss)
+
+
+def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:
+    """The factorisation of a layer's gradient, and the server's view of the layer in its coordinates."""
+    linear, n = layer.linear, layer.linear.in_features
+    low = decompose(_jacobian(layer, gradients), rank, eps=eps)
+    B = Blocks(linear.weight, linear.bias, low.R).times(low.R.mT)
+    d = None if linear.bias is None else low.R[:, n]
+    tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / low.smallest), 1e-2)
+    return low, Observed(low.L, low.R[:, :n], B, d, tolerance)
+
+
+def _jacobian(layer: Layer, gradients: Widened) -> Blocks:
+    """J = [dL/dW | dL/dbeta] as `augment` makes it, or dL/dW alone where the layer has no bias; read block by block."""
+    dW = _required(gradients.received, f"{layer.name}.weight")
+    dbeta = None if layer.linear.bias is None else _required(gradients, f"{layer.name}.bias")
+    return Blocks(dW, dbeta, torch.empty(0, dtype=torch.float64, device=gradients.device))
+
+
+def under_noise(target: LayerView) -> LayerView | None:
+    """The same layer seen at the rank that rises above noise, entries of G counting as zero under the noise's size.
+
+    The noise level is estimated from the singular values beyond the rank. `None` where no rank rises, or where what
+    rises is too much of the layer to be told from noise.
+    """
+    J = _jacobian(target.layer, target.gradients).whole()
+    m, n = J.shape
+    s = torch.linalg.svdvals(J)
+    rank = rank_under_noise(s, (m, n))
+    if not 0 < rank <= MOST_UNDER_NOISE * min(m, n):
+        return None
+    low, observed = observe(target.layer, target.gradients, rank, target.eps)
+    # Each entry of L = J V S^-1 carries noise sigma / s: four deviations, relative to a column of G of m entries.
+    sigma = low.noise / (math.sqrt(m) + math.sqrt(n))
+    tolerance = min(4 * sigma * math.sqrt(m) / low.smallest, 0.3)
+    return replace(target, low=low, observed=replace(observed, tolerance=tolerance))
+
+
+def _required(gradients: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in gradients:
+        raise ValueError(f"the update has no gradient for {name}; it has {', '.join(gradients)}")
+    return gradients[name]
+
+
+def _check_count(count: int | None, m: int, n: int, name: str) -> None:
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"a batch has at least 1 sample, not {count}")
+    if count >= m:
+        raise ValueError(f"a batch of rank {count} needs a layer wider than {count}; {name} has {m}")
+    if count > n:
+        raise ValueError(f"a batch of rank {count} needs at least {count} inputs; {name} has {n}")
+
+
+def _input_shape(layer: Layer, update: SharedUpdate) -> tuple[int, ...]:
+    n = layer.linear.in_features
+    return input_shape(layer.name, n, update) if layer.from_data else (n,)

@@ -1,0 +1,167 @@
+"""The client's gradient, and the file that carries it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import batch
+from safetensors.torch import save_file
+from torch import nn
+
+from spear import models
+from spear.federated import SharedUpdate, gradient
+from spear.federated.update import Lazy
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradient_is_autograds(reduction, dtype):
+    inputs, labels = batch(5, 12, dtype=dtype)
+    model = models.fcnn((12,), 9, 3, 10, dtype=dtype)
+    update = gradient(model, inputs, labels, reduction=reduction)
+    assert all(p.grad is None for p in model.parameters())
+    F.cross_entropy(model(inputs), labels, reduction=reduction).backward()
+    assert set(update.gradients) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(update.gradients[name], parameter.grad)
+        assert update.gradients[name].dtype == dtype
+    assert (update.reduction, update.count, update.input_shape) == (reduction, 5, (12,))
+
+
+def test_sum_is_count_times_mean():
+    inputs, labels = batch(5, 12)
+    model = models.fcnn((12,), 9, 2, 10)
+    mean, total = (gradient(model, inputs, labels, reduction=r).gradients for r in ("mean", "sum"))
+    for name in mean:
+        torch.testing.assert_close(total[name], 5 * mean[name])
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error"])
+def test_losses_against_one_hot_labels(loss, reduction, outputs):
+    inputs, labels = batch(5, 12, max(outputs, 2))
+    model = models.fcnn((12,), 9, 2, outputs)
+    update = gradient(model, inputs, labels, reduction=reduction, loss=loss)
+    assert update.loss == loss
+    found = model(inputs)
+    wanted = labels[:, None].double() if outputs == 1 else F.one_hot(labels, outputs).double()
+    if loss == "squared_error":
+        each = (found - wanted) ** 2
+    else:
+        each = -wanted * found.sigmoid().log() - (1 - wanted) * (1 - found.sigmoid()).log()
+    (each.mean() if reduction == "mean" else each.sum()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(update.gradients[name], parameter.grad)
+
+
+def test_an_unknown_loss_lists_the_known_ones():
+    inputs, labels = batch(5, 12)
+    with pytest.raises(ValueError, match="unknown loss 'hinge': use one of cross_entropy, binary_cross_entropy"):
+        gradient(models.fcnn((12,), 9, 2, 10), inputs, labels, loss="hinge")
+    with pytest.raises(ValueError, match="unknown loss 'hinge'"):
+        SharedUpdate({"a": torch.ones(2)}, loss="hinge")
+
+
+def test_any_module_and_frozen_parameters():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    model[0].weight.requires_grad_(False)
+    inputs, labels = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 2])
+    update = gradient(model, inputs, labels)
+    assert "0.weight" not in update.gradients
+    assert "2.weight" in update.gradients
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(9), nn.Dropout(0.5)])
+def test_training_mode_that_mixes_samples_is_refused(layer):
+    inputs, labels = batch(5, 9, 3)
+    model = nn.Sequential(layer, nn.Linear(9, 3)).double()
+    with pytest.raises(ValueError, match=r"0 \((BatchNorm1d|Dropout)\) is in training mode.*model.eval\(\)"):
+        gradient(model, inputs, labels)
+    assert gradient(model.eval(), inputs, labels).count == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reduction": "max"}, "unknown reduction 'max'"),
+        ({"labels": torch.tensor([0, 1])}, "5 inputs but 2 labels"),
+        ({"labels": torch.tensor([0, 1, 2, 3, 10])}, "labels run from 0 to 10; the model has 10 outputs"),
+    ],
+)
+def test_bad_input(change, message):
+    inputs, labels = batch(5, 9)
+    arguments = {"inputs": inputs, "labels": labels, "reduction": "mean"} | change
+    model = models.fcnn((9,), 8, 2, 10)
+    with pytest.raises(ValueError, match=message):
+        gradient(model, arguments["inputs"], arguments["labels"], reduction=arguments["reduction"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_file_round_trip(tmp_path, dtype):
+    tensors = {"a.weight": torch.randn(3, 4).to(dtype), "b": torch.zeros(0)}
+    update = SharedUpdate(tensors, "sum", 7, (1, 2, 2), 1, 0.1, loss="squared_error")
+    update.save(tmp_path / "update.safetensors")
+    again = SharedUpdate.load(tmp_path / "update.safetensors")
+    assert again.gradients.keys() == update.gradients.keys()
+    assert all(torch.equal(again.gradients[k], update.gradients[k]) for k in update.gradients)
+    disclosed = ("reduction", "count", "input_shape", "local_steps", "learning_rate", "loss")
+    assert [getattr(again, name) for name in disclosed] == ["sum", 7, (1, 2, 2), 1, 0.1, "squared_error"]
+
+
+def test_arrays_of_another_framework():
+    arrays = {"w": np.arange(6.0).reshape(2, 3)}
+    update = SharedUpdate(arrays)
+    arrays["w"][0, 0] = 9
+    assert update.gradients["w"].dtype == torch.float64
+    assert update.gradients["w"][0, 0] == 0
+
+
+def test_not_an_update():
+    with pytest.raises(ValueError, match="at least one gradient"):
+        SharedUpdate({})
+
+
+@pytest.mark.parametrize("keep", [0, 4, 9, 60, -1])
+def test_truncated_file(tmp_path, keep):
+    path = tmp_path / "update.safetensors"
+    SharedUpdate({"w": torch.randn(20, 20)}).save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="update.safetensors: not a complete safetensors file"):
+        SharedUpdate.load(path)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError, match="x.safetensors: no such file"):
+        SharedUpdate.load(path)
+    torch.save({"w": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        SharedUpdate.load(path)
+    save_file({"w": torch.zeros(3)}, path, {"format": "other"})
+    with pytest.raises(ValueError, match="format 'other' is not"):
+        SharedUpdate.load(path)
+    for disclosed in ("{", "[1]", json.dumps({"surprise": 1}), json.dumps({"reduction": "max"})):
+        save_file({"w": torch.zeros(3)}, path, {"disclosed": disclosed})
+        with pytest.raises(ValueError, match="x.safetensors: not an update"):
+            SharedUpdate.load(path)
+
+
+def test_bare_safetensors_file_of_gradients(tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "bare.safetensors")
+    assert torch.equal(SharedUpdate.load(tmp_path / "bare.safetensors").gradients["w"], torch.ones(3))
+
+
+def test_a_lazy_update_is_computed_when_asked_and_kept_as_it_is():
+    asked = []
+    lazy = Lazy(("a", "b"), lambda name: asked.append(name) or torch.ones(2))
+    update = SharedUpdate(lazy)
+    assert update.gradients is lazy
+    assert (len(lazy), list(lazy), "c" in lazy) == (2, ["a", "b"], False)
+    asked.clear()  # the type checker of the tests looks at one
+    assert torch.equal(update.gradients["b"], torch.ones(2))
+    assert asked == ["b"]
+    with pytest.raises(KeyError):
+        lazy["c"]

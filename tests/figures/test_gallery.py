@@ -1,0 +1,68 @@
+"""The gallery shows what is in the figures folder, and each figure says itself what it was drawn with."""
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spear.figures import gallery
+from spear.figures.gallery import Origin
+from spear.figures.table import Run, load
+
+ORIGIN = Origin("quick", {"dataset": "photos", "sizes": [1, 2], "rate": 1e-9}, ["photos"], "2026-01-31")
+
+
+def _png(value: int = 0, **options: object) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (3, 2), (value, 9, 9)).save(content, "png", **options)
+    return content.getvalue()
+
+
+def test_the_committed_galleries_are_what_the_figures_say(repository: Path) -> None:
+    table = load(repository / "notebooks" / "runs.yaml", "quick")
+    folder = repository / "figures"
+    assert (folder / "README.md").read_text() == gallery.render(table, folder)
+    assert {path.name for path in folder.glob("*.png")} == {f"{stem}.png" for run in table for stem in run.captions}
+    assert (folder / "paper" / "README.md").read_text() == gallery.render(table, folder / "paper")
+
+
+def test_a_stamp_is_read_back_and_leaves_the_picture_as_it_is(tmp_path: Path) -> None:
+    picture = _png(dpi=(110, 110))
+    place = tmp_path / "a.png"
+    place.write_bytes(gallery.stamped(picture, ORIGIN))
+    assert gallery.origin(place) == ORIGIN
+    before, after = Image.open(io.BytesIO(picture)), Image.open(place)
+    assert np.array_equal(np.asarray(before), np.asarray(after))
+    assert before.info["dpi"] == after.info["dpi"]
+    other = replace(ORIGIN, date="2026-02-01")
+    assert gallery.stamped(place.read_bytes(), other) == gallery.stamped(picture, other)
+    place.write_bytes(picture)
+    assert gallery.origin(place) is None
+
+
+def test_the_page_shows_what_is_there_in_the_tables_order(tmp_path: Path) -> None:
+    (tmp_path / "notebooks").mkdir()
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    table = [
+        Run(name, tmp_path / "notebooks" / f"{name}.ipynb", "quick", {}, {f"{name}-x": f"Caption of {name}."})
+        for name in ("01_b", "00_a", "02_c")
+    ]
+    (figures / "00_a-x.png").write_bytes(gallery.stamped(_png(), ORIGIN))
+    (figures / "01_b-x.png").write_bytes(_png())
+    page = gallery.render(table, figures)
+    assert re.findall(r"^## (.*)", page, re.M) == [f"[{name}](../notebooks/{name}.ipynb)" for name in ("01_b", "00_a")]
+    first, second = page.split("## ")[1:]
+    assert "![01_b-x](01_b-x.png)\n\nCaption of 01_b.\n\n[numbers](01_b-x.csv); drawn by hand" in first
+    assert "[numbers](00_a-x.csv) of 2026-01-31; profile quick; data: photos; parameters: `dataset = " in second
+    assert '`dataset = "photos", sizes = [1, 2], rate = 1e-09`' in second
+
+
+def test_no_picture_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    with pytest.raises(OSError, match="cannot identify image"):
+        gallery.origin(tmp_path / "a.png")

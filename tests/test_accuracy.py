@@ -1,0 +1,24 @@
+import dataclasses
+
+import pytest
+import torch
+
+from spear.accuracy import FINE, SHARP, Accuracy
+
+
+@pytest.mark.parametrize(("dtype", "recovered"), [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.uint8, 1e-3)])
+def test_what_counts_as_recovered_follows_from_the_type(dtype, recovered):
+    assert Accuracy.of_dtype(dtype).recovered == recovered
+
+
+@pytest.mark.parametrize("pair", [(2**-52, 1e-13), (1e-13, 1e-11), (1e-11, 1e-9), (1e-9, 2**-23), (2**-23, 1e-3)])
+def test_a_coarser_rounding_never_asks_for_more(pair):
+    fine, coarse = (dataclasses.astuple(Accuracy.of(eps)) for eps in pair)
+    assert all(a <= b for a, b in zip(fine, coarse, strict=True))
+
+
+@pytest.mark.parametrize("eps", [2**-52, FINE / 2, FINE, SHARP / 2, SHARP, 2**-23])
+def test_thresholds_lie_above_the_rounding_and_copies_are_held_to_the_square(eps):
+    accuracy = Accuracy.of(eps)
+    assert min(dataclasses.astuple(accuracy)) > eps
+    assert accuracy.copied == accuracy.recovered**2 / 10
