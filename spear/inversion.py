@@ -113,7 +113,7 @@ def _strongest(
 ) -> Reconstruction:
     """Method after method until one recovers the whole batch: every layer's `result`, one layer coupled, sampling."""
     for method in ("layer", "sampling"):
-        if result is not None and (result.complete or result.expected_error is not None):
+        if result is not None and (len(result.inputs) >= result.rank or result.expected_error is not None):
             break
         if result is not None and budget.spent(0):
             return replace(result, reason=f"{result.reason}; {budget.spent(0)}")

@@ -68,7 +68,9 @@ class Reconstruction:
     client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in words. Under noise
     nothing is certified or complete; `expected_error` (k,) is then each input's expected relative error
     |guess - truth| / |truth|, from what the server knows alone. `weights` (k,) are the weights in the loss, where
-    clipping, or an average over unequal clients, made them differ from sample to sample.
+    clipping, or an average over unequal clients, made them differ from sample to sample. No certified input's relative
+    error is above its `error_bound` (k,), infinite where there is none, and that is at most `limit`: 1e-6 where model
+    and update are float64, else 1e-3 (`spear.certificate`).
     """
 
     inputs: Float[Tensor, "k *input_shape"]
@@ -81,6 +83,12 @@ class Reconstruction:
     stats: Stats
     expected_error: Float[Tensor, " k"] | None = None
     weights: Float[Tensor, " k"] | None = None
+    error_bound: Float[Tensor, " k"] | None = None
+    limit: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.error_bound is None:
+            object.__setattr__(self, "error_bound", torch.full_like(self.residuals, torch.inf))
 
 
 def larger(first: Reconstruction, second: Reconstruction) -> Reconstruction:
@@ -101,6 +109,6 @@ def _joined(sure: Reconstruction, more: Reconstruction) -> Reconstruction:
     new = apart.all(1)
     inputs, labels = torch.cat([sure.inputs, more.inputs[new]]), torch.cat([sure.labels, more.labels[new]])
     residuals = torch.cat([sure.residuals, more.residuals[new]])
-    certified = torch.cat([sure.certified, more.certified[new]])
+    parts = {name: torch.cat([getattr(sure, name), getattr(more, name)[new]]) for name in ("certified", "error_bound")}
     reason = f"{sure.reason}; {more.reason}"
-    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, certified=certified, reason=reason)
+    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, reason=reason, **parts)

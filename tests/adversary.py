@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import spear
 from spear import models
-from spear.clients import local_training
 from spear.federated import SharedUpdate, gradient
+from spear.federated.clients import local_training
 
 METHODS = ("network", "layer", "dictionary", "guided", "sampling", "auto")
 BLOCK = 100  # problems drawn from one seed
@@ -283,7 +283,13 @@ UPDATES = (
     "local steps",
 )
 COUNTS = ("hidden", "one less", "one more", "rank", "twice")
-COPIES = {"unused feature", "unused feature, other label", "every sample a twin", "kernel of the logits", "nearly equal"}
+COPIES = {
+    "unused feature",
+    "unused feature, other label",
+    "every sample a twin",
+    "kernel of the logits",
+    "nearly equal",
+}
 COPIES |= {"repeated", "repeated, other label", "collinear", "constant"}
 
 plain = st.just("plain")

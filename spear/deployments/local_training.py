@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from spear.accuracy import Accuracy
+from spear.certificate import SAFETY, Certificate, norms
 from spear.deployments.simulation import State, Training, rounding
 from spear.deployments.step_samples import Step, open_unexplained
 from spear.federated.update import SharedUpdate
@@ -190,10 +191,11 @@ def _report(
     problem: NetworkView, training: Training, samples: Samples, seen: Comparison, starts: int, begin: float
 ) -> Recovery:
     """Samples with the evidence for them; none where they leave much of the update unexplained."""
-    certified = (seen.error < EXACT.recovered / 2) & (max(seen.layers) < EXACT.layer)
-    good, count = bool(certified.all()), len(samples.inputs)
+    count, size = len(samples.inputs), problem.extend(0, samples.inputs).norm(dim=1) / norms(samples.inputs)
+    bound, once = SAFETY * size * seen.error, torch.ones_like(samples.labels)
+    evidence = Certificate(once, training.count, max(seen.layers), EXACT.layer, bound, EXACT.recovered)
     reason = "simulating the local training gives the update in every layer"
-    if not good:
+    if not evidence.holds:
         left = f"{max(seen.layers):.1e} of a layer's change, {seen.misfit:.1f} times the weights' rounding"
         off = f"expected relative error {float(seen.error.max()):.1e} at worst"
         reason = f"simulating the local training from {count} samples leaves {left}: {off}"
@@ -203,7 +205,8 @@ def _report(
             problem, training, nobody, f"what was found does not explain the update: {reason}", starts, begin
         )
     stats = replace(_stats(training, samples, starts, begin), layers=seen.layers)
-    return Recovery(samples.inputs, _counts(problem, samples), seen.error, certified, good, reason, stats)
+    judged = seen.error, evidence.certified, evidence.holds, reason, stats
+    return Recovery(samples.inputs, _counts(problem, samples), *judged, error_bound=bound)
 
 
 def _unverified(

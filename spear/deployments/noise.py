@@ -52,7 +52,7 @@ def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None 
     rank = within(rank_under_noise(s[: min(m, n)], (m, n), sigma))
     rounding = ROUNDING * float(s[0]) / (m * n) ** 0.5
     for _ in range(10):
-        seen = max(float(s[rank:].norm()) / ((m - rank) * (n - rank)) ** 0.5, rounding)
+        seen = max(float(s[rank:].norm()) / max((m - rank) * (n - rank), 1) ** 0.5, rounding)
         before, rank = rank, within(rank_under_noise(s, (m, n), 1.02 * (seen if sigma is None else sigma)))
         if rank == before:
             break

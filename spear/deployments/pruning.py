@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from spear import reconstruction
+from spear.certificate import SAFETY, norms
 from spear.deployments import completion
 from spear.deployments.completion import Completed
-from spear.network.check import Misfit, certify
+from spear.network.check import Misfit, certificate, conclude
 from spear.network.problem import NetworkView, Passes, Targets, passes
 from spear.network.projection import Factors, ascend, distinct, each_class, polish
 from spear.network.recovery import Budget, Recovery, Stats, entries, limits
@@ -24,7 +25,6 @@ from spear.reconstruction import Reconstruction
 
 SAME = 1 - 1e-6  # cosine of two solutions that are one
 DENSE = 0.9  # share of nonzero entries in live rows and columns from which none is thought to be missing
-LABELS = 1e-4  # distance of label counts from whole numbers from which they are none
 IDLE = 12  # rounds of starts in a row that found nothing new
 WHOLE = "every entry that arrived is the sum of the recovered samples' own"
 
@@ -260,17 +260,10 @@ def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], starts: int, begin: fl
             break
         best, inputs = (seen, inputs, targets), corrected
     seen, inputs, targets = best
-    certified = certify(pruned.problem, seen, targets)
-    sure = certified.nonzero()[:, 0]  # an image that the evidence does not support is never returned
-    copies = int(targets.copies[sure].sum().round())
-    good = len(sure) == len(inputs) and copies == (pruned.problem.batch_size or copies)
-    left = f"{max(seen.layers):.1e} of a layer's entries, {float(seen.inputs.max()):.1e} of an input"
-    reason = f"{len(sure)} of {len(inputs)} samples are certain: they leave {left}, unexplained"
-    if targets.error >= LABELS:
-        reason = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
+    bound = SAFETY * seen.inputs * pruned.problem.extend(0, inputs).norm(dim=1) / norms(inputs)
     stats = Stats(pruned.rank, 0.0, 0.0, len(inputs), starts, 1, time.perf_counter() - begin, seen.layers)
-    evidence = (seen.inputs[sure], certified[sure], good, WHOLE if good else reason, stats)
-    return Recovery(inputs[sure], targets.counts[sure], *evidence)
+    evidence = certificate(pruned.problem, seen, targets, bound)
+    return conclude(pruned.problem, evidence, inputs, targets, seen, stats, WHOLE)
 
 
 def _nothing(problem: NetworkView, reason: str, reached: tuple[int, int], begin: float) -> Recovery:

@@ -81,6 +81,12 @@ def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
     return min(eps * max([1.0, *(0.1 * weights / change for weights, change in sizes if change)]), COARSEST)
 
 
+def coarsest(model: nn.Module, update: SharedUpdate) -> torch.dtype:
+    """The dtype of least precision among the weights and the gradients as they came."""
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *update.gradients.values())}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def _size(tensor: Tensor) -> float:
     parts = [float(torch.linalg.vector_norm(part.detach().double())) for part in tensor.flatten().split(CHUNK)]
     return math.hypot(*parts)

@@ -141,8 +141,9 @@ def conclude_partly(
     if len(known.inputs) == rank:
         return judge(problem, known.inputs, Targets(known.counts, unit_weight(problem, rank), 0.0), stats)
     sine = witness(problem, lows, known.inputs, known.counts).sine
-    reason = f"{reason}; certain one by one: {number(len(known.inputs), 'sample')}"
-    return Recovery(known.inputs, known.counts, sine, torch.ones_like(sine).bool(), False, reason, stats)
+    found = number(len(known.inputs), "sample")
+    reason = f"{reason}; found one by one: {found}, none certified while others are missing"
+    return Recovery(known.inputs, known.counts, sine, torch.zeros_like(sine).bool(), False, reason, stats)
 
 
 def unit_weight(problem: NetworkView, rank: int) -> float:

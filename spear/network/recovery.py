@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView
 from spear.published.lowrank import LowRank
 from spear.reconstruction import Reconstruction
+
+WHOLE_COUNT = 1e-4  # distance from a whole number up to which a count of copies is one
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Recovery:
     """Recovered samples (k, n), their label counts (k, classes), residuals and certificates, and why it stopped.
 
     `weights` (k,) in the loss are given where they are not all alike; each sample then has one label, counted once.
+    `error_bound` (k,) is that of the certificate, infinite where none was tried.
     """
 
     inputs: Float[Tensor, "k n"]
@@ -54,12 +59,16 @@ class Recovery:
     reason: str
     stats: Stats
     weights: Float[Tensor, " k"] | None = None
+    error_bound: Float[Tensor, " k"] | None = None
 
     @property
     def entries(self) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
         """The batch entry by entry: which sample, which label; a repeated sample appears as often as it is in it."""
-        pairs = self.counts.round().nonzero()  # smoothed labels are near one-hot
-        times = self.counts[pairs[:, 0], pairs[:, 1]].round().long()
+        whole = ((self.counts - self.counts.round()).abs() < WHOLE_COUNT).all(1, keepdim=True)
+        largest = F.one_hot(self.counts.argmax(1), self.counts.shape[1])  # of smoothed labels
+        counts = torch.where(whole, self.counts.round().long(), largest)
+        pairs = counts.nonzero()
+        times = counts[pairs[:, 0], pairs[:, 1]]
         return pairs[:, 0].repeat_interleave(times), pairs[:, 1].repeat_interleave(times)
 
 
@@ -107,4 +116,6 @@ def entries(found: Recovery, problem: NetworkView) -> Reconstruction:
     stats = reconstruction.Stats(found.stats.seconds, found.stats.starts, found.stats.rounds)
     evidence = (found.residuals[sample], found.certified[sample], found.complete, found.reason, stats)
     weights = None if found.weights is None else found.weights[sample]
-    return Reconstruction(inputs, label, found.stats.rank, *evidence, weights=weights)
+    bound = None if found.error_bound is None else found.error_bound[sample]
+    rest = {"weights": weights, "error_bound": bound, "limit": problem.accuracy.recovered}
+    return Reconstruction(inputs, label, found.stats.rank, *evidence, **rest)

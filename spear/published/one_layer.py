@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spear.certificate import Certificate
 from spear.models.streaming import weight_names
 from spear.published import theory
 from spear.published.certificate import certify, certify_layer, recover_labels
@@ -96,18 +97,13 @@ def _with_labels(
     """The batch with its labels, certified by the layer and all that follows it."""
     with torch.no_grad():
         Z = target.layer.linear(X.mT)
-    labels = recover_labels(target.layer, Z, G.mT, target.scale)
-    certificate = certify(target, q, X.mT, labels)
-    certain = certificate.holds and target.low.gap >= MIN_GAP
+        outputs = target.layer.tail(Z).shape[1]
+    labels = recover_labels(target.layer, Z, G.mT, target.unit(outputs), target.loss)
+    certificate, residuals = certify(target, q, X.mT, labels)
+    reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.residual:.0e}"
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}"
-    elif not certain:
-        reason = "recovered, but not certified: the gradient carries noise"
-    elif len(labels) < target.count:
-        reason = f"{len(labels)} of {target.count} samples: the others leave no trace above rounding"
-    else:
-        reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.gradients:.0e}"
-    return _result(target, X.mT, reason, stats, labels=labels, residuals=certificate.samples, certain=certain)
+    return _result(target, X.mT, reason, stats, certificate, labels=labels, residuals=residuals)
 
 
 def _by_one_layer(
@@ -115,21 +111,17 @@ def _by_one_layer(
 ) -> Reconstruction:
     """The inputs without labels, certified by the layer alone."""
     certificate = certify_layer(target, q, X.mT)
-    doubt = certificate.why_not() or ("" if target.low.gap >= MIN_GAP else "the gradient carries noise")
-    if doubt:
-        reason = f"recovered, but not certified: {doubt}; no labels: {unknown}"
-    else:
-        signs = f"{target.layer.name} alone, every sign of its pre-activations and every zero of its gradient"
-        reason = f"the whole batch of {len(q)}, certified by {signs}; no labels: {unknown}"
-    return _result(target, X.mT, reason, stats, certain=not doubt)
+    signs = f"{target.layer.name} alone, every sign of its pre-activations and every zero of its gradient"
+    reason = f"the whole batch of {len(q)}, certified by {signs}; no labels: {unknown}"
+    if not certificate.holds:
+        reason = f"recovered, but not certified: {certificate.why_not()}; no labels: {unknown}"
+    return _result(target, X.mT, reason, stats, certificate)
 
 
 def _unknown_rest(target: LayerView) -> str:
     """Why the server cannot compute what follows the layer, in words; empty where it can."""
     if target.layer.tail is None:
         return f"the outputs depend on more than {target.layer.name}, by a branch around it"
-    if target.loss != "cross_entropy":
-        return f"one layer shows labels under cross-entropy alone; the client's loss is {target.loss}"
     return ""
 
 
@@ -143,16 +135,21 @@ def _result(
     X: Float[Tensor, "k n"],
     reason: str,
     stats: Stats,
+    certificate: Certificate | None = None,
     *,
     labels: Int[Tensor, " k"] | None = None,
     residuals: Float[Tensor, " k"] | None = None,
-    certain: bool = False,
 ) -> Reconstruction:
     inputs = X.unflatten(1, target.input_shape).contiguous()
     residuals = X.new_full((len(X),), math.inf) if residuals is None else residuals
-    certified = torch.full((len(X),), certain, device=X.device)
-    complete = certain and len(X) >= target.count
-    return Reconstruction(inputs, labels, target.low.rank, residuals, certified, complete, reason, stats)
+    found = (
+        (torch.zeros_like(residuals, dtype=torch.bool), False)
+        if certificate is None
+        else (certificate.certified, certificate.holds)
+    )
+    bound = None if certificate is None else certificate.error_bound
+    judged = {"error_bound": bound, "limit": target.accuracy.recovered}
+    return Reconstruction(inputs, labels, target.low.rank, residuals, *found, reason, stats, **judged)
 
 
 def nothing(target: LayerView, reason: str, stats: Stats) -> Reconstruction:

@@ -1,0 +1,24 @@
+"""The losses that a client may have: what each compares with a label, and its slope. Both sides know them."""
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def activate(loss: str, outputs: Float[Tensor, "*s c"]) -> Float[Tensor, "*s c"]:
+    """What the loss compares with the one-hot label: softmax, sigmoid, or the outputs themselves."""
+    if loss == "squared_error":
+        return outputs
+    return outputs.softmax(-1) if loss == "cross_entropy" else outputs.sigmoid()
+
+
+def one_hot(labels: Int[Tensor, " s"], like: Float[Tensor, "*b c"]) -> Float[Tensor, "s c"]:
+    """The outputs that a loss wants for these labels, as many as `like` has: where there is one, it is the label."""
+    outputs = like.shape[-1]
+    return F.one_hot(labels, max(outputs, 2))[:, -outputs:].to(like)
+
+
+def slope(loss: str, outputs: int, reduction: str) -> float:
+    """dLoss/dlogits of a single sample over (`activate` - `one_hot`): a mean is over outputs too, but in cross-entropy."""
+    one = 2.0 if loss == "squared_error" else 1.0
+    return one if reduction == "sum" or loss == "cross_entropy" else one / outputs
