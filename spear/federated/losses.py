@@ -19,6 +19,6 @@ def one_hot(labels: Int[Tensor, " s"], like: Float[Tensor, "*b c"]) -> Float[Ten
 
 
 def slope(loss: str, outputs: int, reduction: str) -> float:
-    """dLoss/dlogits of a single sample over (`activate` - `one_hot`): a mean is over outputs too, but in cross-entropy."""
+    """dLoss/dlogits of one sample over (`activate` - `one_hot`): but in cross-entropy, a mean is over outputs too."""
     one = 2.0 if loss == "squared_error" else 1.0
     return one if reduction == "sum" or loss == "cross_entropy" else one / outputs

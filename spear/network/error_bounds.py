@@ -42,7 +42,7 @@ def layer_bounds(problem: NetworkView, run: Passes, targets: Targets, k: int) ->
 
 
 def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
-    """Of each F_i, by its inactive units or by the layers above: what is cheaper, and the other where that is not enough."""
+    """Of each F_i, by its inactive units or by the layers above: the cheaper, and the other where that is not enough."""
     G, inactive = run.deltas[k], run.inputs[k + 1] <= 0
     basis = torch.linalg.qr(G.T)[0]
 
@@ -62,7 +62,7 @@ def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
 
 
 def family(problem: NetworkView, run: Passes, k: int, index: Int[Tensor, " s"]) -> Float[Tensor, "s r m"]:
-    """D_k W_{k+1}ᵀ D_{k+1} ... W_outᵀ for the masks of the samples `index`: its rows span what ∂L/∂z can be at layer k."""
+    """The rows of (D_k W_{k+1}ᵀ ... W_outᵀ)ᵀ for the masks of the samples `index`: they span ∂L/∂z at layer k."""
     rows = torch.eye(problem.outputs, dtype=run.deltas[k].dtype, device=index.device)
     if problem.loss == "cross_entropy":
         rows = rows[1:] - rows[:1]  # dLoss/dlogits sums to zero
@@ -83,8 +83,8 @@ def least_slopes(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s
 def softness(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tensor, " s"]:
     """Relative error of an input's length over that of its dLoss/dlogits, where no bias but the softmax tells it.
 
-    With x = x'/a and p - e = a (p' - e), the length follows from p(x'/a) - e - a (p' - e) = 0, of slope -(A x' + p' - e)
-    in a, A x' the change of p along x'.
+    With x = x'/a and p - e = a (p' - e), the length follows from p(x'/a) - e = a (p' - e); the slope of the difference
+    is -(s + p' - e) in a, s the slope of p along x'.
     """
     x = run.inputs[0]
     for k in range(problem.last + 1):

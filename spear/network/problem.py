@@ -25,7 +25,8 @@ class NetworkView:
     `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
     `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
     `precision` is the unit roundoff of the gradients as they were sent, relative to them (they are held in float64),
-    `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`, `dtype` the coarsest of model and update.
+    `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`,
+    `dtype` the coarsest of model and update.
     """
 
     weights: tuple[Float[Tensor, "_out _in"], ...]

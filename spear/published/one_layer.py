@@ -1,4 +1,4 @@
-"""The attack on one layer, whatever finds the columns of its Q: from the server's view to the batch and its certificate."""
+"""The attack on one layer, whatever finds the columns of its Q: from the server's view to a batch with its evidence."""
 
 import math
 import time
@@ -142,14 +142,12 @@ def _result(
 ) -> Reconstruction:
     inputs = X.unflatten(1, target.input_shape).contiguous()
     residuals = X.new_full((len(X),), math.inf) if residuals is None else residuals
-    found = (
-        (torch.zeros_like(residuals, dtype=torch.bool), False)
-        if certificate is None
-        else (certificate.certified, certificate.holds)
-    )
-    bound = None if certificate is None else certificate.error_bound
-    judged = {"error_bound": bound, "limit": target.accuracy.recovered}
-    return Reconstruction(inputs, labels, target.low.rank, residuals, *found, reason, stats, **judged)
+    verdict = {"certified": torch.zeros_like(residuals, dtype=torch.bool), "complete": False}
+    if certificate is not None:
+        verdict = {"certified": certificate.certified, "complete": certificate.holds}
+        verdict["error_bound"] = certificate.error_bound
+    told = {"reason": reason, "stats": stats, "limit": target.accuracy.recovered}
+    return Reconstruction(inputs, labels, target.low.rank, residuals, **verdict, **told)
 
 
 def nothing(target: LayerView, reason: str, stats: Stats) -> Reconstruction:
