@@ -33,6 +33,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.directions import unit_rows
+
 SAFETY = 10.0  # what first order, and noise that is not quite independent, leave out
 NO_ANGLE = 1e-12  # squared sine of two spaces that meet
 FLAT = 1e-10  # share of a Gram matrix's largest eigenvalue under which a direction is none
@@ -151,7 +153,7 @@ def spread_of_zeros(
     Infinite where the inactive rows have a rank below b - 1: more is in the intersection.
     """
     squared = []
-    for zero, line in zip(inactive.split(AT_ONCE), _unit(own @ basis).split(AT_ONCE), strict=True):
+    for zero, line in zip(inactive.split(AT_ONCE), unit_rows(own @ basis).split(AT_ONCE), strict=True):
         gram = basis.mT @ (zero[:, :, None] * basis) + line[:, :, None] * line[:, None, :]
         squared.append(torch.linalg.eigvalsh(gram))
     return _spread(torch.cat(squared))
@@ -161,7 +163,7 @@ def spread_of_family(
     basis: Float[Tensor, "m b"], own: Float[Tensor, "s m"], family: Float[Tensor, "s r m"]
 ) -> Float[Tensor, " s"]:
     """The same for spaces F_i that the rows of `family`[i] span."""
-    line = _unit(own)
+    line = unit_rows(own)
     family = family / family.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
     family = family - (family @ line[:, :, None]) * line[:, None, :]
     rest = family - (family @ basis) @ basis.mT
@@ -170,10 +172,6 @@ def spread_of_family(
     white = vectors * values.clamp_min(1e-300).rsqrt().masked_fill(flat, 0)[:, None, :]
     gram = white.mT @ (rest @ rest.mT) @ white
     return _spread(torch.linalg.eigvalsh(gram + torch.diag_embed(flat.to(gram))))
-
-
-def _unit(x: Float[Tensor, "s m"]) -> Float[Tensor, "s m"]:
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-300)
 
 
 def _spread(squared: Float[Tensor, "s r"]) -> Float[Tensor, " s"]:

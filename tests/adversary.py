@@ -63,7 +63,7 @@ class Recipe:
 
 @dataclass
 class Draft:
-    """A problem in the making: `weights` (b,) are those of the samples in the loss, `wanted` (b, classes) their labels."""
+    """A problem in the making: `weights` (b,) are the samples' in the loss, `wanted` (b, classes) their labels."""
 
     recipe: Recipe
     generator: torch.Generator

@@ -1,4 +1,4 @@
-"""The samples of one local step, by projections at its weights (see `local_training` for the whole). Vectors are rows."""
+"""The samples of one local step, by projections at its weights (for the whole, see `local_training`). Rows: vectors."""
 
 import time
 from dataclasses import dataclass, replace

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.directions import distinct, unit_rows
 from spear.published import filtering, sparsity
 from spear.published.filtering import CROWD, thresholds
 from spear.published.greedy import Candidates, choose
@@ -116,13 +117,7 @@ def _judged(ways: Sequence[Arm], used: Arm, steps: int, gain: float) -> list[Arm
 
 def different(q: Float[Tensor, "h b"], tolerance: float) -> Int[Tensor, " k"]:
     """Indices of the first of every group of directions that noise of that size could have made of one."""
-    same = (q @ q.mT).abs() > min(filtering.SAME_DIRECTION, 1 - tolerance)
-    return (~same.tril(-1).any(1)).nonzero()[:, 0]
-
-
-def complement(q: Float[Tensor, "f b"]) -> Float[Tensor, "b r"]:
-    """Orthonormal basis of the vectors orthogonal to all q: where every other column of V = Q^-T lies."""
-    return torch.linalg.qr(q.mT, mode="complete")[0][:, len(q) :]
+    return distinct(q, min(filtering.SAME_DIRECTION, 1 - tolerance))
 
 
 def draw(
@@ -139,7 +134,7 @@ def draw(
     v = torch.where(size > 1e-9, v, noise)  # the row of a neuron that only known samples activate is zero
     if observed.d is not None:
         v = torch.where((v @ observed.d < 0)[:, None], -v, v)
-    return unit(v)
+    return unit_rows(v)
 
 
 def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[Float[Tensor, "j b"], int]:
@@ -187,7 +182,7 @@ def _common_angles(C: Float[Tensor, "m 2"], least: int, tolerance: float) -> Flo
 
 
 def groups(q: Float[Tensor, "k b"]) -> tuple[Float[Tensor, "g b"], Tensor]:
-    """The first of every group of directions that are alike, and the group of each."""
+    """The first of every group of directions that are alike, and the group of each (`distinct` tells no groups)."""
     alike = (q @ q.mT).abs() > ALIKE
     first = alike.int().argmax(1)
     leaders, group = first.unique(return_inverse=True)
@@ -202,7 +197,7 @@ def polish(
     Returns unit directions, and whether their rows vanish to `tolerance` times the largest entry: those are solved once
     more, from all rows that do.
     """
-    q, residual, chunk = unit(q), torch.full_like(q[:, 0], math.inf), max(1, 2**24 // L.numel())
+    q, residual, chunk = unit_rows(q), torch.full_like(q[:, 0], math.inf), max(1, 2**24 // L.numel())
     going = torch.ones_like(residual, dtype=torch.bool)
     for k in range(rounds):
         for part in going.nonzero()[:, 0].split(chunk):
@@ -238,12 +233,7 @@ def smallest_rows(
     factor = torch.linalg.cholesky(gram)
     q = q[:, :, None]
     for _ in range(2):
-        q = unit(torch.cholesky_solve(q, factor).mT).mT
+        q = unit_rows(torch.cholesky_solve(q, factor).mT).mT
     step = torch.cholesky_solve(rows.mT @ (rows @ q), factor)
-    q = unit((q - (step - q * (q.mT @ step))).mT).mT
+    q = unit_rows((q - (step - q * (q.mT @ step))).mT).mT
     return q[:, :, 0], (rows @ q).abs().amax((1, 2)) / (L @ q).abs().amax((1, 2))
-
-
-def unit(q: Float[Tensor, "*p b"]) -> Float[Tensor, "*p b"]:
-    """Directions of length 1; zeros stay."""
-    return q / torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-30)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spear.descent.columns import complement
+from spear.directions import complement
 from spear.published import filtering
 from spear.published.view import Observed
 

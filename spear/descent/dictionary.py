@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.descent.columns import Lengths, collect, complement, draw, unit
+from spear.descent.columns import Lengths, collect, draw
+from spear.directions import complement, unit_rows
 from spear.published.greedy import Candidates
 from spear.published.view import Observed
 from spear.reconstruction import Budget, Progress
@@ -31,7 +32,7 @@ def soft_threshold(
     step.
     """
     for weight in torch.logspace(math.log10(first), math.log10(last), steps).tolist():
-        q = unit(F.softshrink(q @ L.mT, weight / math.sqrt(len(L))) @ L)
+        q = unit_rows(F.softshrink(q @ L.mT, weight / math.sqrt(len(L))) @ L)
     return q
 
 
@@ -58,7 +59,7 @@ def reweighted(L: Float[Tensor, "m b"], q: Float[Tensor, "k b"], *, steps: int =
         bound = bound / math.sqrt(len(L))
         weight = 1 / (bound**2 + (q @ L.mT) ** 2).sqrt()
         gram = torch.cat([L.mT @ (part[:, :, None] * L) for part in weight.split(max(1, 2**24 // L.numel()))])
-        q = unit(torch.linalg.solve(gram, q))
+        q = unit_rows(torch.linalg.solve(gram, q))
     return q
 
 
@@ -80,7 +81,7 @@ def subgradient(
     for t in range(steps):
         size = begin * (last / begin) ** (t / max(1, steps - 1))
         slope = torch.sign(q @ L.mT) @ L / math.sqrt(len(L))
-        q = unit(q - size * (slope - (slope * q).sum(1, keepdim=True) * q))
+        q = unit_rows(q - size * (slope - (slope * q).sum(1, keepdim=True) * q))
     return q
 
 

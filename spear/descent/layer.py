@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.descent.columns import Lengths, collect, draw, unit
+from spear.descent.columns import Lengths, collect, draw
 from spear.descent.coupling import Coupling, prior, uncoupled
+from spear.directions import unit_rows
 from spear.published.greedy import Candidates
 from spear.published.view import Observed
 from spear.reconstruction import Budget, Progress
@@ -119,7 +120,7 @@ def balanced(
     v = white * values.clamp_min(1e-300).rsqrt() @ vectors.mT @ free.mT
     if observed.d is not None:
         v = torch.where((v @ observed.d < 0)[:, None], -v, v)
-    return unit((v @ observed.B.mT).clamp_min(0) @ observed.L), unit(v)
+    return unit_rows((v @ observed.B.mT).clamp_min(0) @ observed.L), unit_rows(v)
 
 
 def reflect(
@@ -138,8 +139,8 @@ def reflect(
     L, (m, b) = observed.L.float(), observed.L.shape
     basis, triangle = torch.linalg.qr(observed.B @ coupling.free)  # z = B free w = basis c with c = triangle w
     C = basis.float()
-    g = math.sqrt(m) * unit(q).float() @ L.mT
-    z = math.sqrt(m) * unit(v @ coupling.free @ triangle.mT).float() @ C.mT
+    g = math.sqrt(m) * unit_rows(q).float() @ L.mT
+    z = math.sqrt(m) * unit_rows(v @ coupling.free @ triangle.mT).float() @ C.mT
     for stage in stages:
         step = coupling.step(triangle, stage.coupling, stage.ridge, stage.parting).float()
         half = stage.relaxation / 2
@@ -147,7 +148,7 @@ def reflect(
             inactive = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)) < 0
             rg, rz = torch.where(inactive, -g, g), torch.where(inactive, z, z.abs())
             both = torch.cat([rg @ L, rz @ C], 1) @ step
-            q, c = unit(both[:, :b]), unit(both[:, b:])
+            q, c = unit_rows(both[:, :b]), unit_rows(both[:, b:])
             # P_B x is the mean of x and its reflection
             g.mul_(1 - half).sub_(rg, alpha=half).addmm_(q, L.mT, alpha=2 * half * math.sqrt(m))
             z.mul_(1 - half).sub_(rz, alpha=half).addmm_(c, C.mT, alpha=2 * half * math.sqrt(m))
@@ -155,4 +156,4 @@ def reflect(
         near = torch.linalg.vector_norm(g @ L, dim=1) / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-30)
         best = near.argsort(descending=True)[: math.ceil(stage.kept * len(g))]
         g, z = g[best], z[best]
-    return unit(g @ L)
+    return unit_rows(g @ L)

@@ -12,6 +12,16 @@ def activate(loss: str, outputs: Float[Tensor, "*s c"]) -> Float[Tensor, "*s c"]
     return outputs.softmax(-1) if loss == "cross_entropy" else outputs.sigmoid()
 
 
+def activate_along(loss: str, outputs: Float[Tensor, "s c"], direction: Float[Tensor, "s c"]) -> Float[Tensor, "s c"]:
+    """The derivative of `activate` along a direction of the outputs."""
+    if loss == "squared_error":
+        return direction
+    p = activate(loss, outputs)
+    return (
+        p * (direction - (p * direction).sum(1, keepdim=True)) if loss == "cross_entropy" else p * (1 - p) * direction
+    )
+
+
 def one_hot(labels: Int[Tensor, " s"], like: Float[Tensor, "*b c"]) -> Float[Tensor, "s c"]:
     """The outputs that a loss wants for these labels, as many as `like` has: where there is one, it is the label."""
     outputs = like.shape[-1]

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear.network import exact_step, phase_retrieval
+from spear.directions import first_of_each, unit_rows
+from spear.network import phase_retrieval
 from spear.network.exact_step import Tolerances
 from spear.network.phase_retrieval import Iterate
 from spear.network.problem import NetworkView
-from spear.network.spaces import Solved, Spaces, complement, misfit, normalise, project
+from spear.network.spaces import Solved, Spaces, complement, misfit, project
 
 SPARE_ROWS = 10
 
@@ -38,7 +39,7 @@ def masks_below(
 ) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m"]]:
     """Phase retrieval with exactly known h: which samples it solved, and their masks (D ∘ h in span of `basis`)."""
     sample = torch.arange(len(h), device=h.device).repeat(starts)
-    guess = normalise(h)[sample]
+    guess = unit_rows(h)[sample]
     v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
     low = basis.float()
     start = Iterate(guess * (v > 0), guess, v, guess).to(torch.float32)
@@ -51,11 +52,7 @@ def masks_below(
     sine = (mask * guess - project(mask * guess, basis)).norm(dim=1) / (mask * guess).norm(dim=1).clamp_min(1e-30)
     good = (before == mask).all(1) & (sine < tolerances.accept)
     sample, mask = sample[good], mask[good]
-    first = (
-        exact_step.distinct(sample[:, None] == torch.arange(len(h), device=h.device), torch.zeros(len(sample)))
-        if len(sample)
-        else sample
-    )
+    first = first_of_each(sample)
     return sample[first], mask[first]
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spear.certificate import input_errors, norms, rms, spread_of_family, spread_of_zeros
+from spear.federated.losses import activate_along
 from spear.network.layerwise import solve
 from spear.network.problem import NetworkView, Passes, Targets
 
@@ -42,7 +43,7 @@ def layer_bounds(problem: NetworkView, run: Passes, targets: Targets, k: int) ->
 
 
 def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
-    """Of each F_i, by its inactive units or by the layers above: the cheaper, and the other where that is not enough."""
+    """Of each F_i, by its inactive units or by the layers above: the cheaper, the other where that is not enough."""
     G, inactive = run.deltas[k], run.inputs[k + 1] <= 0
     basis = torch.linalg.qr(G.T)[0]
 
@@ -90,6 +91,6 @@ def softness(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tenso
     for k in range(problem.last + 1):
         x = (x @ problem.weights[k].T) * (run.inputs[k + 1] > 0)
     logits = problem.apply(problem.last + 1, run.inputs[-1])
-    along = torch.func.jvp(problem.activate, (logits,), (x @ problem.weights[-1].T,))[1]
+    along = activate_along(problem.loss, logits, x @ problem.weights[-1].T)
     own = targets.errors(problem.activate(logits)) / (targets.unit * targets.copies[:, None])
     return own.norm(dim=1) / (along + own).norm(dim=1).clamp_min(1e-300)

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from spear.directions import TINY, first_of_each, unit_rows
 from spear.network.phase_retrieval import Iterate, retrieve_phases
-from spear.network.spaces import TINY, Solved, Spaces, misfit, normalise
+from spear.network.spaces import Solved, Spaces, misfit
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,12 @@ def _smallest(
     return values[:, :2], d
 
 
-def distinct(mask: Bool[Tensor, "k m"], order: Float[Tensor, " k"]) -> Int[Tensor, " j"]:
+def different_masks(mask: Bool[Tensor, "k m"], order: Float[Tensor, " k"]) -> Int[Tensor, " j"]:
     """One index for each different mask, smallest `order` first (masks are compared by a random linear hash)."""
     weights = torch.rand(mask.shape[1], generator=Generator().manual_seed(0), dtype=torch.float64)
     code = mask.double() @ weights.to(mask.device)
     ranked = torch.argsort(order)
-    _, inverse = torch.unique(code[ranked], return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(code), device=mask.device)
-    first = first.scatter_reduce(0, inverse, torch.arange(len(code), device=mask.device), "amin")
-    return ranked[first.sort()[0]]
+    return ranked[first_of_each(code[ranked])]
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,9 @@ def refine(
         iterate, distance = iterate[distance < tolerances.near], distance[distance < tolerances.near]
         if not len(distance):
             break
-        iterate = iterate[distinct(iterate.target != 0, distance)]
+        iterate = iterate[different_masks(iterate.target != 0, distance)]
         exact = solve_mask(rough, iterate.target != 0)
-        one = distinct(exact.mask, exact.sine)
+        one = different_masks(exact.mask, exact.sine)
         iterate, exact = iterate[one], exact[one]
         again = exact.sine < 0.3
         close = (exact.settled & (exact.sine < tolerances.rough)).nonzero()[:, 0]
@@ -162,7 +160,7 @@ def refine(
         if stage == rounds or not again.any():
             break
         iterate = iterate[again]
-        h = normalise(exact.d[again] @ rough.head)
+        h = unit_rows(exact.d[again] @ rough.head)
         h = h * torch.sign((h * iterate.h).sum(1, keepdim=True))
         iterate = retrieve_phases(replace(iterate, h=h), rough.basis, steps=steps, head=head)
     return found

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spear.directions import unit_rows
 from spear.network.deflation import SPARE_ROWS
 from spear.network.labels import decode
 from spear.network.problem import NetworkView, Targets
@@ -132,7 +133,7 @@ def down(
     """
     determined = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for k in range(problem.last - 1, -1, -1):
-        rows = lows[k].R / lows[k].R.norm(dim=1, keepdim=True)
+        rows = unit_rows(lows[k].R)
         lift = problem.affine(k) @ rows.T
         active = above_gap(y)
         determined &= active.sum(1) >= len(rows) + SPARE_ROWS

@@ -9,10 +9,11 @@ and so on: the error shrinks by a constant factor a round.
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.directions import TINY, unit_rows
 from spear.network.layerwise import activations, solve
 from spear.network.phase_retrieval import Iterate
 from spear.network.problem import NetworkView
-from spear.network.spaces import TINY, Solved, Spaces, misfit, normalise, project
+from spear.network.spaces import Solved, Spaces, misfit, project
 
 NEAR = 0.1  # the sine to span(U) under which a mask is taken, its h known to a per cent or two
 
@@ -40,7 +41,7 @@ def settle(
     h, mask = d @ spaces.head, end.target != 0
     for _ in range(4):
         before, mask = mask, (2 * project(mask * h, spaces.basis) - h) * h > 0
-    sine = misfit(normalise(mask * h), spaces.basis).clamp_min(0).sqrt()
+    sine = misfit(unit_rows(mask * h), spaces.basis).clamp_min(0).sqrt()
     good = (before == mask).all(1) & (sine < NEAR)
     found = directions(spaces, h[good], d[good], mask[good])
     return Solved.none(spaces).join(found[sine[good].argsort()], room=spaces.rank, cosine=1 - 1e-2)
@@ -67,7 +68,7 @@ def sharpen(problem: NetworkView, spaces: Spaces, solved: Solved, *, rounds: int
         z = problem.apply(problem.last, y)
         d = problem.activate(problem.apply(problem.last + 1, z.relu())) - wanted
         h = d @ spaces.head
-        inside, unit = project(solved.mask * h, spaces.basis), normalise(z)
+        inside, unit = project(solved.mask * h, spaces.basis), unit_rows(z)
         mask = (2 * inside - h) * h / h.pow(2).sum(1, keepdim=True) + unit * unit.abs() > 0
         before, solved = solved, directions(spaces, h, d, mask)
         last, change = change, float((solved.t - before.t).norm())

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spear.network.spaces import TINY, Evened, misfit, project, quick
+from spear.directions import TINY
+from spear.network.spaces import Evened, misfit, project, quick
 
 EVERY = 5  # steps after which starts are looked at
 
@@ -95,7 +96,7 @@ def relax(
     evened: Evened | None,
     lean: Float[Tensor, " m"] | None,
 ) -> Iterate:
-    """The steps of `retrieve_phases`. A sign makes the choices between two values: comparisons are slow at this size."""
+    """The steps of `retrieve_phases`. A sign chooses between two values: comparisons are slow at this size."""
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
     push = None if lean is None else lean * h.abs() * h.shape[1] ** -0.5
     for _ in range(steps):

@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from spear.directions import unit_rows
 from spear.network import deflation, exact_step, last_samples, many_classes, phase_retrieval
 from spear.network.exact_step import Tolerances
 from spear.network.phase_retrieval import Iterate
 from spear.network.problem import NetworkView
-from spear.network.spaces import Solved, Spaces, complement, leaning, normalise
+from spear.network.spaces import Solved, Spaces, complement, leaning
 from spear.published.lowrank import LowRank
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
@@ -68,7 +69,7 @@ class PhaseSearch:
     def found(self) -> Solved:
         """All directions found, in the coordinates of the whole spaces."""
         back = self.spaces.basis.T @ self.whole.basis
-        here = Solved(normalise(self.solved.t @ back), self.solved.d, self.solved.mask)
+        here = Solved(unit_rows(self.solved.t @ back), self.solved.d, self.solved.mask)
         return self.gone.join(here, room=self.whole.rank)
 
     def join(self, found: Solved) -> Solved:
@@ -105,7 +106,7 @@ class PhaseSearch:
         if not len(index):
             return
         back, leaving = self.spaces.basis.T @ self.whole.basis, self.solved[index]
-        leaving = Solved(normalise(leaving.t @ back), leaving.d, leaving.mask)
+        leaving = Solved(unit_rows(leaving.t @ back), leaving.d, leaving.mask)
         self.gone = self.gone.join(leaving, room=self.whole.rank)
         self.gone_rows = torch.cat([self.gone_rows, s @ self.spaces.rows])
         self.spaces, self.solved = deflation.deflate(self.spaces, self.solved, index, s)
@@ -194,13 +195,13 @@ class PhaseSearch:
         p = self.prior.expand(plan.starts, -1)
         if plan.free:
             p = torch.where(self._coins(plan.starts), self._sharp(plan.starts), p)
-        h = normalise((p - self.problem.one_hot(labels)) @ self.spaces.head)
+        h = unit_rows((p - self.problem.one_hot(labels)) @ self.spaces.head)
         partner, triangle = torch.linalg.qr(self.spaces.lift @ free)
         a = torch.randn(plan.starts, free.shape[1], generator=self.generator, dtype=torch.float64).to(free)
         if self.problem.biases[self.problem.last] is not None:
             ones = torch.linalg.solve_triangular(triangle.T, (self.spaces.rows[:, -1] @ free)[:, None], upper=False)
             a = a * torch.sign(a @ ones)
-        v = normalise(a @ partner.T)
+        v = unit_rows(a @ partner.T)
         h, v = h.float(), v.float()
         return Iterate(h * (v > 0), h, v, h), labels, partner.float()
 

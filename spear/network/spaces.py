@@ -9,11 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-TINY = 1e-30
-
-
-def normalise(x: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-    return x / x.norm(dim=1, keepdim=True).clamp_min(TINY)
+from spear import directions
+from spear.directions import TINY, distinct, unit_rows
 
 
 def project(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k m"]:
@@ -131,20 +128,13 @@ class Solved:
 
     def join(self, other: "Solved", room: int, cosine: float = 1 - 1e-9) -> "Solved":
         """Add the directions of `other` that are new up to sign, as far as there is room."""
-        t = torch.cat([self.t, other.t])
-        position = torch.arange(len(t), device=t.device)
-        same = (t @ other.t.T).abs() > cosine
-        repeated = (same & (position[:, None] < position[len(self) :])).any(0)
-        new = other[(~repeated).nonzero()[:room, 0]]
+        new = other[distinct(other.t, cosine, known=self.t)[:room]]
         return Solved(torch.cat([self.t, new.t]), torch.cat([self.d, new.d]), torch.cat([self.mask, new.mask]))
 
 
 def complement(spaces: Spaces, solved: Solved) -> Float[Tensor, "b r"]:
     """Orthonormal basis N of {s : ⟨s, t_i / S⟩ = 0 for every solved i}: where the other samples' s lie."""
-    b = spaces.rank
-    if not len(solved):
-        return torch.eye(b, dtype=spaces.basis.dtype, device=spaces.basis.device)
-    return torch.linalg.qr((solved.t / spaces.singular).T, mode="complete")[0][:, len(solved) :]
+    return directions.complement(solved.t / spaces.singular)
 
 
 def leaning(spaces: Spaces, free: Float[Tensor, "b r"]) -> Float[Tensor, " m"]:
@@ -157,7 +147,7 @@ def leaning(spaces: Spaces, free: Float[Tensor, "b r"]) -> Float[Tensor, " m"]:
     triangle = torch.linalg.qr(free / spaces.singular[:, None])[1]
     both = torch.cat([spaces.lift, spaces.rows[:, -1:].T]) @ free
     white = torch.linalg.solve_triangular(triangle, both, upper=True, left=False)
-    lift, ones = white[:-1], normalise(white[-1:])[0]
+    lift, ones = white[:-1], unit_rows(white[-1:])[0]
     mean = lift @ ones
     return (mean / (lift.pow(2).sum(1) - mean**2).clamp_min(TINY).sqrt()).clamp(-3, 3)
 

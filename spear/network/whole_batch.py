@@ -7,6 +7,7 @@ from dataclasses import replace
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from spear.directions import unit_rows
 from spear.network import many_classes
 from spear.network.check import judge
 from spear.network.layerwise import PositiveRule, above_gap, above_noise, activations, descend, solve
@@ -14,7 +15,7 @@ from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Budget, Recovery, Stats, figures, nothing, searched
-from spear.network.spaces import Solved, Spaces, contrasts, normalise
+from spear.network.spaces import Solved, Spaces, contrasts
 from spear.published.lowrank import MIN_GAP, LowRank
 
 MARGIN = 8
@@ -31,8 +32,8 @@ def recover(
     """Recover the whole batch from the gradients of a fully connected ReLU network.
 
     `rank` is the number of distinct samples, found from the gradient of the last hidden layer where it is not given.
-    `progress` receives the figures so far after every round. Nothing is returned unless it is certified:
-    an exhausted budget gives an incomplete result and its reason.
+    `progress` receives the figures so far after every round. Nothing is returned that the update does not support, and
+    nothing is certified while samples are missing: an exhausted budget gives an incomplete result and its reason.
 
     Raises `ValueError` for a gradient that is zero.
     """
@@ -105,17 +106,17 @@ def _refusal(problem: NetworkView, spaces: Spaces, low: LowRank) -> str | None:
 
 
 def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, stats: Stats) -> Recovery:
-    """From all directions to samples: certified where they explain every layer's gradient."""
+    """From all directions to samples: held against every layer's gradient."""
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
     sane = plausible(problem, rows, solved)
     rows, solved, best = rows[sane], solved[sane], None
     for positive, spans in masks_by(problem) if len(solved) else ():
         inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
         result = judge(problem, inputs, targets, stats)
-        if not result.complete:
+        if len(result.inputs) < stats.rank:
             same = consistent(problem, spaces, solved, inputs, targets)
             result = _more(judge(problem, inputs[same], targets[same], stats), result) if same.any() else result
-        if result.complete:
+        if len(result.inputs) == stats.rank:
             return result
         best = _more(result, best) if best else result
     return best or nothing(problem, searched(stats), stats)
@@ -142,5 +143,5 @@ def consistent(
     problem: NetworkView, spaces: Spaces, solved: Solved, inputs: Float[Tensor, "s n"], targets: Targets
 ) -> Bool[Tensor, " s"]:
     """Whose own backward pass points along the direction found: not so where that was too weak to lead to an input."""
-    own = normalise(passes(problem, inputs, targets).deltas[problem.last] @ spaces.basis)
+    own = unit_rows(passes(problem, inputs, targets).deltas[problem.last] @ spaces.basis)
     return (own * solved.t).sum(1).abs() > 0.999

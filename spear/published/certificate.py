@@ -29,7 +29,8 @@ def recover_labels(
     """The label of each sample from its column of G, by one directional derivative.
 
     With J = d logits / d z and p what the loss compares with the label, G = scale J^T (p - e_c), hence
-    (p - e_c)^T J G = |G|^2 / scale for the right class c alone: one product J G serves all classes. It is taken as the derivative of J^T u, linear in u, by u: reverse mode twice.
+    (p - e_c)^T J G = |G|^2 / scale for the right class c alone: one product J G serves all classes. It is taken as the
+    derivative of J^T u, linear in u, by u: reverse mode twice.
     """
     Z = Z.detach().requires_grad_(True)
     outputs = layer.tail(Z)

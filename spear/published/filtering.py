@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.directions import distinct
 from spear.published import sparsity
 from spear.published.sparsity import zero_pattern
 from spear.published.view import Observed
@@ -32,8 +33,7 @@ def sparsity_filter(
 
 def deduplicate(q: Float[Tensor, "h b"]) -> Int[Tensor, " k"]:
     """Indices of the first of every group of unit directions that are equal up to sign."""
-    same = (q @ q.mT).abs() > SAME_DIRECTION
-    return (~same.tril(-1).any(1)).nonzero()[:, 0]
+    return distinct(q, SAME_DIRECTION)
 
 
 def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: float = 1e-7) -> Bool[Tensor, " h"]:

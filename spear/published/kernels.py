@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear import directions
+from spear.directions import unit_rows, zero_entries
+
 SAME_DIRECTION = 1 - 1e-7
 LOOSE = 30  # times the tolerance: the zeros that a direction may have before it is polished
 MOST = 4096  # directions that a round keeps
@@ -122,18 +125,12 @@ def distinct(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], tolerance: float)
     q = q[zeros(L, q, tolerance).sum(1).argsort(descending=True, stable=True)]
     kept = q[:0]
     for part in q.split(CANDIDATES):
-        same = (part @ torch.cat([kept, part]).mT).abs() >= SAME_DIRECTION
-        kept = torch.cat([kept, part[~same.tril(len(kept) - 1).any(1)]])[:MOST]
+        kept = torch.cat([kept, part[directions.distinct(part, SAME_DIRECTION, known=kept)]])[:MOST]
     return kept
 
 
-def unit_rows(q: Float[Tensor, "*p b"]) -> Float[Tensor, "*p b"]:
-    return q / torch.linalg.vector_norm(q, dim=-1, keepdim=True)
-
-
 def zeros(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], tolerance: float) -> Bool[Tensor, "h m"]:
-    entries = (q @ L.mT).abs()
-    return entries < tolerance * entries.amax(1, keepdim=True)
+    return zero_entries(q @ L.mT, tolerance)
 
 
 def sparse(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], threshold: int, tolerance: float) -> Float[Tensor, "k b"]:

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor, nn
 
+from spear.directions import zero_entries
+
 FALSE_REJECTION = 1e-9
 
 
@@ -30,8 +32,7 @@ def zero_pattern(G: Float[Tensor, "*batch m b"], *, tolerance: float) -> Bool[Te
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"a tolerance relative to the column's largest entry lies in [0, 1), not {tolerance}")
-    magnitude = G.abs()
-    return magnitude <= tolerance * magnitude.amax(-2, keepdim=True)
+    return zero_entries(G, tolerance, dim=-2)
 
 
 def zero_counts(G: Float[Tensor, "*batch m b"], *, tolerance: float) -> Int[Tensor, "*batch b"]:

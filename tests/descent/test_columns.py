@@ -6,6 +6,7 @@ from problems import make
 
 from spear.descent import columns
 from spear.descent.columns import Lengths
+from spear.directions import complement, unit_rows
 from spear.published import filtering, greedy
 from spear.reconstruction import Budget
 
@@ -18,8 +19,8 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("known", [0, 1, 5, 6])
 def test_complement(known):
-    q = columns.unit(normal(known, 6))
-    free = columns.complement(q)
+    q = unit_rows(normal(known, 6))
+    free = complement(q)
     assert free.shape == (6, 6 - known)
     torch.testing.assert_close(free.mT @ free, torch.eye(6 - known, dtype=torch.float64))
     assert float((q @ free).abs().sum()) < 1e-12
@@ -28,7 +29,7 @@ def test_complement(known):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_starts_lie_in_the_free_space_with_the_sign_of_v(seed):
     problem = make(8, 60, 40, seed=seed)
-    free = columns.complement(problem.q[:3])
+    free = complement(problem.q[:3])
     generator = torch.Generator().manual_seed(seed)
     q = columns.draw(problem.observed, free, 50, generator)
     torch.testing.assert_close(q.norm(dim=1), torch.ones(50, dtype=torch.float64))
@@ -42,7 +43,7 @@ def test_starts_lie_in_the_free_space_with_the_sign_of_v(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_polish_brings_near_directions_to_machine_precision(seed):
     problem = make(8, 120, 40, seed=seed)
-    near = columns.unit(problem.q + 0.02 * normal(8, 8, seed=seed))
+    near = unit_rows(problem.q + 0.02 * normal(8, 8, seed=seed))
     q, exact = columns.polish(problem.observed.L, near)
     assert exact.all()
     assert ((q * problem.q).sum(1).abs() > 1 - 1e-14).all()
@@ -54,7 +55,7 @@ def test_polish_brings_near_directions_to_machine_precision(seed):
 def test_smallest_rows_are_the_textbook_kernel(seed):
     """Against the last right singular vector of the rows of the smallest entries."""
     problem = make(7, 90, 40, seed=seed)
-    L, near = problem.observed.L, columns.unit(problem.q + 1e-3 * normal(7, 7, seed=seed))
+    L, near = problem.observed.L, unit_rows(problem.q + 1e-3 * normal(7, 7, seed=seed))
     count = torch.tensor([20, 22, 24, 26, 28, 30, 32])
     q, residual = columns.smallest_rows(L, near, count)
     for direction, start, number, left in zip(q, near, count.tolist(), residual, strict=True):
@@ -67,8 +68,8 @@ def test_smallest_rows_are_the_textbook_kernel(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_directions_are_not_exact(seed):
     problem = make(8, 60, 40, seed=seed)
-    _, exact = columns.polish(problem.observed.L, columns.unit(normal(20, 8, seed=seed)) * 1.0)
-    q, whole = columns.polish(problem.observed.L, columns.unit(normal(20, 8, seed=seed)))
+    _, exact = columns.polish(problem.observed.L, unit_rows(normal(20, 8, seed=seed)) * 1.0)
+    q, whole = columns.polish(problem.observed.L, unit_rows(normal(20, 8, seed=seed)))
     assert torch.equal(exact, whole)
     true = ((q @ problem.q.mT).abs() > 1 - 1e-9).any(1)
     sparse = filtering.sparsity_filter(problem.observed.L, q, 11, tolerance=problem.observed.tolerance)
@@ -83,7 +84,7 @@ def test_a_mixture_is_separated_into_its_two_columns(seed):
     observed = problem.observed
     G = observed.L @ problem.q.mT
     both = ((G[:, 0].abs() > 1e-9) & (G[:, 1].abs() > 1e-9)).nonzero()[0, 0]
-    mixture = columns.unit(G[both, 1] * problem.q[0] - G[both, 0] * problem.q[1])[None]
+    mixture = unit_rows(G[both, 1] * problem.q[0] - G[both, 0] * problem.q[1])[None]
     shared = int(filtering.zero_rows(observed.L, mixture, tolerance=observed.tolerance).sum())
     assert not filtering.determined(observed.L, mixture, tolerance=observed.tolerance).any()
     parts = columns.separate(observed, mixture, shared)
@@ -98,8 +99,8 @@ def test_a_column_is_not_separated():
 
 
 def test_groups():
-    q = columns.unit(normal(4, 9))
-    alike = torch.cat([q, -q, columns.unit(q + 1e-3)])
+    q = unit_rows(normal(4, 9))
+    alike = torch.cat([q, -q, unit_rows(q + 1e-3)])
     first, group = columns.groups(alike)
     assert torch.equal(first, q)
     assert group.tolist() == [0, 1, 2, 3] * 3
@@ -115,7 +116,7 @@ def test_lengths_go_up_where_few_starts_succeed_and_down_where_nearly_all_do():
 
 def test_settle_counts_the_starts_that_led_to_a_column():
     problem = make(8, 120, 40)
-    ends = torch.cat([problem.q[[0, 0, 1]], columns.unit(normal(1, 8))])
+    ends = torch.cat([problem.q[[0, 0, 1]], unit_rows(normal(1, 8))])
     q, hits = columns.settle(problem.observed, ends, 20)
     assert hits in (3, 4)
     assert ((q @ problem.q.mT).abs() > 1 - 1e-12).any(0)[:2].all()
@@ -131,7 +132,7 @@ def test_a_search_that_failed_once_is_not_given_up_for_one_that_never_found_anyt
 
     def barren(known, count, steps, generator):
         calls["barren"] += 1
-        return columns.unit(torch.randn(count, 10, generator=generator, dtype=torch.float64))
+        return unit_rows(torch.randn(count, 10, generator=generator, dtype=torch.float64))
 
     lengths, budget = Lengths(shortest=10, longest=10), Budget(0.0, None, None)
     found = columns.collect(problem.observed, (barren, brings), lengths, budget, 0)
@@ -143,7 +144,7 @@ def test_collecting_stops_where_no_search_brings_anything():
     problem = make(10, 120, 60)
 
     def barren(known, count, steps, generator):
-        return columns.unit(torch.randn(count, 10, generator=generator, dtype=torch.float64))
+        return unit_rows(torch.randn(count, 10, generator=generator, dtype=torch.float64))
 
     found = columns.collect(problem.observed, (barren,), Lengths(10, 10), Budget(0.0, None, None), 0)
     assert (found.matching, found.rounds) == (0, columns.IDLE)

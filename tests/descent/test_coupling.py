@@ -6,8 +6,9 @@ import pytest
 import torch
 from problems import make
 
-from spear.descent import columns, coupling
+from spear.descent import coupling
 from spear.descent.coupling import Coupling, duals, marchenko_pastur, prior, signed
+from spear.directions import complement, unit_rows
 
 SEEDS = range(5)
 
@@ -18,13 +19,13 @@ def normal(*shape, seed=0):
 
 def partners(problem):
     """The true v of every sample, of length 1, with the signs of its pre-activations."""
-    v = columns.unit(torch.linalg.inv(problem.q).mT)
+    v = unit_rows(torch.linalg.inv(problem.q).mT)
     return torch.where((v @ problem.observed.d < 0)[:, None], -v, v)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_m_maps_every_v_to_its_q_whatever_their_lengths(seed):
-    q = columns.unit(normal(9, 9, seed=seed)) * torch.logspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    q = unit_rows(normal(9, 9, seed=seed)) * torch.logspace(-2, 2, 9, dtype=torch.float64)[:, None]
     v = torch.linalg.inv(q).mT
     for weight in (torch.ones(9, dtype=torch.float64), normal(9, seed=seed + 1).abs() + 0.1):
         M = q.mT @ (weight[:, None] * q)
@@ -60,8 +61,8 @@ def test_the_linear_step_solves_the_least_squares_problem(k, ridge, parting, kno
     """Against the minimiser of the five squares, stacked."""
     m, b = 50, 8
     L, B = torch.linalg.qr(normal(m, b, seed=seed))[0], normal(m, b, seed=seed + 10)
-    q = columns.unit(normal(known, b, seed=seed + 20))
-    free, root = columns.complement(q), torch.linalg.cholesky(torch.cov(normal(b, 20, seed=seed + 30))).mT
+    q = unit_rows(normal(known, b, seed=seed + 20))
+    free, root = complement(q), torch.linalg.cholesky(torch.cov(normal(b, 20, seed=seed + 30))).mT
     away = torch.linalg.qr(normal(b, b, seed=seed + 40))[0][:known]
     moment, r = root.mT @ root, b - known
     basis, triangle = torch.linalg.qr(B @ free)
@@ -131,7 +132,7 @@ def test_the_mean_under_signs_is_that_of_the_samples_that_have_them(seed):
     mask = signs[:1]
     kept = w[(signs == mask).all(1)]
     mean, spread = signed(C, s, torch.zeros(1, 6, dtype=torch.float64), mask)
-    cosine = float(columns.unit(mean)[0] @ columns.unit(kept.mean(0)))
+    cosine = float(unit_rows(mean)[0] @ unit_rows(kept.mean(0)))
     assert abs(cosine) > 0.98
     share = float(spread / (spread + mean.square().sum()))
     expected = float(kept.var(0).sum() / (kept.var(0).sum() + kept.mean(0).square().sum()))
@@ -142,16 +143,16 @@ def test_columns_whose_signs_fit_no_v_are_left_out():
     """Directions that are no columns of Q: their masks belong to no sample."""
     problem = make(10, 120, 50)
     fresh = prior(problem.observed)(problem.q[:0]).moment
-    v, doubt = duals(problem.observed, columns.unit(normal(4, 10)), fresh)
+    v, doubt = duals(problem.observed, unit_rows(normal(4, 10)), fresh)
     assert not v.any()
     assert torch.isinf(doubt).all()
-    assert not prior(problem.observed)(columns.unit(normal(4, 10))).away.any()
+    assert not prior(problem.observed)(unit_rows(normal(4, 10))).away.any()
 
 
 def test_far_out_signs_leave_numbers():
     """An offset that contradicts the signs by far: the answer stays finite or is left out, never NaN in the step."""
     problem = make(10, 120, 50)
-    mixed = columns.unit(problem.q[:5] + 1e-7 * problem.q[5:])
+    mixed = unit_rows(problem.q[:5] + 1e-7 * problem.q[5:])
     given = prior(problem.observed)(mixed)
     assert given.away.isfinite().all()
     step = given.step(torch.linalg.qr(problem.observed.B @ given.free)[1], 0.5, 0.1, 0.1)

@@ -7,6 +7,7 @@ import torch
 from problems import make
 
 from spear.descent import columns, dictionary
+from spear.directions import unit_rows
 from spear.published.greedy import disaggregate
 from spear.reconstruction import Budget
 
@@ -25,9 +26,9 @@ def planted(m, b, seed, share=0.3):
     G = G * (torch.rand(m, b, generator=generator) < share)
     rotation = torch.linalg.qr(torch.randn(b, b, dtype=torch.float64, generator=generator))[0]
     L, triangle = torch.linalg.qr(G @ rotation)
-    q = columns.unit((triangle @ rotation.mT).mT)  # G = L (triangle rotation^T)
+    q = unit_rows((triangle @ rotation.mT).mT)  # G = L (triangle rotation^T)
     starts = L[L.norm(dim=1) > 1e-9][:40]  # rows in which no vector is active are zero
-    return L, q, columns.unit(starts)
+    return L, q, unit_rows(starts)
 
 
 @pytest.mark.parametrize("learner", LEARNERS, ids=["soft", "subgradient", "reweighted"])

@@ -5,11 +5,12 @@ import pytest
 import torch
 from network_problems import case
 
+from spear.directions import unit_rows
 from spear.network import exact_step, last_samples, phase_retrieval
 from spear.network.exact_step import Tolerances
 from spear.network.phase_retrieval import Iterate
 from spear.network.problem import Targets, passes
-from spear.network.spaces import Evened, Solved, complement, leaning, misfit, normalise, project, quick
+from spear.network.spaces import Evened, Solved, complement, leaning, misfit, project, quick
 from spear.network.whole_batch import open_spaces
 from spear.published.lowrank import decompose
 
@@ -32,9 +33,9 @@ def solved(spaces, deltas, errors) -> Solved:
 
 def starts(spaces, deltas, errors, count=12):
     generator = torch.Generator().manual_seed(0)
-    h = normalise(errors[:count] @ spaces.head).float()
+    h = unit_rows(errors[:count] @ spaces.head).float()
     v = torch.randn(count, len(spaces.lift), generator=generator)
-    return Iterate(h * (v > 0), h, normalise(v), h)
+    return Iterate(h * (v > 0), h, unit_rows(v), h)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
@@ -113,7 +114,7 @@ def test_a_step_equals_the_textbook_choice_between_0_and_h(partnered):
     target = torch.where(evidence > 0, h, 0.0)
     assert torch.equal(after.target, target)
     assert torch.allclose(after.u, u + (target - inside) / 2, atol=1e-14)
-    assert torch.allclose(after.v, normalise(v) if partnered else v, atol=1e-14)
+    assert torch.allclose(after.v, unit_rows(v) if partnered else v, atol=1e-14)
 
 
 def test_starts_that_arrived_end_and_the_others_go_on():
@@ -224,7 +225,7 @@ def test_join_keeps_one_of_each_direction():
 
 def test_distinct_masks_by_increasing_misfit():
     mask = torch.tensor([[1, 0, 1], [1, 1, 1], [1, 0, 1], [0, 0, 1]]).bool()
-    assert exact_step.distinct(mask, torch.tensor([3.0, 2.0, 1.0, 0.5])).tolist() == [3, 2, 1]
+    assert exact_step.different_masks(mask, torch.tensor([3.0, 2.0, 1.0, 0.5])).tolist() == [3, 2, 1]
 
 
 def test_leaning_equals_the_textbook_normal_of_the_unsolved_samples():

@@ -1,0 +1,75 @@
+"""Unit vectors, and what is asked of sets of them: complements, copies, zeros. Vectors are rows."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+TINY = 1e-30  # length under which a vector is zero, and stays so: far below any rounding, and a number of float32
+
+
+def unit_rows(x: Float[Tensor, "*k n"]) -> Float[Tensor, "*k n"]:
+    """The vectors at length 1; zeros stay."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY)
+
+
+def complement(x: Float[Tensor, "f n"]) -> Float[Tensor, "n r"]:
+    """Orthonormal basis (columns) of the vectors orthogonal to all of the independent x."""
+    if not len(x):
+        return torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return torch.linalg.qr(x.mT, mode="complete")[0][:, len(x) :]
+
+
+def away_from(known: Float[Tensor, "f n"], x: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    """The part of each x that is orthogonal to all of the independent `known` vectors."""
+    if not len(known):
+        return x
+    span = torch.linalg.qr(known.mT)[0]
+    return x - (x @ span) @ span.mT
+
+
+def distinct(
+    x: Float[Tensor, "k n"],
+    cosine: float,
+    *,
+    known: Float[Tensor, "f n"] | None = None,
+    order: Float[Tensor, " k"] | None = None,
+    signed: bool = False,
+) -> Int[Tensor, " j"]:
+    """Indices of the unit vectors that are no copies: each within `cosine` of none kept before it, nor of `known` ones.
+
+    They are taken as they come, or by increasing `order`. Opposite vectors are equal unless they are `signed`.
+    """
+    ranked = torch.arange(len(x), device=x.device) if order is None else order.argsort()
+    sorted_x = x[ranked]
+    close = sorted_x @ sorted_x.mT
+    close = (close if signed else close.abs_()) > cosine
+    keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    if known is not None:
+        near = sorted_x @ known.mT
+        keep = ~((near if signed else near.abs_()) > cosine).any(1)
+    close = close.triu_(1)
+    for k in (close.any(1) & keep).nonzero()[:, 0].tolist():  # the others drop nobody
+        if keep[k]:
+            keep &= ~close[k]
+    return ranked[keep]
+
+
+def first_of_each(code: Tensor) -> Int[Tensor, " j"]:
+    """Index of the first entry of each value, in their order: exact copies, where `distinct` finds near ones."""
+    _, inverse = torch.unique(code, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1 if len(code) else 0,), len(code), device=code.device)
+    return first.scatter_reduce(0, inverse, torch.arange(len(code), device=code.device), "amin").sort()[0]
+
+
+def apart(x: Float[Tensor, "k n"], known: Float[Tensor, "f n"], least: float) -> Bool[Tensor, " k"]:
+    """Which points are `least` of its size away from every known one and earlier one: unlike a direction's, its length
+    counts."""
+    both = torch.cat([known, x])
+    close = torch.cdist(both, both) < least * both.norm(dim=1)
+    return ~close.tril(-1).any(1)[len(known) :]
+
+
+def zero_entries(x: Float[Tensor, "*k n"], tolerance: float, *, dim: int = -1) -> Bool[Tensor, "*k n"]:
+    """Which entries are at most `tolerance` times the largest of their vector; all of a zero vector's."""
+    size = x.abs()
+    return size <= tolerance * size.amax(dim, keepdim=True)
