@@ -3,10 +3,10 @@
 import time
 from collections.abc import Sequence
 
+import scipy  # its parts load when they are first used
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from spear.baselines import closed_form
@@ -16,6 +16,8 @@ from spear.federated.received import check_gradients
 from spear.federated.update import SharedUpdate
 from spear.reconstruction import Reconstruction, Stats
 
+RATE = 0.06  # of Adam; continuous columns are in standard deviations
+
 
 def tableak(
     model: nn.Module,
@@ -24,7 +26,6 @@ def tableak(
     *,
     steps: int = 1500,
     restarts: int = 30,
-    rate: float | int = 0.06,
     seed: int = 0,
 ) -> Reconstruction:
     """Gradient matching in the manner of TabLeak (Vero, Balunović, Dimitrov, Vechev, ICML 2023).
@@ -41,7 +42,7 @@ def tableak(
     like = next(model.parameters())
     z = torch.randn(restarts, len(labels), columns[-1].stop, generator=generator, dtype=like.dtype).to(like.device)
     z.requires_grad_(True)
-    optimizer = torch.optim.Adam([z], lr=rate)
+    optimizer = torch.optim.Adam([z], lr=RATE)
     for _ in range(steps):
         (z.grad,) = torch.autograd.grad(torch.vmap(distance)(z).sum(), z)
         optimizer.step()
@@ -94,6 +95,6 @@ def pool(rows: Float[Tensor, "restarts b n"], distance: Float[Tensor, " restarts
     best = rows[distance.nan_to_num(torch.inf).argmin()]
     aligned = []
     for start in rows:
-        order = linear_sum_assignment(torch.cdist(best, start).nan_to_num(1e9).cpu())[1]
+        order = scipy.optimize.linear_sum_assignment(torch.cdist(best, start).nan_to_num(1e9).cpu())[1]
         aligned.append(start[torch.as_tensor(order, dtype=torch.long, device=rows.device)])
     return torch.stack(aligned).nanmedian(0).values

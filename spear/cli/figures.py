@@ -1,4 +1,4 @@
-"""`spear figures`: the notebooks run as notebooks/runs.yaml says, README tables and gallery written anew."""
+"""`spear figures`: the notebooks run as notebooks/runs.yaml says, tables and gallery written anew."""
 
 import signal
 import sys
@@ -10,8 +10,7 @@ from rich.table import Table
 
 from spear import paths
 from spear.cli.shared import console, executor_of
-from spear.data import catalog
-from spear.figures import gallery, readme, schedule
+from spear.figures import gallery, markdown, schedule
 from spear.figures.table import Run, load
 
 CELL_TIMEOUTS = {"quick": 900, "paper": 6 * 3600}  # seconds, of the profiles that figures come from
@@ -25,9 +24,9 @@ def figures(
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers run them.")] = None,
     force: Annotated[bool, typer.Option(help="Run also what has not changed.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Only show the runs, and which of them are due.")] = False,
-    pages: Annotated[bool, typer.Option("--pages", help="Only write README tables and gallery anew.")] = False,
+    pages: Annotated[bool, typer.Option("--pages", help="Only write tables and gallery anew.")] = False,
 ) -> None:
-    """Regenerate figures, README tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
+    """Regenerate figures, tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
 
     Figures go to figures/, those of the profile paper to figures/paper/, those of a chosen data set to a folder named
     after both, which git ignores. With a scheduler, one notebook runs in each thread of its workers, whose machines
@@ -38,6 +37,8 @@ def figures(
     if profile not in CELL_TIMEOUTS:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(CELL_TIMEOUTS)}")
     if dataset is not None:
+        from spear.data import catalog
+
         catalog.classes(dataset)  # says what is wrong with it
     table = load(paths.notebooks() / "runs.yaml", profile, dataset)
     chosen = _chosen(table, only or [])
@@ -82,12 +83,14 @@ def _execute(
 
 
 def _write_pages(table: tuple[Run, ...]) -> None:
-    """Write README tables and the gallery beside the figures of these runs anew."""
+    """Write the tables of both README pages and the gallery beside the figures of these runs anew."""
     folder, page = paths.figures() / table[0].variant, paths.root() / "README.md"
-    contents = {folder / "README.md": gallery.render(table, folder)}
+    beside = folder / "README.md"
+    before = beside.read_text() if beside.is_file() else gallery.EMPTY_PAGE
+    contents = {beside: gallery.render(table, folder, before)}
     if page.is_file():
-        contents[page] = readme.render(page.read_text(), paths.root())
-    paths.write({path: text.encode() for path, text in contents.items()})
+        contents[page] = page.read_text()
+    paths.write({path: markdown.render(text, paths.root()).encode() for path, text in contents.items()})
 
 
 def _due(run: Run) -> str:

@@ -1,13 +1,16 @@
-"""What the commands share: the application, its consoles, what a client disclosed of its training."""
+"""What the commands share: the application, consoles, and options that say what a client disclosed of its training.
+
+What is imported here and in the modules of the commands is imported by `spear --help` too: nothing that needs torch,
+nor any other package that takes long. Each command imports what it works with when it is called.
+"""
 
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-
-from spear import executors
 
 app = typer.Typer(
     help="What a federated learning client's update gives away, exactly.",
@@ -25,4 +28,16 @@ Samples = Annotated[int | None, typer.Option(help="How many samples the client s
 
 
 def executor_of(scheduler: str | None) -> AbstractContextManager[Executor | None]:
-    return nullcontext() if scheduler is None else executors.connect(scheduler)
+    """An executor that works by the dask scheduler at this address; without one, none: work is done here."""
+    if scheduler is None:
+        return nullcontext()
+    from spear import executors
+
+    return executors.connect(scheduler)
+
+
+def check_folders(*files: Path | None) -> None:
+    """Refuse, before the work, files to be written into folders that are not there."""
+    for path in files:
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: no such folder")

@@ -1,16 +1,10 @@
-"""The Adult census table: one-hot categories beside continuous columns, in one layout for any part of the table."""
+"""How the Adult census table is laid out: one-hot categories beside continuous columns, in any part of the table.
 
-import csv
-import math
-from collections.abc import Sequence
+It is read by `spear.data.census`; here are names and numbers alone, for whoever asks before torch is loaded.
+"""
+
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
-
-import numpy as np
-import torch
-from jaxtyping import Float64, Int64
-from torch import Tensor
 
 CLASSES = ("<=50K", ">50K")
 # Names, categories ("?" stands for missing) and order as in the archive's own description, adult.names.
@@ -86,69 +80,9 @@ COLUMNS = _layout()
 WIDTH = COLUMNS[-1].stop
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Encoded rows (N, WIDTH), not yet scaled, and labels (N,): 1 where the income is over 50,000 dollars."""
-
-    rows: Float64[np.ndarray, "N n"]
-    labels: Int64[np.ndarray, " N"]
-    classes: tuple[str, ...] = CLASSES
-    shape: tuple[int, ...] = (WIDTH,)
-
-    def take(self, index: Int64[Tensor, " k"]) -> Float64[Tensor, "k n"]:
-        """The rows at `index`."""
-        return torch.from_numpy(self.rows[index.numpy()])
-
-
 def moments() -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each entry of an encoded row: 0 and 1 for one-hot entries, which stay unscaled."""
-    mean, std = np.zeros(WIDTH), np.ones(WIDTH)
-    for column in COLUMNS:
-        if not column.categories:
-            mean[column.start], std[column.start] = _MOMENTS[column.name]
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def read(path: Path) -> Table:
-    """The table in a file like the archive's adult.data: comma-separated, no header, empty lines skipped.
-
-    Raises `ValueError` naming the file and line for a wrong number of fields, an unknown category or no number.
-    """
-    rows, labels = [], []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file, skipinitialspace=True)
-        try:
-            for fields in filter(None, reader):
-                row, label = _encode(fields)
-                rows.append(row)
-                labels.append(label)
-        except (ValueError, csv.Error) as error:  # ValueError: also bytes that are no text
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return Table(np.array(rows), np.array(labels, dtype=np.int64))
-
-
-def _encode(fields: Sequence[str]) -> tuple[list[float], int]:
-    if len(fields) != len(COLUMNS) + 1:
-        raise ValueError(f"{len(fields)} fields, not {len(COLUMNS) + 1}")
-    row = [0.0] * WIDTH
-    for column, field in zip(COLUMNS, fields, strict=False):
-        if column.categories:
-            row[column.start + _index(column.categories, field, column.name)] = 1.0
-        else:
-            row[column.start] = _number(field, column.name)
-    return row, _index(CLASSES, fields[-1], "income")
-
-
-def _number(field: str, name: str) -> float:
-    number = float(field)
-    if not math.isfinite(number):
-        raise ValueError(f"{field!r} is no finite {name}")
-    return number
-
-
-def _index(categories: tuple[str, ...], field: str, name: str) -> int:
-    if field not in categories:
-        raise ValueError(f"{field!r} is no {name}")
-    return categories.index(field)
+    one_hot = (0.0, 1.0)
+    entries = [one_hot if c.categories else _MOMENTS[c.name] for c in COLUMNS for _ in range(c.start, c.stop)]
+    mean, std = zip(*entries, strict=True)
+    return mean, std

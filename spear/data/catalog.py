@@ -9,54 +9,31 @@ sample pack NAME.npz first, then the data set as its publisher or torchvision la
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from spear import paths
-from spear.data import adult, builtin, downloads, packs
-from spear.data.adult import Table
-from spear.data.packs import Pack, Photographs
+from spear.data import builtin, census, downloads, layouts, packs
+from spear.data.census import Table
+from spear.data.known import BUILT_IN, DATA_SETS, DataSet, folder, pack_place, place
+from spear.data.layouts import Photographs
+from spear.data.packs import Pack
 
 Source = Pack | Photographs | Table
 
-
-@dataclass(frozen=True)
-class DataSet:
-    """Shape of one sample, and the mean and standard deviation that normalise it, for each channel (or table entry)."""
-
-    shape: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_DATA_SETS = {
-    "digits": DataSet((1, 8, 8), (0.3053,), (0.3759,)),
-    "photos": DataSet((3, 32, 32), *_IMAGENET),
-    "photos64": DataSet((3, 64, 64), *_IMAGENET),
-    "photos224": DataSet((3, 224, 224), *_IMAGENET),
-    "mnist": DataSet((1, 28, 28), (0.1307,), (0.3081,)),
-    "cifar10": DataSet((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
-    "tinyimagenet": DataSet((3, 64, 64), *_IMAGENET),
-    "imagenet": DataSet((3, 224, 224), *_IMAGENET),
-    "adult": DataSet((adult.WIDTH,), *adult.moments()),
-}
-_BUILT_IN: dict[str, Callable[[], Pack]] = {
+MAKERS: dict[str, Callable[[], Pack]] = {  # of the data sets that are built in
     "digits": builtin.digits,
     "photos": functools.partial(builtin.photos, 32),
     "photos64": functools.partial(builtin.photos, 64),
     "photos224": functools.partial(builtin.photos, 224),
 }
-# Where a data set is when it is not a sample pack, and what reads it.
-_LAYOUTS: dict[str, tuple[str, Callable[[Path], Source]]] = {
-    "mnist": ("MNIST", downloads.read_mnist),
-    "cifar10": ("cifar-10-batches-py", downloads.read_cifar10),
-    "imagenet": ("imagenet", functools.partial(packs.photographs, shape=_DATA_SETS["imagenet"].shape)),
-    "adult": ("adult.csv", adult.read),
+READERS: dict[str, Callable[[Path], Source]] = {  # of what is no sample pack
+    "mnist": layouts.read_mnist,
+    "cifar10": layouts.read_cifar10,
+    "imagenet": functools.partial(layouts.photographs, shape=DATA_SETS["imagenet"].shape),
+    "adult": census.read,
 }
 
 
@@ -66,7 +43,8 @@ def load(
     """`count` different samples of the data set `name` and their labels, drawn by `seed`.
 
     Images are (count, C, H, W), in [0, 1] or, by default, normalised by the data set's mean and standard deviation;
-    `adult` gives rows laid out as in `spear.data.adult.COLUMNS`. A larger count extends the smaller one with the same seed.
+    `adult` gives rows laid out as in `spear.data.adult.COLUMNS`. A larger count extends the smaller one with the
+    same seed.
 
     Raises `FileNotFoundError` with the command to run where the data set is absent; `ValueError` for an unknown name, a
     count outside 1..N, or a file that is damaged.
@@ -89,11 +67,6 @@ def unnormalize(
     """Samples as `load` normalised them, back to [0, 1] (`adult`: to the table's units); any leading dimensions."""
     center, scale = _constants(name, root, inputs)
     return inputs * scale + center
-
-
-def names() -> tuple[str, ...]:
-    """The data sets known by name; packs of your own images are not among them."""
-    return tuple(_DATA_SETS)
 
 
 def shape(name: str, *, root: Path | str | None = None) -> tuple[int, ...]:
@@ -121,12 +94,6 @@ def std(name: str, *, root: Path | str | None = None) -> Float64[Tensor, " C"]:
     return torch.tensor(_data_set(name, root).std, dtype=torch.float64)
 
 
-def available(name: str, root: Path | str | None = None) -> bool:
-    """Whether `load` finds the data set (a damaged file counts). Raises `ValueError` for an unknown name."""
-    _data_set(name, root)
-    return name in _BUILT_IN or _place(name, _folder(root)) is not None
-
-
 def fetch(name: str, root: Path | str | None = None, progress: downloads.Progress | None = None) -> Path:
     """Download a data set into the data root unless it is there already; return where it is.
 
@@ -135,16 +102,14 @@ def fetch(name: str, root: Path | str | None = None, progress: downloads.Progres
 
     Raises `ValueError` for a name with nothing to download or a wrong checksum, `OSError` where the download fails.
     """
-    _data_set(name, root)
-    if name in _BUILT_IN:
+    if name in BUILT_IN:
         raise ValueError(f"{name} ships with scikit-learn and scikit-image: there is nothing to fetch")
-    folder = _folder(root)
-    if place := _place(name, folder):
-        _source(name, folder)  # damaged: say so now
-        return place[0]
+    if path := place(name, root):
+        _source(name, root)  # damaged: say so now
+        return path
     if name not in downloads.ARCHIVES:
-        raise ValueError(_absent(name, folder))
-    return downloads.fetch(name, folder, progress=progress)
+        raise ValueError(_absent(name, folder(root)))
+    return downloads.fetch(name, folder(root), progress=progress)
 
 
 def pack(source: Path | str | Pack, name: str, root: Path | str | None = None) -> Path:
@@ -156,27 +121,25 @@ def pack(source: Path | str | Pack, name: str, root: Path | str | None = None) -
     Raises `ValueError` for a name that cannot be packed or a picture that cannot be read, `FileExistsError` for a pack
     that is there already.
     """
-    if name in _BUILT_IN or name == "adult" or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-        taken = ", ".join((*_BUILT_IN, "adult"))
+    if name in BUILT_IN or name == "adult" or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        taken = ", ".join((*BUILT_IN, "adult"))
         raise ValueError(f"a pack cannot be named {name!r}: use a-z, 0-9, - and _, but none of {taken}")
-    path = _folder(root) / f"{name}.npz"
+    path = pack_place(name, root)
     if path.exists():
         raise FileExistsError(f"{path} exists: remove it first")
-    known = _DATA_SETS.get(name)
+    known = DATA_SETS.get(name)
     made = source if isinstance(source, Pack) else packs.from_folder(Path(source), known.shape if known else None)
     packs.write(_shaped(made, name, path), path)
     return path
 
 
 def _source(name: str, root: Path | str | None) -> Source:
-    _data_set(name, root)
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]()
-    folder = _folder(root)
-    place = _place(name, folder)
-    if place is None:
-        raise FileNotFoundError(_absent(name, folder))
-    path, reader = place
+    if name in BUILT_IN:
+        return MAKERS[name]()
+    path = place(name, root)
+    if path is None:
+        raise FileNotFoundError(_absent(name, folder(root)))
+    reader = packs.read if path == pack_place(name, root) else READERS[name]
     return _shaped(_read(reader, path, _stamp(path)), name, path)
 
 
@@ -190,25 +153,16 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return len(found), sum(entry.st_size for entry in found), max(entry.st_mtime_ns for entry in found)
 
 
-def _place(name: str, folder: Path) -> tuple[Path, Callable[[Path], Source]] | None:
-    places = [(f"{name}.npz", packs.read)] + ([_LAYOUTS[name]] if name in _LAYOUTS else [])
-    return next(((folder / entry, reader) for entry, reader in places if (folder / entry).exists()), None)
-
-
 def _data_set(name: str, root: Path | str | None) -> DataSet:
-    if name in _DATA_SETS:
-        return _DATA_SETS[name]
-    path = _folder(root) / f"{name}.npz"
-    if not path.is_file():
-        known = ", ".join(_DATA_SETS)
-        raise ValueError(f"unknown data set {name!r}: neither a pack {path} nor one of {known}")
-    own = _read(packs.read, path, _stamp(path))
+    if name in DATA_SETS:
+        return DATA_SETS[name]
+    own = _source(name, root)
     return DataSet(own.shape, (0.5,) * own.shape[0], (0.5,) * own.shape[0])
 
 
 def _shaped(source: Source, name: str, path: Path) -> Source:
-    if name in _DATA_SETS and source.shape != _DATA_SETS[name].shape:
-        raise ValueError(f"{path}: samples have shape {source.shape}, those of {name} {_DATA_SETS[name].shape}")
+    if name in DATA_SETS and source.shape != DATA_SETS[name].shape:
+        raise ValueError(f"{path}: samples have shape {source.shape}, those of {name} {DATA_SETS[name].shape}")
     return source
 
 
@@ -220,14 +174,10 @@ def _constants(name: str, root: Path | str | None, like: Tensor) -> tuple[Tensor
     return like.new_tensor(known.mean).reshape(sizes), like.new_tensor(known.std).reshape(sizes)
 
 
-def _folder(root: Path | str | None) -> Path:
-    return paths.data_root() if root is None else Path(root)
-
-
-def _absent(name: str, folder: Path) -> str:
+def _absent(name: str, where: Path) -> str:
     if name in downloads.ARCHIVES:
-        return f"{name} is not under {folder}: run `spear data fetch {name}`"
+        return f"{name} is not under {where}: run `spear data fetch {name}`"
     return (
-        f"{name} is not under {folder}, and its terms forbid a download without registration: put its JPEGs into "
-        f"{folder / name}, or run `spear data pack FOLDER {name}`"
+        f"{name} is not under {where}, and its terms forbid a download without registration: put its JPEGs into "
+        f"{where / name}, or run `spear data pack FOLDER {name}`"
     )

@@ -1,9 +1,7 @@
 """Downloads that resume, are checked before anything reads them, and end as one file under the data root."""
 
-import gzip
 import hashlib
 import http.client
-import pickle
 import shutil
 import tarfile
 import tempfile
@@ -14,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 
-from spear.data import adult, packs
+from spear.data import census, layouts, packs
 from spear.data.packs import Pack
 
 Progress = Callable[[int, int], None]
@@ -73,7 +70,7 @@ def fetch(name: str, root: Path, *, progress: Progress | None = None) -> Path:
             folder.rmdir()
     if name == "adult":
         path = root / "adult.csv"
-        adult.read(folder / "adult.data")
+        census.read(folder / "adult.data")
         (folder / "adult.data").replace(path)
     else:
         path = root / f"{name}.npz"
@@ -95,25 +92,6 @@ def download(archive: Archive, folder: Path, *, progress: Progress | None = None
         _check(archive, part)
         part.replace(path)
     return path
-
-
-def read_mnist(folder: Path) -> Pack:
-    """MNIST's 60,000 training images, from torchvision's folder `MNIST`. Raises `ValueError` naming a bad file."""
-    return _mnist(folder / "raw", suffix="")
-
-
-def read_cifar10(folder: Path) -> Pack:
-    """CIFAR-10's 50,000 training images, from its folder `cifar-10-batches-py`, whose checksums torchvision checks.
-
-    Raises `ValueError` naming the folder where a file is missing or altered.
-    """
-    from torchvision.datasets import CIFAR10  # here, as it takes a second that only this data set needs
-
-    try:
-        images = CIFAR10(folder.parent, train=True)
-    except (RuntimeError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder}: CIFAR-10 is incomplete or altered") from error
-    return Pack(images.data, np.array(images.targets, dtype=np.int64), tuple(images.classes))
 
 
 def _receive(url: str, part: Path, progress: Progress) -> None:
@@ -146,32 +124,11 @@ def _check(archive: Archive, part: Path) -> None:
         raise ValueError(f"{archive.name}: {archive.algorithm} is {digest}, not {archive.digest}; it was deleted")
 
 
-def _mnist(folder: Path, suffix: str = ".gz") -> Pack:
-    images = _idx(folder / f"train-images-idx3-ubyte{suffix}")[..., None]
-    labels = _idx(folder / f"train-labels-idx1-ubyte{suffix}")
-    try:
-        return Pack(images, labels.astype(np.int64), tuple("0123456789"))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-
-
-def _idx(path: Path) -> UInt8[np.ndarray, "..."]:
-    # two zero bytes, 8 for unsigned bytes, the number of dimensions, each as a big-endian integer, the entries
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("it does not begin as one")
-        shape = np.frombuffer(content, ">i4", content[3], 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    except (ValueError, IndexError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is no idx file of bytes: {error}") from error
-
-
 def _cifar10(folder: Path) -> Pack:
     with tempfile.TemporaryDirectory(dir=folder) as extracted:
         with tarfile.open(folder / ARCHIVES["cifar10"][0].name) as archive:
             archive.extractall(extracted, filter="data")
-        return read_cifar10(Path(extracted) / "cifar-10-batches-py")
+        return layouts.read_cifar10(Path(extracted) / "cifar-10-batches-py")
 
 
 def _tinyimagenet(folder: Path) -> Pack:
@@ -187,4 +144,4 @@ def _tinyimagenet(folder: Path) -> Pack:
     return Pack(np.stack(images), np.array(labels, dtype=np.int64), tuple(classes))
 
 
-CONVERSIONS = {"mnist": _mnist, "cifar10": _cifar10, "tinyimagenet": _tinyimagenet}
+CONVERSIONS = {"mnist": layouts.read_idx, "cifar10": _cifar10, "tinyimagenet": _tinyimagenet}

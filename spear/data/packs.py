@@ -1,7 +1,6 @@
-"""Labelled images: the sample pack (one npz file), folders of photographs, and the images every installation has."""
+"""Labelled images: the sample pack (one npz file), and folders of pictures."""
 
 import io
-import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from spear import paths
 
 PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-SYNSET = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +47,6 @@ class Pack:
         return unit_interval(self.images[index.numpy()])
 
 
-@dataclass(frozen=True, eq=False)
-class Photographs:
-    """Picture files, labels (N,) and classes (K,): like a pack, but decoded only when taken, to `shape` (C, H, W)."""
-
-    files: tuple[Path, ...]
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    shape: tuple[int, int, int]
-
-    def take(self, index: Int64[Tensor, " k"]) -> Float64[Tensor, "k C H W"]:
-        """The images at `index`, in [0, 1]. Raises `ValueError` naming a file that is no readable picture."""
-        return unit_interval(np.stack([decode(self.files[i], self.shape) for i in index.tolist()]))
-
-
 def read(path: Path) -> Pack:
     """The sample pack at `path`, checked. Nothing is ever unpickled.
 
@@ -89,7 +73,7 @@ def from_folder(folder: Path, shape: tuple[int, int, int] | None = None) -> Pack
     Raises `ValueError` for no pictures, sizes that differ, or a file that is no readable picture.
     """
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    found = [(path, label) for label, name in enumerate(classes) for path in _pictures(folder / name)]
+    found = [(path, label) for label, name in enumerate(classes) for path in pictures(folder / name)]
     if not found:
         raise ValueError(f"{folder}: no pictures in sub-folders, one for each class")
     images = [decode(path, shape) for path, _ in found]
@@ -97,20 +81,6 @@ def from_folder(folder: Path, shape: tuple[int, int, int] | None = None) -> Pack
         if image.shape != images[0].shape:
             raise ValueError(f"{path} has shape {image.shape}, {found[0][0]} has {images[0].shape}")
     return Pack(np.stack(images), np.array([label for _, label in found], dtype=np.int64), tuple(classes))
-
-
-def photographs(folder: Path, shape: tuple[int, int, int]) -> Photographs:
-    """ImageNet's pictures under `folder`; the class is the synset (`n01580077`) in the file's or its folder's name.
-
-    Raises `ValueError` for no pictures, or one whose name and folder carry no synset.
-    """
-    found = _pictures(folder)
-    if not found:
-        raise ValueError(f"{folder}: no pictures")
-    synsets = [_synset(path) for path in found]
-    classes = sorted(set(synsets))
-    labels = np.array([classes.index(synset) for synset in synsets], dtype=np.int64)
-    return Photographs(tuple(found), labels, tuple(classes), shape)
 
 
 def decode(source: Path | zipfile.ZipExtFile, shape: tuple[int, int, int] | None = None) -> UInt8[np.ndarray, "H W C"]:
@@ -142,16 +112,11 @@ def _unpacked(file: io.BufferedReader) -> Pack:
     return Pack(images, labels, tuple(classes.tolist()))
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures(folder: Path) -> list[Path]:
+    """The picture files anywhere under a folder, in order."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
 
 
-def _synset(path: Path) -> str:
-    found = SYNSET.search(path.name) or SYNSET.search(path.parent.name)
-    if found is None:
-        raise ValueError(f"{path}: neither its name nor its folder's carries a synset such as n01580077")
-    return found.group()
-
-
 def unit_interval(images: UInt8[np.ndarray, "k H W C"]) -> Float64[Tensor, "k C H W"]:
+    """Bytes as numbers from 0 to 1, channels first."""
     return torch.from_numpy(images).movedim(-1, 1).to(torch.float64).contiguous() / 255

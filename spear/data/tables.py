@@ -1,4 +1,4 @@
-"""Tables in place of images: rows with fields, what a recovered row says field by field, and a TabLeak-like baseline.
+"""Tables in place of images: rows with fields.
 
 A row holds one-hot categories and continuous columns in units of their standard deviation, laid out by
 `spear.data.adult.Column`.
@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 from spear.data import adult, catalog
@@ -54,6 +52,9 @@ def load(name: str, *, count: int, seed: int = 0, root: Path | str | None = None
 
 @functools.cache
 def _cancer() -> Rows:
+    import pandas as pd  # these two here, as they take seconds that only this table needs
+    from sklearn.datasets import load_breast_cancer
+
     values, labels = load_breast_cancer(return_X_y=True, as_frame=True)
     means, others = values.iloc[:, :10], values.iloc[:, 10:]
     quarters = others.apply(lambda column: pd.qcut(column, 4, labels=False))
@@ -73,6 +74,7 @@ def typical(rows: Rows) -> Float[Tensor, " n"]:
 
 
 def category(rows: Float[Tensor, "b n"], column: Column) -> Int[Tensor, " b"]:
+    """Which category of a column each row is in: that of its largest entry."""
     return rows[:, column.start : column.stop].argmax(1)
 
 

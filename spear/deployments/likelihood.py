@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.network.labels import bias_system
 from spear.network.problem import NetworkView, Targets, forward, passes
 from spear.published.lowrank import LowRank
+
+RIDGE = 1e-12  # of the mean diagonal of normal equations: two samples of equal masks must not make them singular
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ def _normal_equations(
     problem: NetworkView, deltas: list[Float[Tensor, "s _m"]]
 ) -> tuple[Float[Tensor, "s s"], Float[Tensor, " s"]]:
     """Of the least squares (sum_l D_l D_l^T) c = sum_l D_l dL/dbeta_l for the weights c."""
-    pairs = [(d, g) for d, g in zip(deltas, problem.bias_gradients, strict=True) if g is not None]
-    gram = sum(d @ d.T for d, _ in pairs)
-    ridge = 1e-12 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return gram + ridge, sum(d @ g for d, g in pairs)
+    D, g = bias_system(problem, deltas)
+    gram = D @ D.T
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return gram + ridge, D @ g

@@ -14,14 +14,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from spear.deployments.likelihood import Estimate, Noisy, measure, refine, sample_weights
+from spear.directions import away_from, unit_rows
 from spear.federated.update import SharedUpdate, as_gradient
 from spear.network import recovery
+from spear.network.factors import Factors
 from spear.network.problem import NetworkView, Targets, open_network, passes
-from spear.network.projection import Factors, ascend, class_sines, distinct, each_class, polish
+from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
 from spear.published.lowrank import LowRank, rank_under_noise
 from spear.reconstruction import Budget, Reconstruction, Stats
 
 SAME = 0.97  # cosine of two pre-activation vectors under noise that are one sample's
+LIMITS = Limits(rough=0.6, alike=0.995, sine=0.35, same=SAME)  # noise leaves a sine of its own, labels judge the rest
+ROUNDS, FEWEST = 8, 48  # of starts, and starts in each at least: one in three arrives under weak noise
+IDLE = 2  # rounds in a row that found nothing
+SPARE = 8  # dimensions that starts keep although all found samples are taken out of them
+FAINTEST = 1e-4  # of the largest entry of all [x; 1]: what their 1 counts for at least
 FITS = 1.15  # a residual that many times larger than expected is no noise
 MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
 ROUNDING = 1e-12  # error of the linear algebra here, relative to the first singular value
@@ -137,8 +144,8 @@ def recover(
 def _refusal(noisy: Noisy) -> str:
     """Why projections cannot be expected to find anything, in words; empty where they may."""
     problem, rank = noisy.problem, noisy.rank
-    if problem.last == 0 or problem.biases[0] is None:
-        return "noisy gradients need two hidden layers, the first of them with a bias"
+    if not applicable(problem):
+        return f"noisy gradients need {NEEDED}"
     width = min(len(w) for w in problem.weights[:2])
     if rank > 0.4 * width:
         return f"a batch of rank {rank} under noise needs layers wider than {int(rank / 0.4)}; the narrowest is {width}"
@@ -161,68 +168,46 @@ def candidates(
     used: int,
     enough: Callable[[int], bool],
     generator: Generator,
-    rounds: int = 8,
 ) -> tuple[Float[Tensor, "k n"], int]:
     """Inputs that fit the first two gradients, less the known samples, as the noise lets them; and the starts so far.
 
-    Each round starts away from what was found; two that find nothing end the search.
+    Each round starts away from what was found; `IDLE` that find nothing end the search.
     """
-    problem = noisy.problem
-    first, second = _without(noisy, known)
-    lift, triangle = torch.linalg.qr(problem.affine(0) @ first.rows.T)
-    span = torch.linalg.qr(second.rows[:, : len(lift)].T)[0]
-    left = len(first.singular)
-    found, sines, idle = lift.new_zeros(0, lift.shape[1]), lift.new_zeros(0), 0
-    for _ in range(rounds):
-        if len(found) >= left or idle == 2 or not left or enough(used):
+    projections = Projections.of(noisy.problem, *_without(noisy, known))
+    r = left = len(projections.rows)
+    found, sines, idle = projections.lift.new_zeros(0, r), projections.lift.new_zeros(0), 0
+    for _ in range(ROUNDS):
+        if len(found) >= left or idle == IDLE or not left or enough(used):
             break
-        c = _starts(found[: max(0, lift.shape[1] - 8)], max(48, 2 * left), lift, generator)
+        c = projections.draw(max(FEWEST, 2 * left), generator)
+        c = unit_rows(away_from(found[: max(0, r - SPARE)], c))
         used += len(c)
-        new, sine = _converged(c, lift, span, found)
-        good = _labelled(noisy, _inputs(new, triangle, first, problem))
+        new, sine = _converged(projections, c, found)
+        good = _labelled(noisy, _inputs(projections, new))
         idle = 0 if bool(good.any()) else idle + 1
         found, sines = torch.cat([found, new[good]]), torch.cat([sines, sine[good]])
     best = sines.argsort()[:left]
-    return _inputs(found[best], triangle, first, problem), used
-
-
-def _starts(
-    found: Float[Tensor, "f r"], count: int, lift: Float[Tensor, "m r"], generator: Generator
-) -> Float[Tensor, "k r"]:
-    c = torch.randn(count, lift.shape[1], generator=generator, dtype=torch.float64).to(lift)
-    if len(found):
-        away = torch.linalg.qr(found.T)[0]
-        c = c - (c @ away) @ away.T
-    return c / c.norm(dim=1, keepdim=True)
+    return _inputs(projections, found[best]), used
 
 
 def _converged(
-    c: Float[Tensor, "k r"], lift: Float[Tensor, "m r"], span: Float[Tensor, "m b"], found: Float[Tensor, "f r"]
+    projections: Projections, c: Float[Tensor, "k r"], found: Float[Tensor, "f r"]
 ) -> tuple[Float[Tensor, "j r"], Float[Tensor, " j"]]:
     """Where the starts end, if that fits and was not found before; and the sine that is left."""
-    end, sine = ascend(c.float(), lift.float(), span.float())
-    keep = distinct(end, sine, 0.995)
-    keep = keep[sine[keep] < 0.6]
-    end = end[keep].double()
-    end = end[_is_new(end, found)]
-    if not len(end):
-        return end, sine[:0].double()
-    parts = [polish(part, lift, span, rounds=12) for part in end.split(32)]
-    c, sine, _ = (torch.cat(x) for x in zip(*parts, strict=True))
-    keep = distinct(c, sine, SAME)
-    keep = keep[(sine[keep] < 0.35) & _is_new(c[keep], found)]
-    return c[keep], sine[keep]
+    end = projections.climb(c, LIMITS)
+    c, sine = projections.settle(end[_is_new(end, found)], LIMITS)
+    new = _is_new(c, found)
+    return c[new], sine[new]
 
 
 def _is_new(c: Float[Tensor, "k r"], found: Float[Tensor, "f r"]) -> Bool[Tensor, " k"]:
     return (c @ found.T < SAME).all(1)
 
 
-def _inputs(
-    c: Float[Tensor, "k r"], triangle: Float[Tensor, "r r"], first: Factors, problem: NetworkView
-) -> Float[Tensor, "k n"]:
-    rows = torch.linalg.solve_triangular(triangle, c.T, upper=True).T @ first.rows
-    return rows[:, :-1] / rows[:, -1:].clamp_min(1e-4 * float(rows.abs().max()) if len(rows) else 0)
+def _inputs(projections: Projections, c: Float[Tensor, "k r"]) -> Float[Tensor, "k n"]:
+    """The input of every c, its scale kept in bounds: noise can make the 1 of [x; 1] anything."""
+    rows = projections.extended(c)
+    return rows[:, :-1] / rows[:, -1:].clamp_min(FAINTEST * float(rows.abs().max()) if len(rows) else 0)
 
 
 def _without(noisy: Noisy, known: Float[Tensor, "s n"]) -> tuple[Factors, Factors]:

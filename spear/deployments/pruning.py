@@ -18,8 +18,9 @@ from spear.certificate import SAFETY, norms
 from spear.deployments import completion
 from spear.deployments.completion import Completed
 from spear.network.check import Misfit, certificate, conclude
+from spear.network.factors import Factors, wedderburn
 from spear.network.problem import NetworkView, Passes, Targets, passes
-from spear.network.projection import Factors, ascend, distinct, each_class, polish
+from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
 from spear.network.recovery import Budget, Recovery, Stats, entries, limits
 from spear.reconstruction import Reconstruction
 
@@ -65,34 +66,27 @@ class Sight:
     def left(self) -> int:
         return len(self.factors[0].singular)
 
-    def search(self, starts: int, generator: Generator) -> Float[Tensor, "k n"]:
-        """Inputs whose pre-activations and activations fit both gradients to rounding, from random starts."""
+    @property
+    def projections(self) -> Projections:
+        """Onto both gradients' rows: of the first, those known and one for each input that they leave out."""
         first, second = self.known
         units = second.columns[:-1]
         unknown = F.one_hot((~first.columns).nonzero()[:, 0], len(first.columns)).to(first.J)
         rows = torch.cat([torch.zeros_like(first.J[: self.left]), unknown])
         rows[: self.left, first.columns] = self.factors[0].rows
-        lift, triangle = torch.linalg.qr(self.problem.affine(0)[units] @ rows.T)
-        inner = torch.zeros_like(second.J[: self.left])
-        inner[:, second.columns] = self.factors[1].rows
-        span = torch.linalg.qr(inner[:, :-1][:, units].T)[0]
-        c = torch.randn(starts, lift.shape[1], generator=generator, dtype=torch.float64).to(lift)
-        end, sine = ascend(F.normalize(c, dim=1).float(), lift.float(), span.float())
-        end = end[distinct(end, sine, 0.9999)[: (sine < 0.2).sum()]].double()
-        found = lift.new_zeros(0, lift.shape[1])
-        limit = self.problem.accuracy.projection
-        for part in end.split(32):
-            c, sine, apart = polish(part, lift, span, rounds=12)
-            found = torch.cat([found, c[(sine < limit) & (apart > 1e2 * sine)]])
-        found = found[distinct(found, torch.zeros_like(found[:, 0]), SAME)]
-        x = torch.linalg.solve_triangular(triangle, found.T, upper=True).T @ rows
-        return x[:, :-1] / x[:, -1:]
+        above = torch.zeros_like(second.J[: self.left])
+        above[:, second.columns] = self.factors[1].rows
+        return Projections.onto(self.problem.affine(0)[units], rows, above[:, :-1][:, units])
+
+    def search(self, starts: int, generator: Generator) -> Float[Tensor, "k n"]:
+        """Inputs whose pre-activations and activations fit both gradients to rounding, from random starts."""
+        limits = Limits(rough=0.2, alike=0.9999, sine=self.problem.accuracy.projection, same=SAME, gap=1e2)
+        projections = self.projections
+        return projections.samples(projections.starts(starts, generator), limits)
 
     def without(self, inputs: Float[Tensor, "s n"]) -> tuple["Sight", Bool[Tensor, " s"]]:
         """Less the samples for which one class alone explains a direction of the first gradient; which those are."""
-        rows, basis = self.known[0].rows, self.factors[0].basis
-        own = torch.stack([d[:, rows] for d in each_class(self.problem, inputs)], 1)
-        sines = (own - own @ basis @ basis.T).norm(dim=2) / own.norm(dim=2).clamp_min(1e-300)
+        sines = class_sines(self.problem, inputs, self.factors[0].basis, units=self.known[0].rows)
         ranked, order = sines.sort(dim=1)
         sure = (ranked[:, 0] < 1e-2 * ranked[:, 1]) & (ranked[:, 0] < self.problem.accuracy.projection)
         x, label = inputs[sure], order[sure, 0]
@@ -100,9 +94,8 @@ class Sight:
         parts = []
         for k, (known, part) in enumerate(zip(self.known, self.factors, strict=True)):
             deltas, states = run.deltas[k][:, known.rows], self.problem.extend(k, run.inputs[k])[:, known.columns]
-            # The one weight at which a sample's outer product lowers the rank (Wedderburn).
-            weight = 1 / ((states @ part.rows.T) / part.singular * (deltas @ part.basis)).sum(1, keepdim=True)
-            parts.append(part.without(weight * deltas, states))
+            weight = wedderburn(part.singular, *part.place(deltas, states))
+            parts.append(part.without(weight[:, None] * deltas, states))
         return replace(self, factors=tuple(parts)), sure
 
 
@@ -217,10 +210,8 @@ def recover(problem: NetworkView, *, budget: Budget, generator: Generator) -> Re
     Raises `ValueError` for a gradient that is zero.
     """
     begin = time.perf_counter()
-    if problem.last == 0 or problem.biases[0] is None:
-        return _nothing(
-            problem, "pruned gradients need two hidden layers, the first of them with a bias", (0, 0), begin
-        )
+    if not applicable(problem):
+        return _nothing(problem, f"pruned gradients need {NEEDED}", (0, 0), begin)
     pruned = open_pruned(problem, generator, begin + budget.seconds)
     if isinstance(pruned, str):
         return _nothing(problem, pruned, (problem.batch_size or 0, 0), begin)

@@ -9,13 +9,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from spear.deployments.simulation import Training, rounding
+from spear.directions import apart, away_from, unit_rows
+from spear.network.factors import Factors
 from spear.network.problem import NetworkView, Targets, passes
-from spear.network.projection import Factors, ascend, class_sines, distinct, polish
+from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines
 
 EXACT = 1e-7  # sine to the second layer's rows of a sample of this step, far from that of another's
 ALONE = 1e-4  # the same where all other samples are known
 NOISE = 3  # times the sine that rounding leaves of zero: still a sample of this step
 NEAR = 0.05  # sine of what may be of this step or a later one
+LIMITS = Limits(rough=0.3, alike=0.9999, sine=NEAR, same=1 - 1e-9)  # samples of later steps count too, if only nearly
+FEWEST = 32  # starts of a search
 TRIES = 40  # searches for one mini-batch
 VISIBLE = 2.0  # times the largest singular value of pure rounding: belongs to the samples
 
@@ -39,15 +43,19 @@ class Unexplained:
     @property
     def span(self) -> Float[Tensor, "m r"]:
         """Orthonormal basis of the second layer's rows, bias aside."""
-        return torch.linalg.qr(self.second.rows[:, : self.first.basis.shape[0]].T)[0]
+        return torch.linalg.qr(self.second.rows[:, : len(self.first.basis)].T)[0]
 
     def sines(
         self, problem: NetworkView, inputs: Float[Tensor, "s n"]
     ) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]:
         """Of each sample's activations at these weights to the second layer's rows; and what rounding makes of zero."""
-        y, span = F.normalize(problem.apply(0, inputs).relu(), dim=1), self.span
+        y, span = unit_rows(problem.apply(0, inputs).relu()), self.span
         strength = (y @ self.second.rows[:, : y.shape[1]].T / self.second.singular).norm(dim=1)
         return (y - y @ span @ span.T).norm(dim=1), self.sigma * y.shape[1] ** 0.5 * strength
+
+    def projections(self, problem: NetworkView) -> Projections:
+        """At the weights of a step."""
+        return Projections.of(problem, self.first, self.second)
 
     def without(self, step: "Step", inputs: Float[Tensor, "s n"]) -> "Unexplained":
         """What is left without these samples of a step; the same where they are visited again."""
@@ -66,8 +74,8 @@ class Unexplained:
 
 def open_unexplained(problem: NetworkView, training: Training) -> Unexplained | str:
     """The first two layers' changes; or, in words, why projections cannot tell samples from them."""
-    if problem.last == 0 or problem.biases[0] is None:
-        return "several local steps are retraced from two hidden layers, the first of them with a bias"
+    if not applicable(problem):
+        return f"several local steps are retraced from {NEEDED}"
     steps, width = len(training.sizes), min(len(w) for w in problem.weights[:2])
     sigmas = [rounding(problem.affine(k), 2 * problem.precision, steps) for k in (0, 1)]
     first, second = (
@@ -115,21 +123,22 @@ class Step:
         polished and judged by the `whole`, to which subtraction added no error. Those of earlier steps, `pool`, are
         tried first.
         """
-        found, used, judge = known[:0], 0, Projections.at(self.problem, whole)
+        found, used, judge = known[:0], 0, whole.projections(self.problem)
         least = self.problem.accuracy.same
         for trial in range(TRIES):
             left = rest.without(self, found)
             if len(found) >= self.size or time.perf_counter() > self.until or not len(left.first.singular):
                 break
-            search = Projections.at(self.problem, left)
+            search = left.projections(self.problem)
             taken = torch.cat([known, found])
             near = torch.cat([taken[:0] if rest.once else taken, pool if trial % 2 else pool[:0]])
-            c = search.place(pool) if trial == 0 else search.starts(near, trial, generator)
+            c = search.place(pool) if trial == 0 else _starts(search, left, near, trial, generator)
             used += len(c)
-            fresh = _apart(judge.settle(judge.place(search.run(c))), taken, least)
+            fresh = judge.polished(search.samples(c, LIMITS), LIMITS)
+            fresh = fresh[apart(fresh, taken, least)]
             own = self._own(whole, fresh, len(known))
             found, pool = torch.cat([found, fresh[own]]), torch.cat([pool, fresh[~own]])
-            pool = _apart(pool, torch.cat([known, found]), least)
+            pool = pool[apart(pool, torch.cat([known, found]), least)]
         # Where fewer are exact, those nearest to being of this step stand in; the verification judges them.
         order = whole.sines(self.problem, found)[0].argsort(), whole.sines(self.problem, pool)[0].argsort()
         ranked = torch.cat([found[order[0]], pool[order[1]]])
@@ -142,63 +151,23 @@ class Step:
         return sine < (NOISE * noise).clamp(ALONE if alone else EXACT, NEAR)
 
 
-@dataclass(frozen=True)
-class Projections:
-    """Projections in what is left at a step's weights: z = lift c, with c in the coordinates that `triangle` makes of
-    `first`'s rows, and ReLU(z) in `span`."""
-
-    problem: NetworkView
-    first: Factors
-    lift: Float[Tensor, "m r"]
-    triangle: Float[Tensor, "r r"]
-    span: Float[Tensor, "m k"]
-
-    @classmethod
-    def at(cls, problem: NetworkView, left: Unexplained) -> "Projections":
-        return cls(problem, left.first, *torch.linalg.qr(problem.affine(0) @ left.first.rows.T), left.span)
-
-    def place(self, inputs: Float[Tensor, "s n"]) -> Float[Tensor, "s r"]:
-        """The unit c of these inputs."""
-        return F.normalize(self.problem.extend(0, inputs) @ self.first.rows.T @ self.triangle.T, dim=1)
-
-    def starts(self, near: Float[Tensor, "f n"], trial: int, generator: Generator) -> Float[Tensor, "k r"]:
-        """Starts away from some of the samples `near`, alternately random and rows of the first layer's change.
-
-        A row is a mixture of the samples that activate its unit: it leads to samples that random starts hardly meet.
-        """
-        r = len(self.first.rows)
-        count = max(32, 2 * r)
-        if trial % 4 < 2:
-            c = torch.randn(count, r, generator=generator, dtype=torch.float64).to(self.lift)
-        else:
-            units = torch.randperm(len(self.lift), generator=generator)[:count].to(self.lift.device)
-            mixed = self.first.basis[units] * self.first.singular
-            c = F.normalize(
-                torch.where(mixed @ self.first.rows[:, -1:] < 0, -1.0, 1.0) * mixed @ self.triangle.T, dim=1
-            )
-        some = torch.randperm(len(near), generator=generator)[: r // 2].to(near.device)
-        away = torch.linalg.qr(self.place(near[some]).T)[0]
-        return F.normalize(c - (c @ away) @ away.T, dim=1)
-
-    def run(self, c: Float[Tensor, "k r"]) -> Float[Tensor, "j n"]:
-        """The inputs that starts lead to, each once."""
-        end, sine = ascend(c.float(), self.lift.float(), self.span.float())
-        keep = distinct(end, sine, 0.9999)
-        return self.settle(end[keep[sine[keep] < 0.3]].double())
-
-    def settle(self, end: Float[Tensor, "k r"]) -> Float[Tensor, "j n"]:
-        """The inputs of unit vectors c whose masks are nearly right, each once."""
-        parts = [polish(part, self.lift, self.span, rounds=12) for part in end.split(32)]
-        if parts:
-            end, sine = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-            keep = distinct(end, sine, 1 - 1e-9)
-            end = end[keep[sine[keep] < NEAR]]
-        rows = torch.linalg.solve_triangular(self.triangle, end.T, upper=True).T @ self.first.rows
-        return (rows / rows[:, -1:])[rows[:, -1].abs() > 1e-6][:, :-1]
+def _starts(
+    projections: Projections, left: Unexplained, near: Float[Tensor, "f n"], trial: int, generator: Generator
+) -> Float[Tensor, "k r"]:
+    """Starts away from some of the samples `near`, alternately random and rows of the first layer's change."""
+    r = len(projections.rows)
+    count = max(FEWEST, 2 * r)
+    mixed = trial % 4 >= 2
+    c = _mixtures(projections, left.first, count, generator) if mixed else projections.draw(count, generator)
+    some = torch.randperm(len(near), generator=generator)[: r // 2].to(near.device)
+    return unit_rows(away_from(projections.place(near[some]), c))
 
 
-def _apart(new: Float[Tensor, "s n"], known: Float[Tensor, "k n"], least: float) -> Float[Tensor, "j n"]:
-    """Those of `new` that are no copies of `known` ones, nor of each other: `least` of their size apart."""
-    both = torch.cat([known, new])
-    close = torch.cdist(both, both) < least * both.norm(dim=1)
-    return new[~close.tril(-1).any(1)[len(known) :]]
+def _mixtures(projections: Projections, first: Factors, count: int, generator: Generator) -> Float[Tensor, "k r"]:
+    """Rows of the first layer's change, at most `count`, with the sign of a sample.
+
+    Each is a mixture of the samples that activate its unit: it leads to samples that random starts hardly meet.
+    """
+    units = torch.randperm(len(projections.lift), generator=generator)[:count].to(projections.lift.device)
+    mixed = first.basis[units] * first.singular
+    return unit_rows(torch.where(mixed @ first.rows[:, -1:] < 0, -1.0, 1.0) * mixed @ projections.triangle.T)

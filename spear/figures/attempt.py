@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-import nbformat
 import yaml
 
+from spear.figures.notebook import Cell, code_cells
 from spear.figures.table import Run
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -77,19 +77,19 @@ class _Attempt:
         """Whether papermill ended before any cell began, though nobody called it off."""
         return self.status > 0 and not list(self.begun_cells())
 
-    def begun_cells(self) -> Iterator[nbformat.NotebookNode]:
+    def begun_cells(self) -> Iterator[Cell]:
         """Code cells of the executed notebook that papermill has begun."""
         if self.executed.is_file():
-            for cell in nbformat.read(self.executed, as_version=4).cells:
-                if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time"):
+            for cell in code_cells(self.executed):
+                if cell.metadata.get("papermill", {}).get("start_time"):
                     yield cell
 
     def failure(self) -> str:
         """Source and error of the cell that failed; the end of papermill's log where no cell tells."""
         begun = list(self.begun_cells())
-        error = next((out for cell in begun[-1:] for out in cell.outputs if out.output_type == "error"), None)
+        error = next((out for cell in begun[-1:] for out in cell.outputs if out["output_type"] == "error"), None)
         if error is not None:
-            message = "\n".join(error.traceback)
+            message = "\n".join(error["traceback"])
         else:
             message = "\n".join((self.folder / "papermill.log").read_text().splitlines()[-5:])
         source = begun[-1].source if begun else "no cell was begun"

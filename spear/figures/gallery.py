@@ -1,5 +1,6 @@
-"""The gallery, `figures/README.md`: every figure with its caption, and what it was drawn with and when.
+"""The gallery in `figures/README.md`: every figure with its caption, and what it was drawn with and when.
 
+It is written anew between the comments `<!-- gallery -->` and `<!-- end -->`; what stands around it stays.
 Captions are those of `notebooks/runs.yaml`. What a figure was drawn with stands in the picture itself, as a text of the
 PNG that only `spear figures` writes: the gallery never says of a figure what was true of an earlier one, and says so of
 one that a notebook run by hand has left there.
@@ -8,16 +9,22 @@ one that a notebook run by hand has left there.
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from spear.figures.table import Run
 
 KEY = "spear"
+GALLERY = re.compile(r"(?<=<!-- gallery -->\n).*?(?=<!-- end -->)", re.DOTALL)
+EMPTY_PAGE = """# Figures
+
+Written by `spear figures`; captions are in `notebooks/runs.yaml`.
+
+<!-- gallery -->
+<!-- end -->
+"""
 BY_HAND = "drawn by hand: neither parameters nor date are recorded"
 
 
@@ -33,6 +40,9 @@ class Origin:
 
 def stamped(picture: bytes, origin: Origin) -> bytes:
     """A PNG with its origin as a text inside; pixels and resolution stay, other texts go."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
     image, text, result = Image.open(io.BytesIO(picture)), PngInfo(), io.BytesIO()
     text.add_text(KEY, json.dumps(asdict(origin)))
     image.save(result, "png", pnginfo=text, dpi=image.info.get("dpi"))
@@ -41,27 +51,42 @@ def stamped(picture: bytes, origin: Origin) -> bytes:
 
 def origin(picture: Path) -> Origin | None:
     """What `stamped` wrote into a PNG; `None` for one without. Raises `OSError` for a file that is no picture."""
+    from PIL import Image
+
     with Image.open(picture) as image:
         text = image.text.get(KEY)
     return None if text is None else Origin(**json.loads(text))
 
 
-def render(runs: Sequence[Run], folder: Path) -> str:
-    """The page of a folder of figures, in Markdown: those of `runs` that are there, in the table's order."""
-    parts = ["# Figures\n\nWritten by `spear figures`; captions are in `notebooks/runs.yaml`.\n"]
-    for run in runs:
-        drawn = [stem for stem in run.captions if (folder / f"{stem}.png").is_file()]
-        if drawn:
-            parts.append(f"\n## [{run.name}]({os.path.relpath(run.notebook, folder)})\n")
-        parts += [_figure(stem, run.captions[stem], origin(folder / f"{stem}.png")) for stem in drawn]
+def render(runs: Sequence[Run], folder: Path, page: str = EMPTY_PAGE) -> str:
+    """The page of a folder of figures, in Markdown, its gallery anew: figures that are there, in the order of `runs`.
+
+    Raises `ValueError` for a page without the comments that the gallery stands between.
+    """
+    if not GALLERY.search(page):
+        raise ValueError(
+            f"{folder / 'README.md'} has no lines '<!-- gallery -->' and '<!-- end -->': add them, or remove the file"
+        )
+    gallery = "".join(_section(run, folder) for run in runs) + "\n"
+    return GALLERY.sub(lambda _: gallery, page, count=1)
+
+
+def _section(run: Run, folder: Path) -> str:
+    """The figures of one run that are there; parameters are told once, as long as they stay the same."""
+    drawn = {stem: origin(folder / f"{stem}.png") for stem in run.captions if (folder / f"{stem}.png").is_file()}
+    if not drawn:
+        return ""
+    parts, told = [f"\n## [{run.name}]({os.path.relpath(run.notebook, folder)})\n"], None
+    for stem, made in drawn.items():
+        parts.append(f"\n![{stem}]({stem}.png)\n\n{run.captions[stem]}\n\n[numbers]({stem}.csv){_facts(made, told)}\n")
+        told = made.parameters if made else told
     return "".join(parts)
 
 
-def _figure(stem: str, caption: str, drawn: Origin | None) -> str:
-    numbers = f"[numbers]({stem}.csv)"
-    if drawn is None:
-        return f"\n![{stem}]({stem}.png)\n\n{caption}\n\n{numbers}; {BY_HAND}\n"
-    data = f"data: {', '.join(drawn.data)}" if drawn.data else "no data set"
-    values = ", ".join(f"{name} = {json.dumps(value)}" for name, value in drawn.parameters.items())
-    facts = f"{numbers} of {drawn.date}; profile {drawn.profile}; {data}; parameters: `{values}`"
-    return f"\n![{stem}]({stem}.png)\n\n{caption}\n\n{facts}\n"
+def _facts(made: Origin | None, told: Mapping[str, object] | None) -> str:
+    if made is None:
+        return f"; {BY_HAND}"
+    data = f"data: {', '.join(made.data)}" if made.data else "no data set"
+    values = ", ".join(f"{name} = {json.dumps(value)}" for name, value in made.parameters.items())
+    parameters = "as above" if made.parameters == told else f"`{values}`"
+    return f" of {made.date}; profile {made.profile}; {data}; parameters: {parameters}"

@@ -1,7 +1,7 @@
 """Execute the runs of `notebooks/runs.yaml`: what changed, side by side, figures all or none.
 
-A run works in a folder of its own under `build/runs`, its figures included (`spear.figures.attempt`), by an executor: threads
-of this process, or a cluster. When the notebook has succeeded and has written what it declares, this process takes the
+A run works in a folder of its own under `build/runs`, its figures included (`spear.figures.attempt`), by an executor:
+threads of this process, or a cluster. When the notebook has succeeded and has written what it declares, this process takes the
 figures to their folder, each by one rename, and then, last, records what the run was made of. An interruption or a lost
 worker leaves no half-written figure, nothing is published twice, and the next call redoes only what is not recorded.
 """
@@ -20,11 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import nbformat
-
 from spear import paths
-from spear.data import catalog
+from spear.data import known
 from spear.figures import attempt, gallery
+from spear.figures.notebook import code_cells
 from spear.figures.table import Run, parameters
 
 VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
@@ -95,16 +94,15 @@ def is_current(run: Run) -> bool:
 
 def fingerprint(run: Run) -> str:
     """Hash of everything a run depends on: cells without outputs, parameters, the package, versions, data present."""
-    cells = nbformat.read(run.notebook, as_version=4).cells
     modules = {str(p.relative_to(PACKAGE)): p for p in sorted(PACKAGE.rglob("*.py"))}
     parts = {
-        "cells": [cell.source for cell in cells if cell.cell_type == "code"],
+        "cells": [cell.source for cell in code_cells(run.notebook)],
         "parameters": run.parameters,
         "modules": {
             name: _digest(path.read_bytes()) for name, path in modules.items() if Path(name).parts[0] not in NOT_HASHED
         },
         "versions": [sys.version_info[:2], *map(version, VERSIONS)],
-        "data": [name for name in catalog.names() if catalog.available(name)],
+        "data": [name for name in known.names() if known.available(name)],
     }
     return _digest(json.dumps(parts, sort_keys=True).encode())
 
@@ -136,8 +134,8 @@ def _data_sets(run: Run, values: Mapping[str, object]) -> list[str]:
     """The data sets that are named among a notebook's parameters and are at hand."""
     named = [name for value in values.values() for name in (value if isinstance(value, list) else [value])]
     words = dict.fromkeys(name for name in named if isinstance(name, str))
-    known = (*catalog.names(), run.dataset)
-    return [name for name in words if name in known and catalog.available(name)]
+    names = (*known.names(), run.dataset)
+    return [name for name in words if name in names and known.available(name)]
 
 
 class _Job:

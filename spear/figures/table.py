@@ -21,8 +21,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 import yaml
+
+from spear.figures.notebook import code_cells
 
 PROFILES = ("quick", "paper", "test")
 KEYS = ("name", "notebook", "profiles", "writes")
@@ -82,7 +83,7 @@ def load(table: Path, profile: str, dataset: str | None = None) -> tuple[Run, ..
 
 def parameters(notebook: Path) -> dict[str, object]:
     """Names and values in the notebook's one cell tagged `parameters`, which holds plain assignments of literals."""
-    cells = [c for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    cells = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ValueError(f"{notebook.name}: {len(cells)} cells are tagged 'parameters', not one")
     return dict(_assignment(statement, notebook) for statement in ast.parse(cells[0].source).body)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts, and those of skimage, load when they are first used
+import skimage
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from spear.accuracy import Accuracy
@@ -60,7 +60,9 @@ def evaluate(
         raise ValueError(f"true inputs have {truth.shape[1]} entries, reconstructed ones {guess.shape[1]}")
     error = torch.cdist(truth, guess, compute_mode="donot_use_mm_for_euclid_dist")
     error = error / norms(truth)[:, None]
-    rows, columns = (torch.as_tensor(i, dtype=torch.long) for i in linear_sum_assignment(error.clamp_max(1e6)))
+    rows, columns = (
+        torch.as_tensor(i, dtype=torch.long) for i in scipy.optimize.linear_sum_assignment(error.clamp_max(1e6))
+    )
     match = torch.full((len(truth),), -1)
     match[rows] = columns
     relative = torch.full((len(truth),), torch.inf, dtype=torch.float64)
@@ -88,7 +90,7 @@ def _psnr(
     with np.errstate(divide="ignore"):  # an exact match is infinitely good
         for row in (match >= 0).nonzero()[:, 0].tolist():
             pair = truth[row].numpy(), guess[match[row]].numpy()
-            psnr[row] = min(PSNR_CAP, peak_signal_noise_ratio(*pair, data_range=peak))
+            psnr[row] = min(PSNR_CAP, skimage.metrics.peak_signal_noise_ratio(*pair, data_range=peak))
     return psnr
 
 
@@ -105,7 +107,7 @@ def _ssim(
     ssim = torch.zeros(len(truth), dtype=torch.float64)
     for row in (match >= 0).nonzero()[:, 0].tolist():
         pair = (image.reshape(shape).numpy() for image in (truth[row], guess[match[row]]))
-        ssim[row] = structural_similarity(*pair, data_range=peak, channel_axis=0, win_size=WINDOW)
+        ssim[row] = skimage.metrics.structural_similarity(*pair, data_range=peak, channel_axis=0, win_size=WINDOW)
     return ssim
 
 

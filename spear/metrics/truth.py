@@ -84,5 +84,9 @@ def shape_of(G: Float[Tensor, "m b"], X: Float[Tensor, "n b"]) -> Shape:
     agreeing = zero.all(1) | ~zero.any(1)
     triangles = [torch.linalg.qr(part, mode="r")[1] for part in (G, X)]
     s = torch.linalg.svdvals(triangles[0] @ triangles[1].mT)
-    shares = float(zero.double().mean()), float(agreeing.double().mean())
-    return Shape(*shares, float(s[0] / s[-1]), float(norms.max() / norms.min()))
+    return Shape(
+        zero_share=float(zero.double().mean()),
+        agreeing=float(agreeing.double().mean()),
+        condition=float(s[0] / s[-1]),
+        spread=float(norms.max() / norms.min()),
+    )

@@ -1,4 +1,4 @@
-"""Readers of the two kinds of model file, exported programs and TorchScript archives (what is safe: `spear.models.files`).
+"""Readers of the two kinds of model file: exported programs, TorchScript archives (what is safe: `spear.models.files`).
 
 Both walk the file's graph of tensor operators and hand it, node by node, to `spear.models.rebuild`.
 """

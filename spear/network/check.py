@@ -71,15 +71,13 @@ def certificate(
     off = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
     if targets.error >= WHOLE_COUNT:
         doubt = f"{off}: neither hard nor evenly smoothed labels of equal weight"
-    elif not bool(final.inputs.isfinite().all()):
-        doubt = "a sample's own dLoss/dlogits is not what the gradient shows"
     told = targets.whole or problem.outputs > 2
     return Certificate(
         copies=targets.copies.round().long() if targets.whole else torch.ones_like(bound).long(),
         disclosed=problem.batch_size,
         residual=max(final.layers),
         limit=problem.accuracy.layer,
-        error_bound=bound,
+        error_bound=torch.where(final.inputs.isfinite(), bound, torch.inf),
         allowed=problem.accuracy.recovered,
         doubt=doubt,
         reserve="" if told else "with two classes a label cannot be told from a weight in the loss",
@@ -117,7 +115,10 @@ def claimed(problem: NetworkView, counts: Float[Tensor, "s classes"]) -> Float[T
 
 def multiple(problem: NetworkView, targets: Targets) -> str:
     """By how much the update is more than the mean, or the sum, of these samples, each once; in words."""
-    factor, same = targets.copies * targets.unit / problem.unit(len(targets)), problem.accuracy.weight
+    factor, same = (
+        targets.copies * targets.unit / problem.unit(problem.batch_size or len(targets)),
+        problem.accuracy.weight,
+    )
     least, most = float(factor.min()), float(factor.max())
     if most - least > same * most or abs(most - 1) < same:
         return ""

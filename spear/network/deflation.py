@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from spear.directions import first_of_each, unit_rows
 from spear.network import phase_retrieval
 from spear.network.exact_step import Tolerances
+from spear.network.factors import subtract
 from spear.network.phase_retrieval import Iterate
 from spear.network.problem import NetworkView
 from spear.network.spaces import Solved, Spaces, complement, misfit, project
@@ -115,10 +116,7 @@ def softmax_coordinates(
 
 def deflate(spaces: Spaces, solved: Solved, index: Int[Tensor, " g"], s: Float[Tensor, "g b"]) -> tuple[Spaces, Solved]:
     """The problem without the samples `index`, whose s are known: smaller spaces, and the other solved ones in them."""
-    core = torch.diag(spaces.singular) - solved.t[index].T @ s
-    left, singular, right = torch.linalg.svd(core)
-    rank = spaces.rank - len(index)
-    left, singular, right = left[:, :rank], singular[:rank], right[:rank]
+    left, singular, right = subtract(spaces.singular, solved.t[index], s)
     smaller = replace(
         spaces, basis=spaces.basis @ left, singular=singular, rows=right @ spaces.rows, lift=spaces.lift @ right.T
     )

@@ -1,9 +1,9 @@
 """The last samples at the last hidden layer, where few are missing: linear programming, and a read-off at the end."""
 
 import numpy as np
+import scipy  # its parts load when they are first used
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import linprog
 from torch import Generator, Tensor
 
 from spear.network.exact_step import Tolerances, accepted, solve_mask
@@ -41,7 +41,9 @@ def vertices(
     for _ in range(tries):
         objective = torch.randn(free.shape[1], generator=generator, dtype=torch.float64).numpy()
         equality = {"A_eq": cone.sum(0)[None], "b_eq": [1.0]}
-        answer = linprog(objective, A_ub=-cone, b_ub=np.zeros(len(cone)), **equality, bounds=(None, None))
+        answer = scipy.optimize.linprog(
+            objective, A_ub=-cone, b_ub=np.zeros(len(cone)), **equality, bounds=(None, None)
+        )
         if answer.status == 0:
             masks.append(_vertex_mask(spaces, cone, free, answer.x))
     return settle(spaces, torch.stack(masks), tolerances) if masks else Solved.none(spaces)

@@ -10,13 +10,18 @@ from torch import Generator, Tensor
 
 from spear.network import deflation, layerwise
 from spear.network.check import judge
+from spear.network.factors import Factors, wedderburn
 from spear.network.layerwise import activations
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, forward, passes
-from spear.network.projection import Factors, class_sines, project_samples
+from spear.network.projection import Limits, Projections, applicable, class_sines
 from spear.network.recovery import Budget, Recovery, Stats, nothing, number, searched
 from spear.network.spaces import sine
 from spear.published.lowrank import MIN_GAP, LowRank
+
+FEWEST = 16  # starts of a round: a few of any number arrive
+IDLE = 4  # rounds in a row that found nothing, after which starts are not what is missing
+CROWDED = 0.4  # rank over width past which hardly a start arrives
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,10 @@ def witness(
     run = passes(problem, inputs, Targets(counts, 1.0, 0.0))
     sines, weights = [], []
     for k, low in enumerate(lows):
-        x, delta = problem.extend(k, run.inputs[k]), run.deltas[k]
-        singular = low.R.norm(dim=1)
-        rows = low.R / singular[:, None]
-        a, c = x @ rows.T, delta @ low.L
-        sines += [sine(x, a @ rows), sine(delta, c @ low.L.T)]
-        weights.append(1 / (a / singular * c).sum(1))
+        x, delta, factors = problem.extend(k, run.inputs[k]), run.deltas[k], Factors.of(low)
+        t, s = factors.place(delta, x)
+        sines += [sine(x, s @ factors.rows), sine(delta, t @ factors.basis.T)]
+        weights.append(wedderburn(factors.singular, t, s))
     return SampleEvidence(torch.stack(sines).amax(0), torch.stack(weights, 1))
 
 
@@ -76,23 +79,28 @@ def peel(
     seconds: float,
     generator: Generator,
 ) -> KnownSamples:
-    """Find, certify and subtract samples until the first two gradients are empty, time is up or four rounds find none.
+    """Find, certify, subtract samples until the first two gradients are empty, `IDLE` rounds find none, or time is up.
 
     `lows` are the factorised gradients of the hidden layers whose rank is that of the first; `known` samples are
     subtracted first. `unit` is one copy's weight in the loss.
     """
     begin, idle, found = time.perf_counter(), 0, known
     factors = _without(problem, (Factors.of(lows[0]), Factors.of(lows[1])), known, unit)
-    while len(factors[0].singular) and idle < 4 and time.perf_counter() - begin < seconds:
+    limits = _limits(accept)
+    while len(factors[0].singular) and idle < IDLE and time.perf_counter() - begin < seconds:
         left = len(factors[0].singular)
-        # The exact step's sine is the root of a difference of rounding: 1e-8 at its best.
-        inputs = project_samples(
-            problem, *factors, starts=max(16, left), accept=max(1e-6, 30 * accept), generator=generator
-        )
+        projections = Projections.of(problem, *factors)
+        inputs = projections.samples(projections.starts(max(FEWEST, left), generator), limits)
         new = _certain(problem, lows, inputs, unit, accept)
         idle = 0 if len(new.inputs) else idle + 1
         factors, found = _without(problem, factors, new, unit), found.join(new)
     return found
+
+
+def _limits(accept: float) -> Limits:
+    """A peel goes on with what fits to rounding and is alone: the rest comes back in a later round."""
+    sine = max(1e-6, 30 * accept)  # the exact step's is the root of a difference of roundings: 1e-8 at its best
+    return Limits(rough=0.2, alike=0.9999, sine=sine, same=1 - 1e-6, gap=1e3, floor=sine / 10, rounds=8)
 
 
 def _certain(
@@ -132,8 +140,8 @@ def conclude_partly(
     known = certain_singles(problem, run, lows) if stats.found and seen else nobody(problem)
     sharp = [low for low in lows if low.rank == rank and low.gap > MIN_GAP]
     left = budget.seconds - stats.seconds
-    ready = len(sharp) > 1 and sharp[0] is lows[0] and sharp[1] is lows[1] and problem.biases[0] is not None
-    if ready and left > 0 and run.starts < budget.starts and rank < 0.4 * min(len(low.L) for low in lows[:2]):
+    ready = len(sharp) > 1 and sharp[0] is lows[0] and sharp[1] is lows[1] and applicable(problem)
+    if ready and left > 0 and run.starts < budget.starts and rank < CROWDED * min(len(low.L) for low in lows[:2]):
         options = {"accept": problem.accuracy.certain, "seconds": left, "generator": run.generator}
         known = peel(problem, sharp, known, unit_weight(problem, rank), **options)
     if not len(known.inputs):

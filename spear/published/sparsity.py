@@ -7,9 +7,9 @@ its mask, G = dL/dZ (m x b). G vanishes wherever D does (SPEAR, section on ReLU-
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts load when they are first used
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 from torch import Tensor, nn
 
 from spear.directions import zero_entries
@@ -79,7 +79,7 @@ def threshold(width: int, *, false_rejection: float = FALSE_REJECTION, zero_rate
     if width < 1:
         raise ValueError(f"a layer has a width of at least 1, not {width}")
     _check_rate("zero rate", zero_rate)
-    return _largest(stats.binom.pmf(np.arange(width + 1), width, zero_rate), false_rejection)
+    return _largest(scipy.stats.binom.pmf(np.arange(width + 1), width, zero_rate), false_rejection)
 
 
 def threshold_from_rates(rates: Float[Tensor, " m"], *, false_rejection: float = FALSE_REJECTION) -> int:
@@ -115,7 +115,7 @@ def threshold_from_counts(
     # variance = binomial * (1 + (width - 1) rho), rho = 1 / (a + b + 1), rate = a / (a + b)
     rho = min((variance / binomial - 1) / (width - 1), 1 - 1e-9)
     total = 1 / rho - 1
-    pmf = stats.betabinom.pmf(np.arange(width + 1), width, rate * total, (1 - rate) * total)
+    pmf = scipy.stats.betabinom.pmf(np.arange(width + 1), width, rate * total, (1 - rate) * total)
     return _largest(pmf, false_rejection)
 
 

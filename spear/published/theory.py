@@ -7,9 +7,9 @@ kernel of b - 1 rows of L, drawn uniformly without replacement; zeta_i is the nu
 import math
 
 import numpy as np
+import scipy  # its parts load when they are first used
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
 from spear.published.sparsity import FALSE_REJECTION, threshold
@@ -112,7 +112,7 @@ def full_rank_probability(rows: int, batch: int) -> float:
     c = batch - 1
     r = np.arange(c, rows + 1)
     zero_entry = (2.0 ** (c - 1) - 1) / (2.0**c - 1) if c else 0.0  # the chance of a zero in a row that is not zero
-    return float(stats.binom.pmf(r, rows, 1 - 2.0**-c) @ (1 - zero_entry**r) ** c)
+    return float(scipy.stats.binom.pmf(r, rows, 1 - 2.0**-c) @ (1 - zero_entry**r) ** c)
 
 
 def failure_bound(width: int, batch: int, *, false_rejection: float = FALSE_REJECTION) -> float:
@@ -129,10 +129,10 @@ def failure_bound(width: int, batch: int, *, false_rejection: float = FALSE_REJE
     _check_batch(width, batch)
     least = _least_zeros(width, batch, false_rejection)
     N, s = np.arange(least, width + 1)[:, None], np.arange(1, batch)
-    log_sets = stats.binom.logcdf(s - 1, N, 1 - 2.0**-s) + _log_choose(batch - 1, s)
+    log_sets = scipy.stats.binom.logcdf(s - 1, N, 1 - 2.0**-s) + _log_choose(batch - 1, s)
     low_rank = np.exp(log_sets).sum(1).clip(max=1)
-    weights = stats.binom.pmf(N[:, 0], width, 0.5)
-    return min(1.0, batch * float(stats.binom.cdf(least - 1, width, 0.5) + weights @ low_rank))
+    weights = scipy.stats.binom.pmf(N[:, 0], width, 0.5)
+    return min(1.0, batch * float(scipy.stats.binom.cdf(least - 1, width, 0.5) + weights @ low_rank))
 
 
 def failure_approximation(width: int, batch: int, *, false_rejection: float = FALSE_REJECTION) -> float:
@@ -144,7 +144,7 @@ def failure_approximation(width: int, batch: int, *, false_rejection: float = FA
     least = _least_zeros(width, batch, false_rejection)
     N = np.arange(least, width + 1)
     low_rank = np.array([1 - full_rank_probability(int(rows), batch) for rows in N])
-    column = float(stats.binom.cdf(least - 1, width, 0.5) + stats.binom.pmf(N, width, 0.5) @ low_rank)
+    column = float(scipy.stats.binom.cdf(least - 1, width, 0.5) + scipy.stats.binom.pmf(N, width, 0.5) @ low_rank)
     return -math.expm1(batch * math.log1p(-min(column, 1 - 1e-16)))
 
 

@@ -1,6 +1,6 @@
 """Ablations: grids of attacks that vary one knob at a time, what is measured of each batch, and what a cell amounts to.
 
-Like `spear.metrics` this is the judge's side: it plays the client, calls the attack, and compares.
+Like `spear.metrics` this is the judge's side: it plays the client, calls the attack, and compares. Notebook 08.
 """
 
 import copy
@@ -21,10 +21,10 @@ from spear.federated import clients
 from spear.federated.update import SharedUpdate
 from spear.metrics import evaluation
 from spear.metrics.truth import Shape, layer_truth, shape_of
-from spear.models import networks
+from spear.study.clients import Client, network
 
-OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.05), "adam": partial(torch.optim.Adam, lr=1e-3)}
-TRAINING_BATCH = 16
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.05), "adam": partial(torch.optim.Adam, lr=1e-3)}  # common rates
+TRAINING_BATCH = 16  # samples a step, well under half a pool
 NETWORK = ("dataset", "width", "depth", "activation", "optimizer")  # cells alike in these share a network
 
 
@@ -60,9 +60,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one attack may cost: `seconds`, kernels that sampling tests, starts of the network method."""
+    """What one attack may cost: kernels that sampling tests, starts of the network method.
 
-    seconds: float | int | None = None
+    No seconds: an ablation should not depend on the machine.
+    """
+
     proposals: int | None = None
     starts: int | None = None
 
@@ -111,7 +113,8 @@ def run(
     for number in range(batches):
         for place, cell, model in _networks(cells, pool, seed + number):
             inputs, labels = client_batch(cell, pool, seed + number)
-            outcome, shape = measure(cell, model, inputs, labels, limits=limits)
+            sender = Client(model, inputs, labels, send(cell, model, inputs, labels))
+            outcome, shape = measure(cell, sender, limits=limits)
             rows.append({"place": place, "number": number} | asdict(cell) | asdict(outcome) | asdict(shape))
     frame = pd.DataFrame(rows).sort_values(["place", "number"], ignore_index=True)
     return frame.drop(columns="place")
@@ -147,8 +150,8 @@ def _network(cell: Cell) -> Cell:
 
 
 def _build(cell: Cell, seed: int) -> nn.Module:
-    classes, activation = len(catalog.classes(cell.dataset)), getattr(nn, cell.activation)
-    return networks.fcnn(catalog.shape(cell.dataset), cell.width, cell.depth, classes, activation=activation, seed=seed)
+    activation = getattr(nn, cell.activation)
+    return network(cell.dataset, width=cell.width, depth=cell.depth, seed=seed, activation=activation)
 
 
 def _public(cell: Cell, pool: int, seed: int) -> tuple[Float[Tensor, "k *input_shape"], Int[Tensor, " k"]]:
@@ -176,31 +179,40 @@ def train(
     model.double()
 
 
-def measure(
-    cell: Cell,
-    model: nn.Module,
-    inputs: Float[Tensor, "b *input_shape"],
-    labels: Int[Tensor, " b"],
-    *,
-    limits: Limits = Limits(),
-) -> tuple[CellResult, Shape]:
-    """Send the update of one batch as the cell says, attack it, and compare with the true inputs of the layer.
+def measure(cell: Cell, sender: Client, *, limits: Limits = Limits()) -> tuple[CellResult, Shape]:
+    """Attack a client's update as the cell says, and compare with the true inputs of the layer.
 
     The shape is that of the attacked layer; the network method begins with the last hidden one.
     """
+    model, inputs, labels, update = sender
     truth = inputs if cell.layer == "fc1" else layer_truth(model, cell.layer, inputs, labels)[0].mT
     begun = f"fc{cell.depth - 1}" if cell.method == "network" else cell.layer
     X, G = layer_truth(model, begun, inputs, labels)
     shape = shape_of(G, X)
     budget = limits.starts if cell.method == "network" else limits.proposals
     layer = None if cell.layer == "fc1" else cell.layer
-    options = {"method": cell.method, "layer": layer, "time_limit": limits.seconds, "max_proposals": budget}
+    options = {"method": cell.method, "layer": layer, "max_proposals": budget}
     try:
-        result = inversion.attack(model, send(cell, model, inputs, labels), **options)
+        result = inversion.attack(model, update, **options)
     except ValueError as error:
-        return CellResult(0.0, 1.0, False, 0.0, math.nan, 0.0, 0.0, 0, 0, f"refused: {error}"), shape
+        return _refused(error), shape
     report = evaluation.evaluate(result, truth if cell.sent == "float64" else truth.float(), labels)
     return _outcome(result, report), shape
+
+
+def _refused(error: ValueError) -> CellResult:
+    return CellResult(
+        recall=0.0,
+        precision=1.0,
+        complete=False,
+        label_accuracy=0.0,
+        error=math.nan,
+        psnr=0.0,
+        seconds=0.0,
+        proposals=0,
+        rank=0,
+        reason=f"refused: {error}",
+    )
 
 
 def _outcome(result: reconstruction.Reconstruction, report: evaluation.Evaluation) -> CellResult:

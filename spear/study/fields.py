@@ -1,7 +1,7 @@
-"""Tables in place of images: rows with fields, what a recovered row says field by field, and a TabLeak-like baseline.
+"""Tables in place of images: what a recovered row says, field by field.
 
 A row holds one-hot categories and continuous columns in units of their standard deviation, laid out by
-`spear.data.adult.Column`.
+`spear.data.adult.Column` (`spear.data.tables`). Notebook 08_tabular.
 """
 
 from collections.abc import Sequence
@@ -44,5 +44,7 @@ def compare(
     right = [category(guess, column) == category(truth, column) for column in categorical]
     error = (guess[:, entries] - truth[:, entries]).abs()
     return Fields(
-        float(torch.stack(right).double().mean()), float((error <= TOLERANCE).double().mean()), float(error.mean())
+        categorical=float(torch.stack(right).double().mean()),
+        continuous=float((error <= TOLERANCE).double().mean()),
+        error=float(error.mean()),
     )

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spear import data, federated, models
+from spear import data, federated, inversion, models
 from spear.cli.app import main
 
 SHAPE, BATCH = (1, 8, 8), 4
@@ -129,6 +129,12 @@ def test_a_wrong_call_is_status_2(arguments: list[str], capsys: pytest.CaptureFi
 def test_python_m_spear_is_the_command_line() -> None:
     shown = subprocess.run([sys.executable, "-m", "spear", "--help"], capture_output=True, text=True, check=True)
     assert all(command in shown.stdout for command in ("figures", "attack", "data"))
+
+
+def test_the_help_names_every_method(capsys: pytest.CaptureFixture) -> None:
+    assert run("attack", "--help") == 0
+    words = capsys.readouterr().out
+    assert [method for method in inversion.METHODS if not re.search(rf"\b{method}\b", words)] == []
 
 
 def test_the_gallery_alone_is_written_anew(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from data_files import ROW, same
 from PIL import Image
-from test_data import ROW, cifar10_files, mnist_files, same  # noqa: F401  (fixtures)
 
 from spear import data
 from spear.data import downloads, packs
@@ -126,7 +126,7 @@ def publish(server, monkeypatch, name, contents):
     monkeypatch.setitem(downloads.ARCHIVES, name, local)
 
 
-def test_mnist_is_fetched_into_a_pack(server, tmp_path, monkeypatch, mnist_files):  # noqa: F811
+def test_mnist_is_fetched_into_a_pack(server, tmp_path, monkeypatch, mnist_files):
     pack, contents = mnist_files
     publish(server, monkeypatch, "mnist", {f"{file}.gz": gzip.compress(content) for file, content in contents.items()})
     assert data.fetch("mnist", tmp_path) == tmp_path / "mnist.npz"
@@ -136,7 +136,7 @@ def test_mnist_is_fetched_into_a_pack(server, tmp_path, monkeypatch, mnist_files
     assert len(server.requests) == 2  # what is there is not fetched again
 
 
-def test_cifar10_is_fetched_into_a_pack(server, tmp_path, monkeypatch, cifar10_files):  # noqa: F811
+def test_cifar10_is_fetched_into_a_pack(server, tmp_path, monkeypatch, cifar10_files):
     pack, folder = cifar10_files
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as tar:

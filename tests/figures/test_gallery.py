@@ -25,9 +25,10 @@ def _png(value: int = 0, **options: object) -> bytes:
 def test_the_committed_galleries_are_what_the_figures_say(repository: Path) -> None:
     table = load(repository / "notebooks" / "runs.yaml", "quick")
     folder = repository / "figures"
-    assert (folder / "README.md").read_text() == gallery.render(table, folder)
+    for place in (folder, folder / "paper"):
+        page = (place / "README.md").read_text()
+        assert page == gallery.render(table, place, page)
     assert {path.name for path in folder.glob("*.png")} == {f"{stem}.png" for run in table for stem in run.captions}
-    assert (folder / "paper" / "README.md").read_text() == gallery.render(table, folder / "paper")
 
 
 def test_a_stamp_is_read_back_and_leaves_the_picture_as_it_is(tmp_path: Path) -> None:
@@ -60,6 +61,26 @@ def test_the_page_shows_what_is_there_in_the_tables_order(tmp_path: Path) -> Non
     assert "![01_b-x](01_b-x.png)\n\nCaption of 01_b.\n\n[numbers](01_b-x.csv); drawn by hand" in first
     assert "[numbers](00_a-x.csv) of 2026-01-31; profile quick; data: photos; parameters: `dataset = " in second
     assert '`dataset = "photos", sizes = [1, 2], rate = 1e-09`' in second
+
+
+def test_parameters_are_told_again_only_where_they_change(tmp_path: Path) -> None:
+    stems = ("00_a-w", "00_a-x", "00_a-y", "00_a-z")
+    run = Run("00_a", tmp_path / "00_a.ipynb", "quick", {}, dict.fromkeys(stems, "Caption."))
+    origins = (ORIGIN, None, ORIGIN, replace(ORIGIN, parameters={"rate": 2}))
+    for stem, origin in zip(stems, origins, strict=True):
+        picture = _png() if origin is None else gallery.stamped(_png(), origin)
+        (tmp_path / f"{stem}.png").write_bytes(picture)
+    facts = re.findall(r"^\[numbers\].*(?:parameters: |drawn by )(\S+)", gallery.render([run], tmp_path), re.M)
+    assert facts == ["`dataset", "hand:", "as", "`rate"]
+
+
+def test_what_stands_around_the_gallery_stays(tmp_path: Path) -> None:
+    page = "Mine.\n<!-- gallery -->\nold\n<!-- end -->\nAlso mine.\n<!-- table a.csv -->\n<!-- end -->\n"
+    new = gallery.render([], tmp_path, page)
+    assert new == page.replace("old\n", "\n")
+    assert gallery.render([], tmp_path, new) == new
+    with pytest.raises(ValueError, match="has no lines '<!-- gallery -->' and '<!-- end -->'"):
+        gallery.render([], tmp_path, "# Figures\n")
 
 
 def test_no_picture_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The README says what the files beside it say, and its first snippet prints what it shows."""
+"""README.md and figures/README.md say what the files beside them say, and the first snippet prints what it shows."""
 
 import re
 import subprocess
@@ -6,11 +6,14 @@ import sys
 
 import pytest
 
-from spear.figures.readme import render
+from spear.figures.markdown import render
+
+PAGES = pytest.mark.parametrize("page", ["README.md", "figures/README.md"])
 
 
-def test_tables_are_those_of_the_csv_files(repository):
-    text = (repository / "README.md").read_text()
+@PAGES
+def test_tables_are_those_of_the_csv_files(repository, page):
+    text = (repository / page).read_text()
     assert "<!-- table figures/" in text
     assert render(text, repository) == text
 
@@ -23,26 +26,19 @@ def test_the_first_snippet_prints_what_the_readme_shows(repository):
     assert len(snippet.splitlines()) <= 12
 
 
-def test_links_and_pictures_exist(repository):
-    text = (repository / "README.md").read_text()
+@PAGES
+def test_links_and_pictures_exist(repository, page):
+    text = (repository / page).read_text()
     local = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert local
-    assert [link for link in local if not (repository / link).exists()] == []
+    assert [link for link in local if not ((repository / page).parent / link).exists()] == []
 
 
-def test_a_table_is_rendered(tmp_path):
-    (tmp_path / "a.csv").write_text("set,b,error,missing\nmnist,16,1.23456e-13,\ncifar10,1200,0.5,7\n")
-    text = "x\n<!-- table a.csv: set, b, error, missing -->\nold\n<!-- end -->\ny"
-    head, rule = "| set | b | error | missing |\n", "| --- | --- | --- | --- |\n"
-    expected = head + rule + "| mnist | 16 | 1.23e-13 |  |\n| cifar10 | 1,200 | 0.5 | 7 |\n"
-    assert expected in render(text, tmp_path)
-    assert render(render(text, tmp_path), tmp_path) == render(text, tmp_path)
-    assert "| set | b | error | missing |" in render(text.replace(": set, b, error, missing", ""), tmp_path)
-
-
-def test_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a.csv"):
-        render("<!-- table a.csv -->\n<!-- end -->", tmp_path)
-    (tmp_path / "a.csv").write_text("set\nmnist\n")
-    with pytest.raises(ValueError, match="a.csv has no column b; it has set"):
-        render("<!-- table a.csv: set, b -->\n<!-- end -->", tmp_path)
+def test_modules_and_folders_named_in_the_readme_exist(repository):
+    text = (repository / "README.md").read_text()
+    modules = {name.replace(".", "/") for name in re.findall(r"`(spear(?:\.[a-z_]+)+)`", text)}
+    files = {f"spear/{name}" for name in re.findall(r"`((?:\w+/)*(?:\w+\.py|\w+/))`", text) if name != "spear/"}
+    assert modules
+    assert files
+    places = [repository / name for name in sorted(modules | files)]
+    assert [place for place in places if not (place.exists() or place.with_suffix(".py").is_file())] == []

@@ -1,4 +1,4 @@
-"""True directions and the proposals that meet them, against loops and expectations."""
+"""True directions, the proposals that meet them, and a layer's gradient, against loops and expectations."""
 
 import itertools
 import math
@@ -7,7 +7,8 @@ import pytest
 import torch
 from problems import make
 
-from spear.metrics.truth import MET, first_met, true_directions
+from spear import study
+from spear.metrics.truth import MET, first_met, layer_truth, shape_of, true_directions
 from spear.published import greedy, kernels, theory
 
 
@@ -44,3 +45,27 @@ def test_first_met_on_average_takes_as_long_as_coupon_collecting():
     last = [float(first_met(L, truth, limit=1000, generator=generator, chunk=20).max()) for _ in range(runs)]
     # a wait spreads by no more than its mean: five standard errors
     assert sum(last) / runs == pytest.approx(theory.expected_proposals(rates), rel=5 / math.sqrt(runs))
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_truth_of_a_layer_makes_its_gradient(layer, seed):
+    model, inputs, labels, update = study.client("digits", 3, width=40, depth=3, seed=seed)
+    X, G = layer_truth(model, layer, inputs, labels)
+    sent = update.gradients
+    torch.testing.assert_close(G @ X.mT, sent[f"{layer}.weight"])
+    torch.testing.assert_close(G.sum(1), sent[f"{layer}.bias"])
+    s = torch.linalg.svdvals(sent[f"{layer}.weight"])
+    shape = shape_of(G, X)
+    assert shape.condition == pytest.approx(float(s[0] / s[2]), rel=1e-6)
+    zero = G == 0
+    assert shape.zero_share == pytest.approx(float(zero.double().mean()))
+    agree = [len(set(row)) == 1 for row in zero.tolist()]
+    assert shape.agreeing == pytest.approx(sum(agree) / len(agree))
+    assert shape.spread == pytest.approx(float(G.norm(dim=0).max() / G.norm(dim=0).min()))
+
+
+def test_a_layer_that_is_none():
+    model, inputs, labels, _ = study.client("digits", 3, width=40, depth=3, seed=0)
+    with pytest.raises(ValueError, match="no linear layer named 'relu1'"):
+        layer_truth(model, "relu1", inputs, labels)

@@ -47,3 +47,9 @@ def test_initialisation_is_torchs():
 def test_refused(shape, width, depth, classes, message):
     with pytest.raises(ValueError, match=message):
         models.fcnn(shape, width, depth, classes)
+
+
+def test_activations_take_the_place_of_relu():
+    model = models.fcnn((4,), 5, 3, 2, activation=nn.GELU)
+    assert [type(module).__name__ for module in model] == ["Flatten", "Linear", "GELU", "Linear", "GELU", "Linear"]
+    assert torch.equal(model.fc1.weight, models.fcnn((4,), 5, 3, 2).fc1.weight)

@@ -48,7 +48,7 @@ def test_trained_networks(kind, steps, depth):
     report = metrics.evaluate(result, x, y)
     assert report.precision == 1
     assert report.recovered[strengths(model, x, y) > 1e-5].all(), result.reason
-    assert result.complete or "samples were found" in result.reason
+    assert result.complete or "every layer" not in result.reason
 
 
 @pytest.mark.parametrize(("depth", "rate"), [(2, 0.03), (3, 0.01)])
@@ -62,7 +62,6 @@ def test_saturated_networks_give_every_visible_sample_and_count_the_others(depth
     assert report.precision == 1
     assert report.recovered[strong > 1e-2 * strong.max()].all(), result.reason
     assert not result.complete
-    assert not result.certified.any()
 
 
 @pytest.mark.parametrize("sizes", [(60, 120), (60, 120, 120)])
@@ -73,7 +72,7 @@ def test_other_losses(loss, outputs, sizes, reduction, known):
     made = case((*sizes, outputs), 20, seed=1, loss=loss, reduction=reduction, known=known)
     found = whole_batch.recover(made.problem, budget=Budget(20.0))
     assert found.complete == known, found.reason
-    assert errors(made.inputs, found.inputs).max() < 1e-9
+    assert errors(found.inputs, made.inputs).max() < 1e-9
     assert_labels(made, found)
 
 
@@ -134,7 +133,7 @@ def test_one_hidden_layer_gives_certain_samples_while_a_few_others_are_missing(s
     found = whole_batch.recover(made.problem, budget=Budget(starts=1))
     assert not found.complete
     assert 0 < len(found.inputs) < 40, found.reason
-    assert (errors(found.inputs, made.inputs) < 1e-6).all()
+    assert (errors(made.inputs, found.inputs) < 1e-6).all()
     assert_labels(made, found)
     assert not found.certified.any()
     assert f"found one by one: {len(found.inputs)} sample" in found.reason
@@ -147,7 +146,7 @@ def test_a_thousand_classes_on_a_narrow_layer(sizes, known):
     made = case(sizes, 20, known=known)
     found = whole_batch.recover(made.problem, budget=Budget(20.0))
     assert found.complete == known, found.reason
-    assert errors(made.inputs, found.inputs).max() < 1e-9
+    assert errors(found.inputs, made.inputs).max() < 1e-9
     assert_labels(made, found)
 
 

@@ -1,22 +1,17 @@
-"""Grids of attacks: what a cell fixes, what is measured, and the intervals around it."""
+"""Grids of attacks: what a cell fixes, and what is measured."""
 
 import itertools
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
-from torch import nn
 
 import spear
 from spear import data, federated, metrics, models
 from spear.metrics import truth
-from spear.study import ablations, statistics
+from spear.study import ablations
 from spear.study.ablations import Cell, Limits
 
 SMALL = Cell("digits", batch=3, width=40, depth=3)
@@ -85,30 +80,6 @@ def test_training_lowers_the_loss_and_leaves_float64():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("layer", ["fc1", "fc2"])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_truth_of_a_layer_makes_its_gradient(layer, seed):
-    model, inputs, labels = client(SMALL, seed)
-    X, G = truth.layer_truth(model, layer, inputs, labels)
-    sent = federated.gradient(model, inputs, labels).gradients
-    torch.testing.assert_close(G @ X.mT, sent[f"{layer}.weight"])
-    torch.testing.assert_close(G.sum(1), sent[f"{layer}.bias"])
-    s = torch.linalg.svdvals(sent[f"{layer}.weight"])
-    shape = truth.shape_of(G, X)
-    assert shape.condition == pytest.approx(float(s[0] / s[2]), rel=1e-6)
-    zero = G == 0
-    assert shape.zero_share == pytest.approx(float(zero.double().mean()))
-    agree = [len(set(row)) == 1 for row in zero.tolist()]
-    assert shape.agreeing == pytest.approx(sum(agree) / len(agree))
-    assert shape.spread == pytest.approx(float(G.norm(dim=0).max() / G.norm(dim=0).min()))
-
-
-def test_a_layer_that_is_none():
-    model, inputs, labels = client(SMALL)
-    with pytest.raises(ValueError, match="no linear layer named 'relu1'"):
-        truth.layer_truth(model, "relu1", inputs, labels)
-
-
 def test_a_deeper_layer_is_judged_by_its_own_inputs():
     frame = ablations.run(
         ablations.grid(Cell("digits", batch=3, width=80, depth=4), layer=["fc1", "fc2"]), batches=2, limits=BUDGET
@@ -160,63 +131,3 @@ def test_bad_cells():
         Cell(labels="sorted")
     with pytest.raises(ValueError, match="a pool of 8 has 4 samples for a batch of 5: enlarge the pool"):
         ablations.run([Cell("digits", batch=5)], batches=1, pool=8)
-
-
-@given(st.lists(st.integers(0, 1), min_size=1, max_size=40), st.sampled_from([0.8, 0.95]))
-def test_the_interval_of_a_rate_is_wilsons(values, confidence):
-    n, p, z = len(values), sum(values) / len(values), stats.norm.ppf((1 + confidence) / 2)
-    middle, half = (p + z**2 / (2 * n)) / (1 + z**2 / n), math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    half *= z / (1 + z**2 / n)
-    found = statistics.share_interval(np.array(values, dtype=float), confidence)
-    assert found == pytest.approx((p, max(0.0, middle - half), min(1.0, middle + half)), abs=1e-9)
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_the_interval_of_shares_contains_those_of_the_counts_around(values):
-    mean, low, high = statistics.share_interval(np.array(values), 0.95)
-    assert 0 <= low <= mean + 1e-9
-    assert mean - 1e-9 <= high <= 1
-    n = len(values)
-    below = stats.binomtest(math.floor(round(sum(values), 9)), n).proportion_ci(method="wilson")
-    assert low == pytest.approx(below.low)
-
-
-@pytest.mark.parametrize("n", [2, 5, 50])
-def test_intervals_of_means_and_magnitudes(n):
-    values = np.random.default_rng(n).lognormal(size=n)
-    expected = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
-    assert statistics.mean_interval(values, 0.95) == pytest.approx((values.mean(), *expected))
-    middle, low, high = statistics.magnitude_interval(values, 0.95)
-    assert middle == pytest.approx(stats.gmean(values))
-    assert (math.log(low), math.log(high)) == pytest.approx(statistics.mean_interval(np.log(values), 0.95)[1:])
-
-
-def test_intervals_of_few_values():
-    one, none = np.ones(1), np.ones(0)
-    assert statistics.share_interval(one, 0.95)[0] == 1
-    for interval in (statistics.mean_interval, statistics.magnitude_interval):
-        middle, low, high = interval(one, 0.95)
-        assert middle == 1
-        assert math.isnan(low)
-        assert math.isnan(high)
-    for interval in (statistics.share_interval, statistics.mean_interval, statistics.magnitude_interval):
-        assert all(map(math.isnan, interval(none, 0.95)))
-    assert statistics.magnitude_interval(np.array([0.0, np.inf]), 0.95)[0] == pytest.approx(1)
-
-
-def test_a_summary_keeps_the_order_of_cells_and_skips_what_is_missing():
-    frame = ablations.run(ablations.grid(SMALL, activation=["ReLU", "GELU"]), batches=2, limits=BUDGET)
-    table = statistics.summarize(frame, ["activation", "batch"])
-    assert table.activation.tolist() == ["ReLU", "GELU"]
-    assert table.batches.tolist() == [2, 2]
-    assert table.recall.tolist() == [1, 0]
-    assert table.error[0] == pytest.approx(stats.gmean(frame.error[:2]))
-    assert math.isnan(table.error[1])
-    assert table.zero_share[1] == 0
-    assert table.recall_low[0] == pytest.approx(stats.binomtest(2, 2).proportion_ci(method="wilson").low)
-
-
-def test_activations_take_the_place_of_relu():
-    model = models.fcnn((4,), 5, 3, 2, activation=nn.GELU)
-    assert [type(module).__name__ for module in model] == ["Flatten", "Linear", "GELU", "Linear", "GELU", "Linear"]
-    assert torch.equal(model.fc1.weight, models.fcnn((4,), 5, 3, 2).fc1.weight)

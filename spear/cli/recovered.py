@@ -1,0 +1,46 @@
+"""What `spear attack` recovered, as words, as a file and as a picture."""
+
+import io
+import sys
+from pathlib import Path
+
+from safetensors.torch import save
+
+from spear import paths, plots
+from spear.reconstruction import Reconstruction
+
+
+def words(result: Reconstruction) -> str:
+    """A line for each figure of the result."""
+    facts = {
+        "rank": result.rank,
+        "recovered": len(result.inputs),
+        "certified": int(result.certified.sum()),
+        "reason": result.reason,
+    }
+    return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
+
+
+def write(result: Reconstruction, output: Path | None, picture: Path | None) -> None:
+    """Write the samples to a safetensors file and draw them, where either is asked for."""
+    if output is not None:
+        paths.write({output: _serialized(result)})
+    if picture is not None:
+        _draw(result, picture)
+
+
+def _serialized(result: Reconstruction) -> bytes:
+    tensors = {"inputs": result.inputs, "residuals": result.residuals, "certified": result.certified}
+    if result.labels is not None:
+        tensors["labels"] = result.labels
+    told = {"rank": str(result.rank), "complete": str(result.complete), "reason": result.reason}
+    return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, told)
+
+
+def _draw(result: Reconstruction, picture: Path) -> None:
+    if result.inputs.ndim != 4 or result.inputs.shape[1] not in (1, 3) or not len(result.inputs):
+        print(f"spear: no picture: inputs of shape {tuple(result.inputs.shape)} are no images", file=sys.stderr)
+        return
+    content = io.BytesIO()
+    plots.grid(result.inputs).savefig(content, format="png")
+    paths.write({picture: content.getvalue()})

@@ -1,0 +1,87 @@
+"""Sample packs come back as they were written; every kind of damage is refused."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from data_files import SEEDS, random_pack, same
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spear import data
+from spear.data import packs
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("shape", [(3, 5, 4), (1, 1, 1), (1, 8, 8)])
+def test_a_pack_comes_back_as_it_was_written(shape, seed, tmp_path):
+    pack = random_pack(seed, shape=shape)
+    packs.write(pack, tmp_path / "some.npz")
+    assert same(packs.read(tmp_path / "some.npz"), pack)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["some.npz"]
+    taken = pack.take(torch.tensor([2, 0]))
+    by_hand = np.stack([pack.images[2], pack.images[0]]).transpose(0, 3, 1, 2) / 255
+    assert np.array_equal(taken.numpy(), by_hand)
+
+
+GOOD = {"images": np.zeros((4, 2, 2, 3), np.uint8), "labels": np.array([0, 1, 1, 0]), "classes": np.array(["a", "b"])}
+BAD = {
+    "no images": ({"images": None}, "images is not a file in the archive"),
+    "no labels": ({"labels": None}, "labels is not a file in the archive"),
+    "no classes": ({"classes": None}, "classes is not a file in the archive"),
+    "float images": ({"images": np.zeros((4, 2, 2, 3))}, "images are float64"),
+    "flat images": ({"images": np.zeros((4, 12), np.uint8)}, "images are uint8 (4, 12)"),
+    "channels first": ({"images": np.zeros((4, 3, 2, 2), np.uint8)}, "images are uint8 (4, 3, 2, 2)"),
+    "empty": ({"images": np.zeros((0, 2, 2, 3), np.uint8), "labels": np.zeros(0, np.int64)}, "images are uint8 (0,"),
+    "short labels": ({"labels": np.array([0, 1, 1])}, "labels are int64 (3,), not int64 (4,)"),
+    "int32 labels": ({"labels": np.array([0, 1, 1, 0], np.int32)}, "labels are int32"),
+    "label too large": ({"labels": np.array([0, 1, 2, 0])}, "labels from 0 to 2 with 2 classes"),
+    "negative label": ({"labels": np.array([0, 1, -1, 0])}, "labels from -1 to 1 with 2 classes"),
+    "classes are numbers": ({"classes": np.array([1, 2])}, "classes are int64 (2,), not strings"),
+    "classes in a square": ({"classes": np.array([["a"], ["b"]])}, "classes are <U1 (2, 1), not strings"),
+    "pickled classes": ({"classes": np.array(["a", "b"], object)}, "allow_pickle=False"),
+    "pickled images": ({"images": np.array([1, "x"], object)}, "allow_pickle=False"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_pack_with_a_wrong_array_is_refused_by_name(case, tmp_path):
+    changes, reason = BAD[case]
+    path = tmp_path / "cifar10.npz"
+    np.savez(path, **{key: value for key, value in (GOOD | changes).items() if value is not None})
+    with pytest.raises(ValueError, match="cifar10.npz is no sample pack: ") as refused:
+        data.load("cifar10", count=1, root=tmp_path)
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"some text", b"\x93NUMPY", b"PK\x05\x06" + bytes(18)])
+def test_a_foreign_file_is_no_pack(content, tmp_path):
+    (tmp_path / "mnist.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="mnist.npz is no sample pack: "):
+        data.load("mnist", count=1, root=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("packs") / "whole.npz"
+    packs.write(random_pack(), path)
+    return path, path.read_bytes()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 0.999))
+def test_a_truncated_pack_is_refused(share, written, tmp_path):
+    (tmp_path / "cut.npz").write_bytes(written[1][: int(share * len(written[1]))])
+    with pytest.raises(ValueError, match="cut.npz is no sample pack: "):
+        packs.read(tmp_path / "cut.npz")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 10**6), flip=st.integers(1, 255))
+def test_a_pack_with_one_byte_changed_is_refused_or_unharmed(place, flip, written, tmp_path):
+    content = bytearray(written[1])
+    content[place % len(content)] ^= flip
+    (tmp_path / "changed.npz").write_bytes(content)
+    with contextlib.suppress(ValueError):
+        assert same(packs.read(tmp_path / "changed.npz"), random_pack())
