@@ -140,7 +140,8 @@ def _every_layer(
     noisy = noise.open_noisy(problem, sigma=None, weighted=update.clip is not None)
     seen = problem.precision > COARSE or noise.is_visible(noisy)
     found = approximate(noisy, budget, seed) if seen else exact
-    return found if len(found.inputs) else exact
+    # Samples that the layers merge leave fewer directions, and pass for noise: then the estimate's errors mean nothing.
+    return found if len(found.inputs) >= (problem.batch_size or 1) else exact
 
 
 def _chain(

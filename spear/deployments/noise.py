@@ -63,7 +63,8 @@ def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None 
         before, rank = rank, within(rank_under_noise(s, (m, n), 1.02 * (seen if sigma is None else sigma)))
         if rank == before:
             break
-    low = LowRank(rank, L[:, :rank], L[:, :rank].mT @ J, float(s[rank - 1] / s[rank].clamp_min(1e-300)), float(s[rank]))
+    beyond = float(s[rank]) if rank < len(s) else 0.0
+    low = LowRank(rank, L[:, :rank], L[:, :rank].mT @ J, float(s[rank - 1]) / max(beyond, 1e-300), beyond)
     return low, seen if sigma is None else sigma
 
 

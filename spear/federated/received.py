@@ -11,6 +11,7 @@ from spear.federated.update import Lazy, SharedUpdate
 from spear.models.streaming import CHUNK
 
 PRECISIONS = (torch.float32, torch.float64)
+EXTREME = 1e100  # entries whose products are still numbers: up to this, and down to its inverse
 COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
 
 
@@ -40,6 +41,8 @@ def compute_device(device: str | torch.device | None) -> torch.device:
         device = torch.empty(0, device=device or "cpu").device
     except (RuntimeError, AssertionError) as error:  # no such device, or a build of torch without it
         raise ValueError(f"device {str(device)!r} is not available here") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' has no values to compute with")
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -64,6 +67,9 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     received = update.gradients
+    largest = max(float(part.abs().max()) for g in received.values() for part in g.flatten().split(CHUNK)) / scale
+    if largest and not 1 / EXTREME < largest < EXTREME:
+        raise ValueError(f"the gradients are out of range: their largest entry is {largest:.0e}")
     return received if scale == 1 else Lazy(tuple(received), lambda name: received[name] / scale)
 
 

@@ -115,10 +115,8 @@ def claimed(problem: NetworkView, counts: Float[Tensor, "s classes"]) -> Float[T
 
 def multiple(problem: NetworkView, targets: Targets) -> str:
     """By how much the update is more than the mean, or the sum, of these samples, each once; in words."""
-    factor, same = (
-        targets.copies * targets.unit / problem.unit(problem.batch_size or len(targets)),
-        problem.accuracy.weight,
-    )
+    size, same = problem.batch_size or len(targets), problem.accuracy.weight
+    factor = targets.copies * targets.unit / problem.unit(size)
     least, most = float(factor.min()), float(factor.max())
     if most - least > same * most or abs(most - 1) < same:
         return ""

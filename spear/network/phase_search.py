@@ -76,7 +76,7 @@ class PhaseSearch:
         """The solved directions and those of `found` that differ from them by more than noise."""
         if self.restricted:
             return self.solved.join(found, room=self.left, cosine=1 - 1e-2)
-        blur = 20 * self.tolerances.noise / float(self.spaces.singular[-1])
+        blur = 20 * self.tolerances.noise / max(float(self.spaces.singular[-1]), 1e-300)
         return self.solved.join(found, room=self.left, cosine=1 - min(max(1e-9, blur**2), 1e-5))
 
     def round(self) -> None:
