@@ -110,8 +110,8 @@ def audit(
     """Attack `update` on `model`, or else the gradient of a sample batch, and try what would have stopped it.
 
     `data` is what simulated clients hold (`spear.audit.sample.choose`) and `count` their batch size: by default 16,
-    with an update the batch size that it shows. `layer` is the linear layer to attack, by default the first that reads the
-    data, or else the first that a ReLU follows. `input_shape` is needed where neither update nor model show it.
+    with an update the batch size that it shows. `layer` is the linear layer to attack, by default the first that reads
+    the data, or else the first that a ReLU follows. `input_shape` is needed where neither update nor model show it.
     `time_limit` bounds the attack on the update and `trial_limit` each simulated one (seconds). `progress` is called
     with a few words before each part.
 

@@ -23,7 +23,7 @@ def figures(
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time; they share the cores.")] = 2,
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers run them.")] = None,
     force: Annotated[bool, typer.Option(help="Run also what has not changed.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="Only show the runs, and which of them are due.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Only show the runs: which are due, and why.")] = False,
     pages: Annotated[bool, typer.Option("--pages", help="Only write tables and gallery anew.")] = False,
 ) -> None:
     """Regenerate figures, tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
@@ -43,7 +43,7 @@ def figures(
     table = load(paths.notebooks() / "runs.yaml", profile, dataset)
     chosen = _chosen(table, only or [])
     if list_:
-        show_table("run", "writes", [(run.name, _due(run), " ".join(run.captions)) for run in chosen])
+        _show_due(chosen)
         return
     with executor_of(scheduler) as executor:
         outcomes = {} if pages else _execute(chosen, jobs, CELL_TIMEOUTS[profile], executor, force)
@@ -77,8 +77,7 @@ def _execute(
     try:
         schedule.execute(chosen, **options, report=report)
     finally:
-        shown = [outcomes[run.name] for run in chosen if run.name in outcomes]
-        show_table("run", "seconds", [(o.run, o.status, f"{o.seconds:.1f}") for o in shown])
+        _show_statuses([outcomes[run.name] for run in chosen if run.name in outcomes])
     return outcomes
 
 
@@ -93,12 +92,18 @@ def _write_pages(table: tuple[Run, ...]) -> None:
     paths.write({path: markdown.render(text, paths.root()).encode() for path, text in contents.items()})
 
 
-def _due(run: Run) -> str:
-    return "unchanged" if schedule.is_current(run) else "due"
+def _show_due(runs: list[Run]) -> None:
+    """Show which runs are due, and why."""
+    table = Table("run", "status", "why", "writes")
+    for run in runs:
+        why = schedule.reasons(run)
+        table.add_row(run.name, "due" if why else "unchanged", "\n".join(why), "\n".join(run.captions))
+    console.print(table)
 
 
-def show_table(first: str, last: str, rows: list[tuple[str, str, str]]) -> None:
-    table = Table(first, "status", last)
-    for row in rows:
-        table.add_row(*row)
+def _show_statuses(statuses: list[schedule.RunStatus]) -> None:
+    """Show what became of the runs."""
+    table = Table("run", "status", "seconds")
+    for status in statuses:
+        table.add_row(status.run, status.status, f"{status.seconds:.1f}")
     console.print(table)

@@ -6,8 +6,10 @@ each) and `layouts` (the publishers'); `downloads`; `adult` and `census` (a tabl
 
 import lazy_loader
 
-LOADING = ["classes", "count", "fetch", "load", "mean", "pack", "shape", "std", "unnormalize"]
-
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"known": ["available", "names"], "catalog": LOADING}
+    __name__,
+    submod_attrs={
+        "known": ["available", "names"],
+        "catalog": ["classes", "count", "fetch", "load", "mean", "pack", "shape", "std", "unnormalize"],
+    },
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spear.data import builtin, census, downloads, layouts, packs
 from spear.data.census import Table
-from spear.data.known import BUILT_IN, DATA_SETS, DataSet, folder, pack_place, place
+from spear.data.known import BUILT_IN, DATA_SETS, DataSet, folder, pack_place, place, stamp
 from spear.data.layouts import Photographs
 from spear.data.packs import Pack
 
@@ -140,17 +140,12 @@ def _source(name: str, root: Path | str | None) -> Source:
     if path is None:
         raise FileNotFoundError(_absent(name, folder(root)))
     reader = packs.read if path == pack_place(name, root) else READERS[name]
-    return _shaped(_read(reader, path, _stamp(path)), name, path)
+    return _shaped(_read(reader, path, tuple(stamp(path))), name, path)
 
 
 @functools.lru_cache(maxsize=4)
-def _read(reader: Callable[[Path], Source], path: Path, stamp: tuple[int, ...]) -> Source:
+def _read(reader: Callable[[Path], Source], path: Path, _stamp: tuple[int, ...]) -> Source:
     return reader(path)  # a file or folder that has changed has another stamp and is read again
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    found = [entry.stat() for entry in (path, *path.rglob("*"))]
-    return len(found), sum(entry.st_size for entry in found), max(entry.st_mtime_ns for entry in found)
 
 
 def _data_set(name: str, root: Path | str | None) -> DataSet:

@@ -69,6 +69,12 @@ def pack_place(name: str, root: Path | str | None = None) -> Path:
     return folder(root) / f"{name}.npz"
 
 
+def stamp(path: Path) -> list[int]:
+    """What tells a change of a file, or of those in a folder: how many, their size, when the last was written."""
+    found = [entry.stat() for entry in (path, *path.rglob("*"))]
+    return [len(found), sum(entry.st_size for entry in found), max(entry.st_mtime_ns for entry in found)]
+
+
 def folder(root: Path | str | None = None) -> Path:
     """The folder that data sets are in: `root`, by default the environment's (`spear.paths.data_root`)."""
     return paths.data_root() if root is None else Path(root)

@@ -1,34 +1,28 @@
 """Execute the runs of `notebooks/runs.yaml`: what changed, side by side, figures all or none.
 
 A run works in a folder of its own under `build/runs`, its figures included (`spear.figures.attempt`), by an executor:
-threads of this process, or a cluster. When the notebook has succeeded and has written what it declares, this process takes the
-figures to their folder, each by one rename, and then, last, records what the run was made of. An interruption or a lost
-worker leaves no half-written figure, nothing is published twice, and the next call redoes only what is not recorded.
+threads of this process, or a cluster. When the notebook has succeeded and has written what it declares, this process
+takes the figures to their folder, each by one rename, and then, last, records what the run was made of. An interruption
+or a lost worker leaves no half-written figure, nothing is published twice, and the next call redoes only what is not
+recorded.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from spear import paths
 from spear.data import known
-from spear.figures import attempt, gallery
-from spear.figures.notebook import code_cells
+from spear.figures import attempt, gallery, ingredients
+from spear.figures.ingredients import Ingredients, digest
 from spear.figures.table import Run, parameters
-
-VERSIONS = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
-PACKAGE = Path(__file__).resolve().parent.parent
-NOT_HASHED = ("cli", "figures")  # no notebook imports them
 
 
 @dataclass(frozen=True)
@@ -83,38 +77,39 @@ def execute(
 
 
 def is_current(run: Run) -> bool:
-    """Whether the run finished with what its fingerprint is made of now, and its figures are still as it wrote them."""
+    """Whether the run finished with what it is made of now, and its figures are still as it wrote them."""
+    return not reasons(run)
+
+
+def reasons(run: Run) -> list[str]:
+    """Why the run is due, in words: it never ended, or what it is made of, or a figure, has changed. Empty: not due."""
     try:
         record = json.loads(_record(run).read_text())
-        figures = {name: _digest((paths.figures() / run.variant / name).read_bytes()) for name in run.files}
-    except (FileNotFoundError, ValueError):
-        return False
-    return record == {"fingerprint": fingerprint(run), "figures": figures}
+        made_of, figures = record["made of"], record["figures"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return ["never run"]
+    return [*ingredients.of(run).changes(made_of), *_altered(run, figures)]
 
 
-def fingerprint(run: Run) -> str:
-    """Hash of everything a run depends on: cells without outputs, parameters, the package, versions, data present."""
-    modules = {str(p.relative_to(PACKAGE)): p for p in sorted(PACKAGE.rglob("*.py"))}
-    parts = {
-        "cells": [cell.source for cell in code_cells(run.notebook)],
-        "parameters": run.parameters,
-        "modules": {
-            name: _digest(path.read_bytes()) for name, path in modules.items() if Path(name).parts[0] not in NOT_HASHED
-        },
-        "versions": [sys.version_info[:2], *map(version, VERSIONS)],
-        "data": [name for name in known.names() if known.available(name)],
-    }
-    return _digest(json.dumps(parts, sort_keys=True).encode())
+def _altered(run: Run, recorded: Mapping[str, str]) -> Iterator[str]:
+    """What has become of a run's figures since it wrote them."""
+    for name in run.files:
+        path = paths.figures() / run.variant / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif digest(path.read_bytes()) != recorded.get(name):
+            yield f"{name} is not as it was written"
+    yield from (f"{name} is no longer declared" for name in recorded if name not in run.files)
 
 
-def publish(run: Run, folder: Path, made_of: str) -> None:
+def publish(run: Run, folder: Path, made_of: Ingredients) -> None:
     """Take the figures of a run from `folder` to where they belong, stamped with their origin; record the run."""
     contents = {name: (folder / name).read_bytes() for name in run.files}
     for stem in run.captions:
         contents[f"{stem}.png"] = _stamped(run, stem, contents)
     paths.write({paths.figures() / run.variant / name: content for name, content in contents.items()})
-    figures = {name: _digest(content) for name, content in contents.items()}
-    paths.write({_record(run): json.dumps({"fingerprint": made_of, "figures": figures}).encode()})
+    figures = {name: digest(content) for name, content in contents.items()}
+    paths.write({_record(run): json.dumps({"made of": asdict(made_of), "figures": figures}, indent=1).encode()})
 
 
 def _stamped(run: Run, stem: str, contents: Mapping[str, bytes]) -> bytes:
@@ -142,7 +137,7 @@ class _Job:
     """A run that an executor was given, and what is seen of it in its folder."""
 
     def __init__(self, run: Run, executor: Executor, threads: int, cell_timeout: int) -> None:
-        self.run, self.fingerprint = run, fingerprint(run)
+        self.run, self.made_of = run, ingredients.of(run)
         self.work = _record(run).with_suffix("")
         self.began, self.attempts = 0.0, 0
         shutil.rmtree(self.work, ignore_errors=True)
@@ -167,7 +162,7 @@ class _Job:
         seconds = time.monotonic() - (self.began or time.monotonic())
         if problem:
             return RunStatus(self.run.name, "failed", seconds, problem)
-        publish(self.run, folder / "figures", self.fingerprint)
+        publish(self.run, folder / "figures", self.made_of)
         return RunStatus(self.run.name, "done", seconds)
 
 
@@ -179,7 +174,3 @@ def _call_off(jobs: Sequence[_Job]) -> None:
 
 def _record(run: Run) -> Path:
     return paths.root() / "build" / "runs" / (run.variant or run.profile) / f"{run.name}.json"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

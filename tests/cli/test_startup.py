@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spear.figures import schedule
+from spear.figures import ingredients, schedule
 from spear.figures.table import load
 
 HEAVY = (
@@ -55,7 +55,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPEAR_DATA", str(tmp_path))
     monkeypatch.delenv("SPEAR_FIGURES", raising=False)
     (run,) = load(tmp_path / "notebooks" / "runs.yaml", "quick")
-    schedule.publish(run, tmp_path, schedule.fingerprint(run))
+    schedule.publish(run, tmp_path, ingredients.of(run))
     return tmp_path
 
 

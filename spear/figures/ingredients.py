@@ -1,0 +1,75 @@
+"""What a run is made of: a change in any of it makes its figures due."""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from spear.data import known
+from spear.figures.imports import Package
+from spear.figures.notebook import code_cells
+from spear.figures.table import Run
+
+VERSIONS = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "scikit-image", "matplotlib")
+NAMED = 4  # changes of one kind that are told by name
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """Code cells without outputs, modules of the package that they reach, parameters, versions, and data.
+
+    Cells and modules are told by digests. `parameters` are those that override the notebook's, `data` the data sets at
+    hand that parameters or cells name, each with what tells a change of its files (`spear.data.known.stamp`).
+    """
+
+    cells: list[str]
+    parameters: Mapping[str, object]
+    modules: Mapping[str, str]
+    versions: Mapping[str, str]
+    data: Mapping[str, list[int]]
+
+    def changes(self, before: Mapping[str, object]) -> Iterator[str]:
+        """In words, what is another than in an earlier run's, which is given as `dataclasses.asdict` made it."""
+        changed = sum(cell not in before["cells"] for cell in self.cells)
+        if self.cells != before["cells"]:
+            yield f"cells: {changed} new" if changed else "cells: moved or removed"
+        for kind in ("parameters", "modules", "versions", "data"):
+            now, then = getattr(self, kind), before[kind]
+            names = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+            if names:
+                rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+                yield f"{kind}: {', '.join(names[:NAMED])}{rest}"
+
+
+def of(run: Run) -> Ingredients:
+    """What the run is made of now."""
+    cells, package = [cell.source for cell in code_cells(run.notebook)], Package()
+    code = "\n".join(cells)
+    return Ingredients(
+        [digest(cell.encode()) for cell in cells],
+        run.parameters,
+        {name: _digest_of_module(package.files[name]) for name in package.reached(code)},
+        {"python": ".".join(platform.python_version_tuple()[:2])} | {name: version(name) for name in VERSIONS},
+        {name: known.stamp(place) for name in _named(run, code) if (place := known.place(name))},
+    )
+
+
+def digest(content: bytes) -> str:
+    """Bytes in short."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_of_module(module: Path) -> str:
+    """Of its source, and of files of the same name beside it, such as a template."""
+    return digest(b"".join(path.read_bytes() for path in sorted(module.parent.glob(f"{module.stem}.*"))))
+
+
+def _named(run: Run, code: str) -> list[str]:
+    """The data sets that parameters or code name, as a string of its own."""
+    words = f"{code} {json.dumps(run.parameters)}"
+    names = dict.fromkeys((*known.names(), *([run.dataset] if run.dataset else [])))
+    return [name for name in names if re.search(rf"[\"']{re.escape(name)}[\"']", words)]
