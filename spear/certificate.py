@@ -37,7 +37,7 @@ from spear.directions import unit_rows
 
 SAFETY = 10.0  # what first order, and noise that is not quite independent, leave out
 NO_ANGLE = 1e-12  # squared sine of two spaces that meet
-FLAT = 1e-10  # share of a Gram matrix's largest eigenvalue under which a direction is none
+DEPENDENT = 1e-12  # share of a vector beside others under which it is made of them
 LEAST_NORM = 1e-6  # of the batch's root mean square norm: what an error is relative to where an image is black
 AT_ONCE = 64  # samples whose Gram matrices are held together
 
@@ -162,16 +162,14 @@ def spread_of_zeros(
 def spread_of_family(
     basis: Float[Tensor, "m b"], own: Float[Tensor, "s m"], family: Float[Tensor, "s r m"]
 ) -> Float[Tensor, " s"]:
-    """The same for spaces F_i that the rows of `family`[i] span."""
-    line = unit_rows(own)
-    family = family / family.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
-    family = family - (family @ line[:, :, None]) * line[:, None, :]
-    rest = family - (family @ basis) @ basis.mT
-    values, vectors = torch.linalg.eigh(family @ family.mT)
-    flat = values <= FLAT * values[:, -1:]
-    white = vectors * values.clamp_min(1e-300).rsqrt().masked_fill(flat, 0)[:, None, :]
-    gram = white.mT @ (rest @ rest.mT) @ white
-    return _spread(torch.linalg.eigvalsh(gram + torch.diag_embed(flat.to(gram))))
+    """The same for spaces F_i that the rows of `family`[i] span; one that the others make counts as a right angle."""
+    vectors = torch.cat([own[:, None], family], 1)
+    Q, R = torch.linalg.qr(vectors.mT)
+    pivots, sizes = R.diagonal(dim1=1, dim2=2).abs(), torch.linalg.vector_norm(vectors, dim=2)
+    independent = (pivots > DEPENDENT * sizes[:, : pivots.shape[1]])[:, 1:]
+    cosines = (Q.mT[:, 1:] @ basis) * independent[:, :, None]
+    eye = torch.eye(cosines.shape[1], dtype=basis.dtype, device=basis.device)
+    return _spread(torch.linalg.eigvalsh(eye - cosines @ cosines.mT))
 
 
 def _spread(squared: Float[Tensor, "s r"]) -> Float[Tensor, " s"]:

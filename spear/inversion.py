@@ -57,8 +57,9 @@ def attack(
     `"auto"` is the strongest method whose preconditions hold, and the next where it ends without the whole batch.
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
     layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on
-    with weights that are not the client's), inputs come without labels, certified by that layer (`LayerCertificate`).
-    `batch_size` is read off the gradient's rank unless given. `time_limit` (seconds) bounds the searches of all methods
+    with weights that are not the client's), inputs come without labels, and up to their length (`certify_layer`).
+    `batch_size` is read off the gradient's rank unless given; nothing is certified where neither it nor the update
+    says it (`spear.certificate`). `time_limit` (seconds) bounds the searches of all methods
     together, `max_proposals` (kernels that sampling tests, starts of the others) each of them: an exhausted budget
     gives an incomplete result that says so. Without either, sampling declines a batch too large for any budget at once.
     From rounded or noisy gradients of a fully connected network, `"auto"` and `"network"` return samples with an

@@ -61,6 +61,10 @@ class Recovery:
     weights: Float[Tensor, " k"] | None = None
     error_bound: Float[Tensor, " k"] | None = None
 
+    def __post_init__(self) -> None:
+        if self.error_bound is None:
+            object.__setattr__(self, "error_bound", torch.full_like(self.residuals, torch.inf))
+
     @property
     def entries(self) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
         """The batch entry by entry: which sample, which label; a repeated sample appears as often as it is in it."""
@@ -116,6 +120,5 @@ def entries(found: Recovery, problem: NetworkView) -> Reconstruction:
     stats = reconstruction.Stats(found.stats.seconds, found.stats.starts, found.stats.rounds)
     evidence = (found.residuals[sample], found.certified[sample], found.complete, found.reason, stats)
     weights = None if found.weights is None else found.weights[sample]
-    bound = None if found.error_bound is None else found.error_bound[sample]
-    rest = {"weights": weights, "error_bound": bound, "limit": problem.accuracy.recovered}
+    rest = {"weights": weights, "error_bound": found.error_bound[sample], "limit": problem.accuracy.recovered}
     return Reconstruction(inputs, label, found.stats.rank, *evidence, **rest)
