@@ -1,20 +1,32 @@
-"""The search for all columns of the disaggregation matrix: SPEAR's loop of sampling, filtering and greedy choice."""
+"""What every attack shares: when it gives up, whom it tells, how it says no, and what it returns."""
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
 
 SAME_INPUT = 1e-4  # relative distance under which two methods returned the same input
 
 
+class Refusal(ValueError):
+    """Why a method cannot begin, in words: the update is sound, a precondition of the method does not hold.
+
+    Whoever can goes on with the next method, or returns nothing with this reason.
+    """
+
+
 @dataclass(frozen=True)
 class Progress:
-    """Where a running attack stands: directions `found` of the `rank` needed, `proposals` so far, `seconds` so far."""
+    """Where a running attack stands: `found` of the `rank` directions or samples, `proposals` and `seconds` so far.
 
+    `method` is the one that runs. `proposals` are kernels tested by sampling, starts of all other methods.
+    """
+
+    method: str
     found: int
     rank: int
     proposals: int
@@ -23,7 +35,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Stats:
-    """What an attack cost: `seconds`, `proposals` (kernel vectors tested) and `rounds` of sampling."""
+    """What an attack cost: `seconds`, `proposals` (kernels that sampling tested, starts of the others), `rounds`."""
 
     seconds: float
     proposals: int = 0
@@ -32,21 +44,29 @@ class Stats:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search gives up: `seconds` after it `started`, or after `proposals`; `None` is no limit."""
+    """When a search gives up: `seconds` after it `started`, or after `proposals`; `None` is no limit.
 
-    started: float
-    seconds: float | int | None
-    proposals: int | None
+    The clock is `time.monotonic`.
+    """
+
+    seconds: float | int | None = None
+    proposals: int | None = None
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def until(self) -> float:
-        """What `time.monotonic` shows when the time is up."""
+        """What the clock shows when the time is up."""
         return math.inf if self.seconds is None else self.started + self.seconds
 
     @property
-    def left(self) -> float:
-        """The seconds that are left."""
-        return max(0.0, self.until - time.monotonic())
+    def elapsed(self) -> float:
+        """Seconds since it started."""
+        return time.monotonic() - self.started
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is any limit."""
+        return self.seconds is not None or self.proposals is not None
 
     def spent(self, proposals: int) -> str:
         """Which limit is reached, in words; empty while none is."""
@@ -55,6 +75,28 @@ class Budget:
         if self.proposals is not None and proposals >= self.proposals:
             return f"the budget of {self.proposals:,} proposals was spent"
         return ""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a search is told: its budget, the seed of its random numbers, and whom it tells how far it came."""
+
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+    progress: Callable[[Progress], None] | None = None
+
+    def generator(self) -> Generator:
+        """Random numbers on the CPU, the same on every device."""
+        return Generator().manual_seed(self.seed)
+
+    def report(self, method: str, found: int, rank: int, proposals: int) -> None:
+        """Tell how far the search came, where somebody listens."""
+        if self.progress is not None:
+            self.progress(Progress(method, found, rank, proposals, self.budget.elapsed))
+
+    def stats(self, proposals: int = 0, rounds: int = 0) -> Stats:
+        """What it cost so far."""
+        return Stats(self.budget.elapsed, proposals, rounds)
 
 
 @dataclass(frozen=True)
@@ -68,7 +110,8 @@ class Reconstruction:
     client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in words. Under noise
     nothing is certified or complete; `expected_error` (k,) is then each input's expected relative error
     |guess - truth| / |truth|, from what the server knows alone. `weights` (k,) are the weights in the loss, where
-    clipping, or an average over unequal clients, made them differ from sample to sample. No certified input's relative
+    clipping, or an average over unequal clients, made them differ from sample to sample. `method` is the method that
+    made it: one of `spear.inversion.METHODS`, or "noise", "pruning" or "local training". No certified input's relative
     error is above its `error_bound` (k,), infinite where there is none, and that is at most `limit`: 1e-6 where model
     and update are float64, else 1e-3 (`spear.certificate`).
     """
@@ -83,6 +126,7 @@ class Reconstruction:
     stats: Stats
     expected_error: Float[Tensor, " k"] | None = None
     weights: Float[Tensor, " k"] | None = None
+    method: str = ""
     error_bound: Float[Tensor, " k"] | None = None
     limit: float = 1e-6
 
@@ -110,5 +154,5 @@ def _joined(sure: Reconstruction, more: Reconstruction) -> Reconstruction:
     inputs, labels = torch.cat([sure.inputs, more.inputs[new]]), torch.cat([sure.labels, more.labels[new]])
     residuals = torch.cat([sure.residuals, more.residuals[new]])
     parts = {name: torch.cat([getattr(sure, name), getattr(more, name)[new]]) for name in ("certified", "error_bound")}
-    reason = f"{sure.reason}; {more.reason}"
-    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, reason=reason, **parts)
+    words = {"reason": f"{sure.reason}; {more.reason}", "method": f"{sure.method}, {more.method}"}
+    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, **parts, **words)

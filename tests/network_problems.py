@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from spear.federated.clients import batch_loss
 from spear.network.problem import NetworkView
-from spear.network.recovery import Recovery
+from spear.network.recovery import Judged
 
 DTYPE = torch.float64
 
@@ -96,7 +96,7 @@ def errors(found: Tensor, truth: Tensor) -> Tensor:
     return gap / truth.norm(dim=1)
 
 
-def assert_labels(made: Case, found: Recovery, limit: float = 1e-6) -> None:
+def assert_labels(made: Case, found: Judged, limit: float = 1e-6) -> None:
     """Every sample found bears the labels that it has in the batch, each as often."""
     for x, counts in zip(found.inputs, found.counts, strict=True):
         same = (made.inputs - x).norm(dim=1) < 10 * limit * x.norm()

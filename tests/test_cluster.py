@@ -20,6 +20,7 @@ from spear import executors, paths
 from spear.cli import app
 from spear.figures import schedule
 from spear.figures.table import Run, load
+from spear.published.algorithm import Sampling
 
 BODY = """\
 import os, pathlib, time
@@ -67,8 +68,7 @@ def run(*arguments: str) -> int:
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_search_is_the_same_bits_on_a_cluster_also_when_a_worker_is_killed(client, address, lost):
     problem = make(12, 60, 60)
-    options = {"method": "sampling", "seed": 1}
-    here = spear.attack(problem.model, problem.update, **options)
+    here = spear.attack(problem.model, problem.update, method="sampling", seed=1)
     assert here.complete
     assert here.stats.rounds > 2
     seen = []
@@ -79,7 +79,8 @@ def test_a_search_is_the_same_bits_on_a_cluster_also_when_a_worker_is_killed(cli
             kill(client, next(iter(client.run(os.getpid))))
 
     with executors.connect(address) as executor:
-        there = spear.attack(problem.model, problem.update, executor=executor, progress=progress, **options)
+        method = Sampling(executor=executor)
+        there = spear.attack(problem.model, problem.update, method=method, seed=1, progress=progress)
     assert torch.equal(there.inputs, here.inputs)
     assert torch.equal(there.labels, here.labels)
     assert (there.stats.proposals, there.stats.rounds) == (here.stats.proposals, here.stats.rounds)

@@ -14,6 +14,7 @@ from spear import models
 from spear.federated import SharedUpdate, gradient
 from spear.inversion import METHODS
 from spear.metrics import evaluate
+from spear.published.algorithm import Sampling
 
 
 def attack(model, update, **options):
@@ -171,7 +172,7 @@ class Never(Executor):
 
 def test_the_time_limit_is_kept_while_a_round_is_waited_for():
     problem = make(12, 60, 60)
-    result = attack(problem.model, problem.update, time_limit=0.1, executor=Never())
+    result = attack(problem.model, problem.update, method=Sampling(executor=Never()), time_limit=0.1)
     assert "time limit of 0.1 s was reached: 0 of 12 directions" in result.reason
     assert (result.stats.proposals, result.stats.rounds) == (0, 0)
 
@@ -184,7 +185,7 @@ def test_the_result_does_not_depend_on_who_computes_the_rounds(b):
     assert here.complete
     for workers in (1, 3):
         with ThreadPoolExecutor(workers) as executor:
-            there = attack(problem.model, problem.update, executor=executor, **options)
+            there = attack(problem.model, problem.update, method=Sampling(executor=executor), **options)
         assert torch.equal(there.inputs, here.inputs)
         assert torch.equal(there.labels, here.labels)
         assert (there.stats.proposals, there.stats.rounds) == (here.stats.proposals, here.stats.rounds)

@@ -19,8 +19,8 @@ def closed_form(
 ) -> Reconstruction:
     """One sample by one division, a row of dL/dW over its entry of dL/dbeta (Phong et al. 2018; Geiping et al. 2020).
 
-    Exact for b = 1, and for it alone (`spear.published.theory.single_sample`). `layer` names a linear layer with a bias, whatever
-    follows it; the default is the first that reads the data.
+    Exact for b = 1, and for it alone (`spear.published.theory.single_sample`). `layer` names a linear layer with a
+    bias, whatever follows it; the default is the first that reads the data.
 
     Raises `ValueError` for more than one sample, for a layer that does not exist or has no bias, and for gradients that
     do not fit the model.

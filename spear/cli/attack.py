@@ -1,5 +1,6 @@
 """`spear attack`: the batch behind an update, as words, a file and a picture."""
 
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Annotated
 
@@ -60,14 +61,28 @@ def attack(
         result = inversion.attack(
             module,
             shared,
-            method=method,
+            method=_with_executor(method, executor),
             layer=layer,
             batch_size=batch_size,
             time_limit=time_limit,
             device=device,
             progress=lambda p: bar.update(task, completed=p.found, total=p.rank, proposals=p.proposals),
-            executor=executor,
         )
     print(recovered.words(result))
     recovered.write(result, output, picture)
     raise typer.Exit(1 if len(result.inputs) else 0)
+
+
+def _with_executor(method: str, executor: Executor | None) -> object:
+    """The method with an executor for its rounds of sampling, where there is one."""
+    from spear.inversion import Auto
+    from spear.published.algorithm import Sampling
+    from spear.published.guided import Guided
+
+    if executor is None:
+        return method
+    sampling = Sampling(executor=executor)
+    able = {"auto": Auto(sampling), "sampling": sampling, "guided": Guided(executor=executor)}
+    if method not in able:
+        raise ValueError(f"a scheduler computes rounds of sampling: method {method!r} has none; use {', '.join(able)}")
+    return able[method]

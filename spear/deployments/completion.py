@@ -135,7 +135,7 @@ def factorise(
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
     """Factors of J from the entries `kept`, of the least rank up to `most` at which the residual does not settle.
 
-    Steps end when the clock (`time.perf_counter`) shows `until`.
+    Steps end when the clock (`time.monotonic`) shows `until`.
     """
     weight = kept.to(J)
     sent = weight * J
@@ -146,7 +146,7 @@ def factorise(
         residual = float(rest.norm() / sent.norm())
         if residual < tolerance and residual > growth.before / 2:  # rounding: no further
             break
-        if time.perf_counter() > until:
+        if time.monotonic() > until:
             break
         growth.adapt(rest, B, residual, most)
     return Q, B
@@ -170,7 +170,7 @@ def complete(
 ) -> Completed:
     """The whole gradient from the entries `kept`; its rank, at most `most`, is found.
 
-    `tolerance` is the residual of an exact completion, `until` when to stop on the clock `time.perf_counter`. A wide
+    `tolerance` is the residual of an exact completion, `until` when to stop on the clock `time.monotonic`. A wide
     gradient is completed on some of its columns first. Raises `ValueError` where nothing arrived.
     """
     if not (kept & (J != 0)).any():

@@ -7,13 +7,11 @@ verify them. In single precision the rounding of the weights is noise of known s
 error, no certificate. Vectors are rows.
 """
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from spear.accuracy import Accuracy
 from spear.certificate import SAFETY, Certificate, norms
@@ -22,8 +20,7 @@ from spear.deployments.step_samples import Step, open_unexplained
 from spear.federated.update import SharedUpdate
 from spear.network.layerwise import solve
 from spear.network.problem import NetworkView, forward, open_network
-from spear.network.recovery import Recovery, Stats, entries
-from spear.reconstruction import Budget, Reconstruction
+from spear.reconstruction import Reconstruction, Refusal, Terms
 
 FITS = 3  # a residual that many times larger than what rounding leaves is none
 CLOSE = 3e-3  # of an input: how far it may be moved to switch a unit
@@ -48,43 +45,57 @@ class Samples:
         return Samples(*both, (*self.members, new))
 
 
-def recover(
-    problem: NetworkView, training: Training, *, seconds: float | int = float("inf"), generator: Generator
-) -> Recovery:
+def retrace(
+    model: nn.Module, update: SharedUpdate, batch_size: int | None, device: str | torch.device | None, terms: Terms
+) -> Reconstruction:
+    """A client's samples from several local steps; `batch_size` is the number of its samples, if not disclosed.
+
+    Raises `Refusal` for a model that is no chain of linear layers, and for training that cannot be simulated.
+    """
+    training = Training.of(update if batch_size is None else replace(update, count=batch_size))
+    problem = open_network(model, replace(update, local_steps=1, learning_rate=None), device=device)
+    return recover(problem, training, terms)
+
+
+def recover(problem: NetworkView, training: Training, terms: Terms) -> Reconstruction:
     """The client's samples from the change of its weights, `problem.weight_gradients`, by local training.
 
     Certified where simulating the whole training from them gives the update in every layer. Where that leaves no more
     than the rounding of the weights, `residuals` are the inputs' expected relative errors.
     """
-    begin, starts = time.perf_counter(), 0
     empty = problem.weights[0][:0]
     samples = Samples(empty, torch.zeros(0, dtype=torch.long, device=empty.device))
-    rest = open_unexplained(problem, training)
-    if isinstance(rest, str):
-        return _unverified(problem, training, samples, rest, starts, begin)
-    state, pool, whole = State(problem), empty, rest
+    retraced, generator = Retraced(problem, training, terms), terms.generator()
+    try:
+        whole = rest = open_unexplained(problem, training)
+    except Refusal as refusal:
+        return retraced.unverified(samples, str(refusal), 0)
+    state, pool, starts = State(problem), empty, 0
     while len(samples.inputs) < training.count:
         number = len(samples.members)
         size = training.sizes[number]
-        step = Step(state.problem, size, training.scale(number) * problem.unit(size), begin + seconds)
+        step = Step(state.problem, size, training.scale(number) * problem.unit(size), terms.budget, starts)
         new, pool, used = step.find(whole, rest, samples.inputs, pool, generator)
         labels, starts = whole.labels(state.problem, new), starts + used
         samples = samples.and_step(new, labels)
+        terms.report("local training", len(samples.inputs), training.count, starts)
         if len(new) < size:
-            late = " in the time given" if time.perf_counter() > step.until else ""
-            reason = f"{len(new)} of {size} samples of step {number + 1} found{late}, the rest cannot be retraced"
-            return _unverified(problem, training, samples, reason, starts, begin)
+            late = terms.budget.spent(starts)
+            found = f"{len(new)} of {size} samples of step {number + 1} found"
+            reason = f"{found}, the rest cannot be retraced{': ' if late else ''}{late}"
+            return retraced.unverified(samples, reason, starts)
         rest, (state, _) = rest.without(step, new), state.after(new, labels, training)
-    return _verified(problem, training, samples, starts, begin)
+    return _verified(retraced, samples, starts)
 
 
-def _verified(problem: NetworkView, training: Training, samples: Samples, starts: int, begin: float) -> Recovery:
+def _verified(retraced: "Retraced", samples: Samples, starts: int) -> Reconstruction:
     """The samples, corrected by what the simulated training leaves over; in the first epoch's order, or another."""
+    problem, training = retraced.problem, retraced.training
     best = _refined(problem, training, samples, list(samples.members) * training.epochs)
     if best[1].misfit > FITS and len(samples.members) > 1 and training.epochs > 1:
         other = _refined(problem, training, samples, _membership(problem, training, samples))
         best = min(best, other, key=lambda pair: pair[1].misfit)
-    return _report(problem, training, replace(samples, inputs=best[0]), best[1], starts, begin)
+    return retraced.verified(replace(samples, inputs=best[0]), best[1], starts)
 
 
 def _refined(
@@ -187,52 +198,37 @@ def _switch(problem: NetworkView, inputs: Float[Tensor, "s n"], k: int, unit: in
     return -2 * slope * (problem.apply(k, states[k])[:, unit] / slope.pow(2).sum(1))[:, None]
 
 
-def _report(
-    problem: NetworkView, training: Training, samples: Samples, seen: Comparison, starts: int, begin: float
-) -> Recovery:
-    """Samples with the evidence for them; none where they leave much of the update unexplained."""
-    count, size = len(samples.inputs), problem.extend(0, samples.inputs).norm(dim=1) / norms(samples.inputs)
-    bound, once = SAFETY * size * seen.error, torch.ones_like(samples.labels)
-    evidence = Certificate(once, training.count, max(seen.layers), EXACT.layer, bound, EXACT.recovered)
-    reason = "simulating the local training gives the update in every layer"
-    if not evidence.holds:
-        left = f"{max(seen.layers):.1e} of a layer's change, {seen.misfit:.1f} times the weights' rounding"
-        off = f"expected relative error {float(seen.error.max()):.1e} at worst"
-        reason = f"simulating the local training from {count} samples leaves {left}: {off}"
-    if max(seen.layers) > EXPLAINED:
-        nobody = replace(samples, inputs=samples.inputs[:0], labels=samples.labels[:0])
-        return _unverified(
-            problem, training, nobody, f"what was found does not explain the update: {reason}", starts, begin
-        )
-    stats = replace(_stats(training, samples, starts, begin), layers=seen.layers)
-    judged = seen.error, evidence.certified, evidence.holds, reason, stats
-    return Recovery(samples.inputs, _counts(problem, samples), *judged, error_bound=bound)
+@dataclass(frozen=True)
+class Retraced:
+    """Makes results of samples that were retraced."""
 
+    problem: NetworkView
+    training: Training
+    terms: Terms
 
-def _unverified(
-    problem: NetworkView, training: Training, samples: Samples, reason: str, starts: int, begin: float
-) -> Recovery:
-    """Samples that nothing was held against."""
-    unknown = torch.full_like(samples.inputs[:, 0], float("inf"))
-    stats = _stats(training, samples, starts, begin)
-    return Recovery(samples.inputs, _counts(problem, samples), unknown, unknown < 0, False, reason, stats)
+    def verified(self, samples: Samples, seen: Comparison, starts: int) -> Reconstruction:
+        """Samples with the evidence for them; none where they leave much of the update unexplained."""
+        count, size = len(samples.inputs), self.problem.extend(0, samples.inputs).norm(dim=1) / norms(samples.inputs)
+        bound, once = SAFETY * size * seen.error, torch.ones_like(samples.labels)
+        evidence = Certificate(once, self.training.count, max(seen.layers), EXACT.layer, bound, EXACT.recovered)
+        reason = "simulating the local training gives the update in every layer"
+        if not evidence.holds:
+            left = f"{max(seen.layers):.1e} of a layer's change, {seen.misfit:.1f} times the weights' rounding"
+            off = f"expected relative error {float(seen.error.max()):.1e} at worst"
+            reason = f"simulating the local training from {count} samples leaves {left}: {off}"
+        if max(seen.layers) > EXPLAINED:
+            nobody = replace(samples, inputs=samples.inputs[:0], labels=samples.labels[:0])
+            return self.unverified(nobody, f"what was found does not explain the update: {reason}", starts)
+        expected = seen.error if not evidence.holds and bool(seen.error.isfinite().all()) else None
+        verdict = {"certified": evidence.certified, "complete": evidence.holds, "error_bound": bound}
+        return replace(self._result(samples, seen.error, reason, starts), **verdict, expected_error=expected)
 
+    def unverified(self, samples: Samples, reason: str, starts: int) -> Reconstruction:
+        """Samples that nothing was held against."""
+        return self._result(samples, torch.full_like(samples.inputs[:, 0], float("inf")), reason, starts)
 
-def _counts(problem: NetworkView, samples: Samples) -> Float[Tensor, "s classes"]:
-    return F.one_hot(samples.labels, problem.classes).to(samples.inputs)
-
-
-def _stats(training: Training, samples: Samples, starts: int, begin: float) -> Stats:
-    seconds = time.perf_counter() - begin
-    return Stats(training.count, 0.0, 0.0, len(samples.inputs), starts, len(training.sizes), seconds)
-
-
-def retrace(
-    model: nn.Module, update: SharedUpdate, budget: Budget, seed: int, device: str | torch.device | None
-) -> Reconstruction:
-    """A client's samples from several local steps."""
-    training = Training.of(update)
-    problem = open_network(model, replace(update, local_steps=1, learning_rate=None), device=device)
-    found = recover(problem, training, seconds=budget.left, generator=torch.Generator().manual_seed(seed))
-    known = len(found.inputs) > 0 and bool(found.residuals.isfinite().all()) and not found.complete
-    return replace(entries(found, problem), expected_error=found.residuals if known else None)
+    def _result(self, samples: Samples, residuals: Float[Tensor, " s"], reason: str, starts: int) -> Reconstruction:
+        stats = self.terms.stats(starts, len(self.training.sizes))
+        inputs, nobody = self.problem.shaped(samples.inputs), residuals < 0
+        evidence = (residuals, nobody, False, reason, stats)
+        return Reconstruction(inputs, samples.labels, self.training.count, *evidence, method="local training")

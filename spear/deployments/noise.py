@@ -4,9 +4,7 @@ Projections from the input find the samples one by one, since a sample's subspac
 likelihood refines them together. Nothing here is certified: each sample carries its expected error instead.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +14,11 @@ from torch import Generator, Tensor, nn
 from spear.deployments.likelihood import Estimate, Noisy, measure, refine, sample_weights
 from spear.directions import away_from, unit_rows
 from spear.federated.update import SharedUpdate, as_gradient
-from spear.network import recovery
 from spear.network.factors import Factors
 from spear.network.problem import NetworkView, Targets, open_network, passes
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
 from spear.published.lowrank import LowRank, rank_under_noise
-from spear.reconstruction import Budget, Reconstruction, Stats
+from spear.reconstruction import Reconstruction, Refusal, Stats, Terms
 
 SAME = 0.97  # cosine of two pre-activation vectors under noise that are one sample's
 LIMITS = Limits(rough=0.6, alike=0.995, sine=0.35, same=SAME)  # noise leaves a sine of its own, labels judge the rest
@@ -31,19 +28,8 @@ SPARE = 8  # dimensions that starts keep although all found samples are taken ou
 FAINTEST = 1e-4  # of the largest entry of all [x; 1]: what their 1 counts for at least
 FITS = 1.15  # a residual that many times larger than expected is no noise
 MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
+TRIALS = 3  # searches, each without what the update supports of those before
 ROUNDING = 1e-12  # error of the linear algebra here, relative to the first singular value
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """What a noisy update gave: an estimate, or none; the visible rank, the noise per entry, and why it stopped."""
-
-    estimate: Estimate | None
-    rank: int
-    sigma: float
-    reason: str
-    starts: int
-    rounds: int
 
 
 def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None = None) -> tuple[LowRank, float]:
@@ -107,27 +93,30 @@ def is_visible(noisy: Noisy) -> bool:
     return sigma > rounding and low.noise < longest and edge < low.smallest
 
 
-def recover(
-    noisy: Noisy,
-    *,
-    seconds: float | int = float("inf"),
-    starts: int = 1_000_000,
-    generator: Generator,
-    outer: int = 3,
-) -> Denoised:
+def recover(noisy: Noisy, terms: Terms) -> Reconstruction:
     """Find, refine, drop what the update does not support, and search on without what it does.
 
-    `seconds` and `starts` bound the search; the refinement of what was found is not cut short.
+    Nothing is certified; each sample has its expected error. The budget bounds the search; the refinement of what was
+    found is not cut short.
     """
-    begin, used, trials = time.perf_counter(), 0, 0
-    reason = _refusal(noisy)
-    if reason:
-        return Denoised(None, noisy.rank, noisy.sigmas[0], reason, 0, 0)
+    try:
+        _check_reach(noisy)
+    except Refusal as refusal:
+        return _reconstruction(noisy, None, str(refusal), terms.stats())
+    estimate, used, trials = _search(noisy, terms)
+    reason = _reason(noisy, estimate)
+    if estimate is not None and estimate.fit > FITS * estimate.expected_fit:
+        estimate, reason = None, f"{reason}: what was found does not explain the update"
+    return _reconstruction(noisy, estimate, reason, terms.stats(used, trials))
+
+
+def _search(noisy: Noisy, terms: Terms) -> tuple[Estimate | None, int, int]:
+    """The best estimate, the starts used, and the trials."""
+    used, trials, generator = 0, 0, terms.generator()
     inputs = noisy.problem.weights[0].new_zeros(0, noisy.problem.weights[0].shape[1])
-    enough = lambda used: time.perf_counter() - begin > seconds or used >= starts  # noqa: E731
     estimate = None
-    while trials < outer and not (trials and enough(used)):
-        new, used = candidates(noisy, inputs, used=used, enough=enough, generator=generator)
+    while trials < TRIALS and not (trials and terms.budget.spent(used)):
+        new, used = candidates(noisy, inputs, used=used, terms=terms, generator=generator)
         inputs, trials = torch.cat([inputs, new]), trials + 1
         if len(inputs) == noisy.rank:
             estimate = _supported(noisy, inputs)
@@ -136,21 +125,36 @@ def recover(
             inputs = inputs[:0] if estimate is None else estimate.inputs
     if len(inputs) and len(inputs) < noisy.rank:
         estimate = _supported(noisy, inputs)
-    reason = _reason(noisy, estimate)
-    if estimate is not None and estimate.fit > FITS * estimate.expected_fit:
-        estimate, reason = None, f"{reason}: what was found does not explain the update"
-    return Denoised(estimate, noisy.rank, noisy.sigmas[0], reason, used, trials)
+    return estimate, used, trials
 
 
-def _refusal(noisy: Noisy) -> str:
-    """Why projections cannot be expected to find anything, in words; empty where they may."""
+def _reconstruction(noisy: Noisy, estimate: Estimate | None, reason: str, stats: Stats) -> Reconstruction:
+    problem = noisy.problem
+    empty = problem.weights[0].new_zeros(0, problem.weights[0].shape[1])
+    inputs = empty if estimate is None else estimate.inputs
+    return Reconstruction(
+        problem.shaped(inputs),
+        None if estimate is None else estimate.labels,
+        noisy.rank,
+        empty[:, 0] if estimate is None else estimate.residuals,
+        torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device),
+        False,
+        reason,
+        stats,
+        expected_error=None if estimate is None else estimate.error,
+        method="noise",
+    )
+
+
+def _check_reach(noisy: Noisy) -> None:
+    """Raises `Refusal` where projections cannot be expected to find anything."""
     problem, rank = noisy.problem, noisy.rank
     if not applicable(problem):
-        return f"noisy gradients need {NEEDED}"
+        raise Refusal(f"noisy gradients need {NEEDED}")
     width = min(len(w) for w in problem.weights[:2])
     if rank > 0.4 * width:
-        return f"a batch of rank {rank} under noise needs layers wider than {int(rank / 0.4)}; the narrowest is {width}"
-    return ""
+        needed = f"layers wider than {int(rank / 0.4)}; the narrowest is {width}"
+        raise Refusal(f"a batch of rank {rank} under noise needs {needed}")
 
 
 def _reason(noisy: Noisy, estimate: Estimate | None) -> str:
@@ -167,7 +171,7 @@ def candidates(
     known: Float[Tensor, "s n"],
     *,
     used: int,
-    enough: Callable[[int], bool],
+    terms: Terms,
     generator: Generator,
 ) -> tuple[Float[Tensor, "k n"], int]:
     """Inputs that fit the first two gradients, less the known samples, as the noise lets them; and the starts so far.
@@ -178,7 +182,7 @@ def candidates(
     r = left = len(projections.rows)
     found, sines, idle = projections.lift.new_zeros(0, r), projections.lift.new_zeros(0), 0
     for _ in range(ROUNDS):
-        if len(found) >= left or idle == IDLE or not left or enough(used):
+        if len(found) >= left or idle == IDLE or not left or terms.budget.spent(used):
             break
         c = projections.draw(max(FEWEST, 2 * left), generator)
         c = unit_rows(away_from(found[: max(0, r - SPARE)], c))
@@ -187,6 +191,7 @@ def candidates(
         good = _labelled(noisy, _inputs(projections, new))
         idle = 0 if bool(good.any()) else idle + 1
         found, sines = torch.cat([found, new[good]]), torch.cat([sines, sine[good]])
+        terms.report("noise", min(len(known) + len(found), noisy.rank), noisy.rank, used)
     best = sines.argsort()[:left]
     return _inputs(projections, found[best]), used
 
@@ -268,31 +273,11 @@ def _is_good(estimate: Estimate) -> Bool[Tensor, " s"]:
 
 
 def denoise(
-    model: nn.Module,
-    update: SharedUpdate,
-    batch_size: int | None,
-    budget: Budget,
-    seed: int,
-    device: str | torch.device | None,
+    model: nn.Module, update: SharedUpdate, batch_size: int | None, device: str | torch.device | None, terms: Terms
 ) -> Reconstruction:
-    """What can be read from a gradient that was rounded or had noise added: nothing certified."""
+    """What can be read from a gradient that was rounded or had noise added: nothing certified.
+
+    Raises `Refusal` for a model that is no chain of linear layers.
+    """
     problem = open_network(model, as_gradient(update), batch_size=batch_size, device=device)
-    noisy = open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None)
-    return approximate(noisy, budget, seed)
-
-
-def approximate(noisy: Noisy, budget: Budget, seed: int) -> Reconstruction:
-    problem, generator = noisy.problem, torch.Generator().manual_seed(seed)
-    starts = recovery.Budget.starts if budget.proposals is None else budget.proposals
-    found = recover(noisy, seconds=budget.left, starts=starts, generator=generator)
-    stats, estimate = Stats(0.0, found.starts, found.rounds), found.estimate
-    shape = problem.input_shape
-    if estimate is None:
-        empty = problem.weights[0].new_zeros(0)
-        return Reconstruction(
-            empty.new_zeros(0, *shape), None, found.rank, empty, empty.bool(), False, found.reason, stats
-        )
-    inputs = estimate.inputs.unflatten(1, shape).contiguous()
-    none = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-    evidence = (estimate.residuals, none, False, found.reason, stats, estimate.error)
-    return Reconstruction(inputs, estimate.labels, found.rank, *evidence)
+    return recover(open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None), terms)

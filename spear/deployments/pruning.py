@@ -5,7 +5,6 @@ hidden unit is one equation less, an input (a pixel that hardly any neuron sent)
 """
 
 import math
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from spear import reconstruction
 from spear.certificate import SAFETY, norms
 from spear.deployments import completion
 from spear.deployments.completion import Completed
@@ -21,8 +19,8 @@ from spear.network.check import Misfit, certificate, conclude
 from spear.network.factors import Factors, wedderburn
 from spear.network.problem import NetworkView, Passes, Targets, passes
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
-from spear.network.recovery import Budget, Recovery, Stats, entries, limits
-from spear.reconstruction import Reconstruction
+from spear.network.recovery import Judged, Reached, nothing
+from spear.reconstruction import Reconstruction, Refusal, Terms
 
 SAME = 1 - 1e-6  # cosine of two solutions that are one
 DENSE = 0.9  # share of nonzero entries in live rows and columns from which none is thought to be missing
@@ -180,12 +178,17 @@ class Pruned:
         return inverse @ completion.masked_least_squares(basis, rest, kept.to(rest))[0], noise
 
 
-def open_pruned(problem: NetworkView, generator: Generator, until: float = math.inf) -> Pruned | str:
-    """The first two gradients completed, the second first, until `time.perf_counter` shows `until`; or why not."""
+def open_pruned(problem: NetworkView, generator: Generator, until: float = math.inf) -> Pruned:
+    """The first two gradients completed, the second first, until the clock shows `until`.
+
+    Raises `Refusal` where too few entries arrived, or samples cannot be told apart.
+    """
+    if not applicable(problem):
+        raise Refusal(f"pruned gradients need {NEEDED}")
     kept, parts = kept_entries(problem), []
     for k in (1, 0):
         if completion.most_rank(kept[k]) < (problem.batch_size or 1):
-            return _too_few(k, kept[k])
+            raise Refusal(_too_few(k, kept[k]))
         options = {
             "most": problem.batch_size,
             "tolerance": problem.accuracy.completed,
@@ -194,9 +197,10 @@ def open_pruned(problem: NetworkView, generator: Generator, until: float = math.
         }
         parts.insert(0, completion.complete(problem.augmented(k), kept[k], **options))
         if not parts[0].exact:
-            return f"{_too_few(k, kept[k])}, and gave no completion that the others confirm"
+            raise Refusal(f"{_too_few(k, kept[k])}, and gave no completion that the others confirm")
     pruned = Pruned(problem, kept, *parts)
-    return _refusal(pruned) or pruned
+    _check_reach(pruned)
+    return pruned
 
 
 def _too_few(k: int, kept: Bool[Tensor, "m n"]) -> str:
@@ -204,44 +208,50 @@ def _too_few(k: int, kept: Bool[Tensor, "m n"]) -> str:
     return f"{arrived}: they bear a rank of {completion.most_rank(kept)} at most"
 
 
-def recover(problem: NetworkView, *, budget: Budget, generator: Generator) -> Recovery:
+def recover(problem: NetworkView, terms: Terms) -> Reconstruction:
     """The batch behind an update of which only some entries were sent; certified where it explains each of them.
 
     Raises `ValueError` for a gradient that is zero.
     """
-    begin = time.perf_counter()
-    if not applicable(problem):
-        return _nothing(problem, f"pruned gradients need {NEEDED}", (0, 0), begin)
-    pruned = open_pruned(problem, generator, begin + budget.seconds)
-    if isinstance(pruned, str):
-        return _nothing(problem, pruned, (problem.batch_size or 0, 0), begin)
-    sight = Sight.of(problem, pruned.first, pruned.second)
-    found, starts, idle = problem.weights[0].new_zeros(0, problem.weights[0].shape[1]), 0, 0
-    while sight.left and idle < IDLE and starts < budget.starts:
-        if starts and time.perf_counter() - begin > budget.seconds:
-            break
+    generator, rank = terms.generator(), problem.batch_size or 0
+    try:
+        pruned = open_pruned(problem, generator, terms.budget.until)
+    except Refusal as refusal:
+        judged = nothing(problem, str(refusal), Reached(rank, 0.0, 0, 0, 0))
+    else:
+        judged = _search(pruned, generator, terms)
+    return judged.entries(problem, terms.budget.elapsed, "pruning")
+
+
+def _search(pruned: Pruned, generator: Generator, terms: Terms) -> Judged:
+    """Rounds of starts until both gradients are empty, or the budget or hope is gone; the samples judged."""
+    problem, sight = pruned.problem, Sight.of(pruned.problem, pruned.first, pruned.second)
+    found, starts, rounds, idle = problem.weights[0].new_zeros(0, problem.weights[0].shape[1]), 0, 0, 0
+    while sight.left and idle < IDLE and not terms.budget.spent(starts):
         count = max(16, 2 * sight.left)
         new = sight.search(count, generator)
         sight, sure = sight.without(new)
         found, starts, idle = torch.cat([found, new[sure]]), starts + count, 0 if sure.any() else idle + 1
+        rounds += 1
+        terms.report("pruning", len(found), pruned.rank, starts)
+    reached = Reached(pruned.rank, 0.0, len(found), starts, rounds)
     if sight.left:
-        reason = f"found {len(found)} of {pruned.rank} samples in {starts} starts"
-        return _nothing(problem, reason, (pruned.rank, starts), begin)
-    return _judged(pruned, found, starts, begin)
+        return nothing(problem, f"found {len(found)} of {pruned.rank} samples in {starts} starts", reached)
+    return _judged(pruned, found, reached)
 
 
-def _refusal(pruned: Pruned) -> str:
-    """Why the completed gradients do not do, in words; empty where they may."""
+def _check_reach(pruned: Pruned) -> None:
+    """Raises `Refusal` where the completed gradients do not do."""
     if pruned.first.rank != pruned.second.rank:
         ranks = f"{pruned.first.rank} and {pruned.second.rank}"
-        return f"the completed gradients have ranks {ranks}: samples cannot be told apart"
+        raise Refusal(f"the completed gradients have ranks {ranks}: samples cannot be told apart")
     units, needed = int(pruned.second.columns[:-1].sum()), pruned.rank + int((~pruned.first.columns).sum())
     if needed + pruned.rank > units - 8:
-        return f"{units} hidden units are known, too few for {pruned.rank} samples and {needed} unknowns of each"
-    return ""
+        few = f"too few for {pruned.rank} samples and {needed} unknowns of each"
+        raise Refusal(f"{units} hidden units are known, {few}")
 
 
-def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], starts: int, begin: float) -> Recovery:
+def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], reached: Reached) -> Judged:
     """The whole batch held against the entries that arrived, after corrections, as far as they help."""
     best = None
     for _ in range(8):
@@ -252,19 +262,5 @@ def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], starts: int, begin: fl
         best, inputs = (seen, inputs, targets), corrected
     seen, inputs, targets = best
     bound = SAFETY * seen.inputs * pruned.problem.extend(0, inputs).norm(dim=1) / norms(inputs)
-    stats = Stats(pruned.rank, 0.0, 0.0, len(inputs), starts, 1, time.perf_counter() - begin, seen.layers)
     evidence = certificate(pruned.problem, seen, targets, bound)
-    return conclude(pruned.problem, evidence, inputs, targets, seen, stats, WHOLE)
-
-
-def _nothing(problem: NetworkView, reason: str, reached: tuple[int, int], begin: float) -> Recovery:
-    empty = problem.weights[0].new_zeros
-    stats = Stats(reached[0], 0.0, 0.0, 0, reached[1], 0, time.perf_counter() - begin)
-    nobody = (empty(0, problem.weights[0].shape[1]), empty(0, problem.classes), empty(0), empty(0).bool())
-    return Recovery(*nobody, False, reason, stats)
-
-
-def complete(problem: NetworkView, budget: reconstruction.Budget, seed: int) -> Reconstruction:
-    """What an update of which some entries were not sent gives back."""
-    generator = torch.Generator().manual_seed(seed)
-    return entries(recover(problem, budget=limits(budget), generator=generator), problem)
+    return conclude(pruned.problem, evidence, inputs, targets, seen, reached, WHOLE)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spear.federated.update import SharedUpdate
 from spear.network.problem import NetworkView, Targets, passes
+from spear.reconstruction import Refusal
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class Training:
 
     @classmethod
     def of(cls, update: SharedUpdate) -> "Training":
-        """Raises `ValueError` where the client does not disclose what a simulation needs."""
+        """Raises `Refusal` where the client does not disclose what a simulation needs."""
         told = {"count": update.count, "learning_rate": update.learning_rate, "mini_batch": update.mini_batch}
         hidden = [name for name, value in told.items() if value is None]
         if hidden:
             what = f"an update of {update.local_steps} local steps is not the gradient of one batch"
-            raise ValueError(f"{what}, and its {' and '.join(hidden)} are not disclosed")
+            raise Refusal(f"{what}, and its {' and '.join(hidden)} are not disclosed")
         epoch = [len(part) for part in torch.arange(update.count).split(update.mini_batch)]
         if update.local_steps % len(epoch):
-            raise ValueError(f"{update.local_steps} local steps are no whole epochs of {len(epoch)} mini-batches")
+            raise Refusal(f"{update.local_steps} local steps are no whole epochs of {len(epoch)} mini-batches")
         epochs = update.local_steps // len(epoch)
         return cls(update.count, tuple(epoch * epochs), update.learning_rate, update.momentum)
 

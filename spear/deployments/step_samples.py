@@ -1,6 +1,5 @@
-"""The samples of one local step, by projections at its weights (for the whole, see `local_training`). Rows: vectors."""
+"""The samples of one local step, by projections at its weights (see `local_training`). Vectors are rows."""
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from spear.directions import apart, away_from, unit_rows
 from spear.network.factors import Factors
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines
+from spear.reconstruction import Budget, Refusal
 
 EXACT = 1e-7  # sine to the second layer's rows of a sample of this step, far from that of another's
 ALONE = 1e-4  # the same where all other samples are known
@@ -72,20 +72,21 @@ class Unexplained:
         return class_sines(problem, inputs, self.columns, layer=1).argmin(1)
 
 
-def open_unexplained(problem: NetworkView, training: Training) -> Unexplained | str:
-    """The first two layers' changes; or, in words, why projections cannot tell samples from them."""
+def open_unexplained(problem: NetworkView, training: Training) -> Unexplained:
+    """The first two layers' changes. Raises `Refusal` where projections cannot tell samples from them."""
     if not applicable(problem):
-        return f"several local steps are retraced from {NEEDED}"
+        raise Refusal(f"several local steps are retraced from {NEEDED}")
     steps, width = len(training.sizes), min(len(w) for w in problem.weights[:2])
     sigmas = [rounding(problem.affine(k), 2 * problem.precision, steps) for k in (0, 1)]
     first, second = (
         _factors(problem.augmented(k), sigmas[k], (training.count, sum(training.sizes))[k]) for k in (0, 1)
     )
     if not len(first.singular) or not len(second.singular):
-        return f"the change of the weights is lost in their rounding, {max(sigmas):.0e} per entry"
+        raise Refusal(f"the change of the weights is lost in their rounding, {max(sigmas):.0e} per entry")
     needed = len(second.singular) + training.count + 5
     if needed > width:
-        return f"{training.count} samples in {steps} steps need layers wider than {needed}; the narrowest has {width}"
+        wider = f"layers wider than {needed}; the narrowest has {width}"
+        raise Refusal(f"{training.count} samples in {steps} steps need {wider}")
     return Unexplained(first, second, second.basis, sigmas[1], training.count, training.epochs == 1)
 
 
@@ -101,13 +102,14 @@ def _factors(change: Float[Tensor, "m n"], sigma: float, most: int) -> Factors:
 class Step:
     """One step to retrace: the weights that it began with, its number of samples, the `weight` of each in the change.
 
-    `until` is when the search must end (`time.perf_counter`).
+    The search ends with the `budget`, of which `spent` starts are gone.
     """
 
     problem: NetworkView
     size: int
     weight: float
-    until: float
+    budget: Budget
+    spent: int
 
     def find(
         self,
@@ -127,7 +129,8 @@ class Step:
         least = self.problem.accuracy.same
         for trial in range(TRIES):
             left = rest.without(self, found)
-            if len(found) >= self.size or time.perf_counter() > self.until or not len(left.first.singular):
+            over = self.budget.spent(self.spent + used)
+            if len(found) >= self.size or over or not len(left.first.singular):
                 break
             search = left.projections(self.problem)
             taken = torch.cat([known, found])

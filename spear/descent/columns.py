@@ -5,7 +5,6 @@ the search (`spear.descent.dictionary`, `spear.descent.layer`) and share this lo
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ from spear.published import filtering, sparsity
 from spear.published.filtering import CROWD, thresholds
 from spear.published.greedy import Candidates, choose
 from spear.published.view import Observed
-from spear.reconstruction import Budget, Progress
+from spear.reconstruction import Terms
 
 SMALL = 0.3  # times the root mean square of L q: an entry this small may be a zero
 TRIM = 0.72  # share of the small entries that the polish trusts: the smallest
@@ -67,25 +66,24 @@ def collect(
     observed: Observed,
     searches: Sequence[Search],
     lengths: Lengths,
-    budget: Budget,
-    seed: int,
-    progress: Callable[[Progress], None] | None = None,
+    terms: Terms,
     *,
+    name: str = "descent",
     goal: float | int = 1,
 ) -> Candidates:
     """Directions, round by round, until they explain the layer (lambda = `goal`), or hope or the budget is gone.
 
     A search leads a number of starts of its own towards columns, given those that are known, that number, and a number
     of steps. What it finds is polished and tested; every column found confines the rest. Of several searches the one
-    that lately brought most takes the next round. `proposals` counts starts.
+    that lately brought most takes the next round. `proposals` counts starts; `name` is the method that is told of.
     """
     observed = observed.alive()
     b = observed.L.shape[1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = terms.generator()
     least = thresholds(observed, sparsity.FALSE_REJECTION)[1]
     q, basis, matching = choose(observed, observed.L.new_zeros(0, b), least, last=1)
     ways, starts, rounds, idle, spent = [Arm(search, lengths.shortest) for search in searches], 0, 0, 0, ""
-    while matching < goal and not (spent := budget.spent(starts)):
+    while matching < goal and not (spent := terms.budget.spent(starts)):
         known = q[basis] if len(basis) < b else q[:0]
         count = min(MOST_STARTS, max(LEAST_STARTS, b - len(known)))
         way = max(ways, key=lambda w: (w.promise, -w.rounds))
@@ -100,8 +98,7 @@ def collect(
         idle = 0 if (len(basis), matching) > reached else idle + stuck
         gain = max(len(basis) - reached[0], HOPE) / (count * way.steps)
         ways = _judged(ways, way, lengths.next(way.steps, hits / len(ends)), gain)
-        if progress is not None:
-            progress(Progress(len(basis), b, starts, time.monotonic() - budget.started))
+        terms.report(name, len(basis), b, starts)
         if idle == IDLE and matching < goal:
             spent = f"{IDLE} rounds of {lengths.longest:,} steps found no further column"
             break

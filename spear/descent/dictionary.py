@@ -7,6 +7,8 @@ all starts at once; each takes unit directions q (k, b), the rows of which are s
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from spear.descent.columns import Lengths, collect, draw
 from spear.directions import complement, unit_rows
 from spear.published.greedy import Candidates
 from spear.published.view import Observed
-from spear.reconstruction import Budget, Progress
+from spear.reconstruction import Terms
 
 LENGTHS = Lengths(shortest=100, longest=2700)
 Learner = Callable[..., Float[Tensor, "j b"]]
@@ -85,11 +87,24 @@ def subgradient(
     return q
 
 
-def search(
+@dataclass(frozen=True)
+class Dictionary:
+    """One layer's gradient as sparse vectors in a subspace, by one of the learners here; it stands noise."""
+
+    name: ClassVar[str] = "dictionary"
+    stands_noise: ClassVar[bool] = True
+    learner: Learner = subgradient
+
+    def search(
+        self, observed: Observed, terms: Terms, device: str | torch.device | None = None, goal: float | int = 1
+    ) -> Candidates:
+        """All columns of Q, or of noisy ones as many as explain the layer to lambda = `goal`; where `observed` is."""
+        return find_columns(observed, terms, goal=goal, learner=self.learner)
+
+
+def find_columns(
     observed: Observed,
-    budget: Budget,
-    seed: int,
-    progress: Callable[[Progress], None] | None = None,
+    terms: Terms,
     *,
     goal: float | int = 1,
     learner: Learner = subgradient,
@@ -101,4 +116,4 @@ def search(
     def descend(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
         return learner(L, draw(observed, complement(known), count, generator).float(), steps=steps)
 
-    return collect(observed, (descend,), lengths, budget, seed, progress, goal=goal)
+    return collect(observed, (descend,), lengths, terms, name="dictionary", goal=goal)

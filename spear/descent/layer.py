@@ -3,13 +3,15 @@
     G = L Q      Z = B V, V = Q^-T      supp(G) = {Z > 0}
 
 Both sides are linear in one unknown, and the ReLU couples them row by row. What ties a column q to its v beside that,
-`spear.descent.coupling` foretells. A row of L, as v, is led to a column by relaxed reflections between the two linear spaces
-and the coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q (starts, b).
+`spear.descent.coupling` foretells. A row of L, as v, is led to a column by relaxed reflections between the two linear
+spaces and the coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q
+(starts, b).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,7 +22,7 @@ from spear.descent.coupling import Coupling, prior, uncoupled
 from spear.directions import unit_rows
 from spear.published.greedy import Candidates
 from spear.published.view import Observed
-from spear.reconstruction import Budget, Progress
+from spear.reconstruction import Terms
 
 LENGTHS = Lengths(shortest=60, longest=240, factor=2)
 
@@ -74,14 +76,21 @@ def operations(observed: Observed, count: int, steps: int) -> int:
     return 2 * (2 * m * 2 * b + (2 * b) ** 2) * total
 
 
-def search(
-    observed: Observed,
-    budget: Budget,
-    seed: int,
-    progress: Callable[[Progress], None] | None = None,
-    *,
-    goal: float | int = 1,
-) -> Candidates:
+@dataclass(frozen=True)
+class Coupled:
+    """One layer, all it knows: its weights and gradient coupled; it stands noise."""
+
+    name: ClassVar[str] = "layer"
+    stands_noise: ClassVar[bool] = True
+
+    def search(
+        self, observed: Observed, terms: Terms, device: str | torch.device | None = None, goal: float | int = 1
+    ) -> Candidates:
+        """All columns of Q, or of noisy ones as many as explain the layer to lambda = `goal`; where `observed` is."""
+        return find_columns(observed, terms, goal=goal)
+
+
+def find_columns(observed: Observed, terms: Terms, *, goal: float | int = 1) -> Candidates:
     """All columns of Q from the layer's weights and gradient.
 
     Two searches take turns. One starts at rows of L, v, with q = M v, and couples them. The other lets q and v go their
@@ -103,7 +112,7 @@ def search(
         starts = torch.cat([rows, q]), torch.cat([rows, v])
         return reflect(observed, nothing, *starts, schedule(steps, coupled=False))
 
-    return collect(observed, (coupled, apart), LENGTHS, budget, seed, progress, goal=goal)
+    return collect(observed, (coupled, apart), LENGTHS, terms, name="layer", goal=goal)
 
 
 def balanced(

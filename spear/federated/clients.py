@@ -1,6 +1,6 @@
-"""What a client sends, and what it discloses: a `SharedUpdate`. The plainest one is a FedSGD step on one batch.
+"""Clients: the gradient of one batch (FedSGD), local training (FedAvg), accumulation, sums over clients.
 
-Other clients are in `spear.federated.clients`, what is done to an update before it is sent in `spear.federated.defences`.
+What is done to an update before it is sent is in `spear.federated.defences`, DP-SGD in `spear.federated.privacy`.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""An update as the server received it, checked against the model: gradients by name, their rounding, where to compute."""
+"""An update as the server received it: checked against the model, its rounding, where to compute with it."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spear.federated.update import Lazy, SharedUpdate
 from spear.models.streaming import CHUNK
+from spear.reconstruction import Refusal
 
 PRECISIONS = (torch.float32, torch.float64)
 EXTREME = 1e100  # entries whose products are still numbers: up to this, and down to its inverse
@@ -52,7 +53,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
     Of the change of the weights by one step the gradient is what remains without the learning rate.
     """
     if update.local_steps != 1:
-        raise ValueError(f"an update of {update.local_steps} local steps is not the gradient of one batch")
+        raise Refusal(f"an update of {update.local_steps} local steps is not the gradient of one batch")
     parameters = dict(model.named_parameters())
     for name, g in update.gradients.items():
         if name not in parameters:
@@ -62,7 +63,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
             raise ValueError(f"the gradient of {name} has shape {tuple(g.shape)}, the model's parameter {expected}")
         if g.dtype not in PRECISIONS or parameters[name].dtype not in PRECISIONS:
             dtype = str(g.dtype if g.dtype not in PRECISIONS else parameters[name].dtype).removeprefix("torch.")
-            raise ValueError(f"{name} is {dtype}: exact recovery needs float32 or float64")
+            raise Refusal(f"{name} is {dtype}: exact recovery needs float32 or float64")
         if not all(part.isfinite().all() for part in g.flatten().split(CHUNK)):
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
@@ -96,6 +97,18 @@ def coarsest(model: nn.Module, update: SharedUpdate) -> torch.dtype:
 def _size(tensor: Tensor) -> float:
     parts = [float(torch.linalg.vector_norm(part.detach().double())) for part in tensor.flatten().split(CHUNK)]
     return math.hypot(*parts)
+
+
+def check_count(count: int | None, m: int, n: int, name: str) -> None:
+    """Raises `ValueError` for fewer than one sample, `Refusal` for more than layer `name`, m x n, can tell apart."""
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"a batch has at least 1 sample, not {count}")
+    if count >= m:
+        raise Refusal(f"a batch of rank {count} needs a layer wider than {count}; {name} has {m}")
+    if count > n:
+        raise Refusal(f"a batch of rank {count} needs at least {count} inputs; {name} has {n}")
 
 
 def input_shape(name: str, n: int, update: SharedUpdate) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What a client sends, and what it discloses: a `SharedUpdate`. The plainest one is a FedSGD step on one batch.
 
-Other clients are in `spear.federated.clients`, what is done to an update before it is sent in `spear.federated.defences`.
+Clients are in `spear.federated.clients`, what is done to an update before it is sent in `spear.federated.defences`.
 """
 
 import json
@@ -189,9 +189,9 @@ def difference(
     """The change of a client's weights by name, before - after, by a step of SGD with `learning_rate`.
 
     Each is computed when it is asked for. Entries that are no parameters of the model (running statistics) are left
-    out. `count` and `input_shape` are what the client discloses; of several steps, see `SharedUpdate.disclosing`. Raises
-    `ValueError` for a learning rate that is not positive, and for a parameter that is missing or of another shape on
-    one side.
+    out. `count` and `input_shape` are what the client discloses; of several steps, see `SharedUpdate.disclosing`.
+    Raises `ValueError` for a learning rate that is not positive, and for a parameter that is missing or of another
+    shape on one side.
     """
     names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     for name in names:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from spear.reconstruction import Refusal
+
 RESHAPES = {"flatten", "reshape", "view", "contiguous", "float", "double"}
 RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 SAME_AT_EVALUATION = (nn.Dropout, nn.Identity)
@@ -30,12 +32,12 @@ class Layer:
 def trace(model: nn.Module) -> fx.GraphModule:
     """The computation graph of a model.
 
-    Raises `ValueError` where `torch.fx` cannot trace it (control flow that depends on the data, for instance).
+    Raises `Refusal` where `torch.fx` cannot trace it (control flow that depends on the data, for instance).
     """
     try:
         return fx.symbolic_trace(model)
     except Exception as error:  # torch.fx raises many kinds, whatever the model's own code raises among them
-        raise ValueError(f"torch.fx cannot trace {type(model).__name__}: {error}") from error
+        raise Refusal(f"torch.fx cannot trace {type(model).__name__}: {error}") from error
 
 
 def linear_layers(model: nn.Module) -> list[Layer]:
@@ -48,7 +50,7 @@ def linear_layers(model: nn.Module) -> list[Layer]:
 def chain(model: nn.Module) -> list[Layer]:
     """The linear layers of a model that is data -> Linear -> ReLU -> ... -> Linear -> logits, in that order.
 
-    Raises `ValueError` as `trace` does, and for a model of any other form, naming what is in the way.
+    Raises `Refusal` as `trace` does, and for a model of any other form, naming what is in the way.
     """
     graph = trace(model)
     modules = dict(graph.named_modules())
@@ -61,26 +63,26 @@ def chain(model: nn.Module) -> list[Layer]:
         if _is_linear(node, modules) or _is_relu(node, modules):
             wanted.append("linear" if _is_linear(node, modules) else "relu")
         elif node.op != "output" and not _is_reshape(node, modules):
-            raise ValueError(f"the network method needs linear layers with ReLU between them; {node.name} is neither")
+            raise Refusal(f"the network method needs linear layers with ReLU between them; {node.name} is neither")
     plain = wanted == ["linear", "relu"] * (len(layers) - 1) + ["linear"]
     if node.op != "output" or not plain or len(set(names)) < len(names):
-        raise ValueError(f"the network method needs one chain of linear layers with ReLU between them; found {wanted}")
+        raise Refusal(f"the network method needs one chain of linear layers with ReLU between them; found {wanted}")
     return layers
 
 
 def find_layer(model: nn.Module, name: str | None = None) -> Layer:
     """The linear layer of that name; without a name, the first whose input is the data itself up to reshaping.
 
-    Raises `ValueError` for a layer that does not exist, and for one that no ReLU follows.
+    Raises `Refusal` for a layer that does not exist, and for one that no ReLU follows.
     """
     layers = linear_layers(model)
     known = ", ".join(layer.name for layer in layers) or "none"
     chosen = [x for x in layers if (x.name == name if name is not None else x.from_data)]
     if not chosen:
         wanted = f"no linear layer named {name!r}" if name is not None else "no linear layer reads the data directly"
-        raise ValueError(f"{wanted}; the model's linear layers: {known}")
+        raise Refusal(f"{wanted}; the model's linear layers: {known}")
     if not chosen[0].relu:
-        raise ValueError(f"no ReLU follows {chosen[0].name}: its gradient has no zeros to read the batch from")
+        raise Refusal(f"no ReLU follows {chosen[0].name}: its gradient has no zeros to read the batch from")
     return chosen[0]
 
 

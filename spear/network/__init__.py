@@ -1,6 +1,7 @@
 """Every layer: phase retrieval at the last hidden layer, least squares down, or projections up from the input.
 
 Reading order beside notebook 11_network: `problem` (what the server knows), `spaces`, `phase_retrieval`, `exact_step`,
-`phase_search` (rounds), `deflation` (samples leave one by one), `layerwise` (down to the inputs), `labels`, `check`
-(the certificate), `whole_batch` (all of it); `projection` and `one_by_one` begin at the other end.
+`starts`, `policy` and `phase_search` (rounds), `factors` and `deflation` (samples leave one by one), `layerwise` (down
+to the inputs), `labels`, `check` (the certificate), `whole_batch` (all of it); `projection` and `one_by_one` begin at
+the other end.
 """

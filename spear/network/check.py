@@ -11,7 +11,7 @@ from spear.certificate import Certificate
 from spear.network.error_bounds import input_bounds
 from spear.network.labels import reweighed
 from spear.network.problem import NetworkView, Targets, passes
-from spear.network.recovery import WHOLE_COUNT, Recovery, Stats, number
+from spear.network.recovery import WHOLE_COUNT, Judged, Reached, number
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
 
@@ -55,7 +55,7 @@ def check(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) 
     return Misfit(tuple(layers), error), inputs + step[:, : inputs.shape[1]]
 
 
-def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, stats: Stats) -> Recovery:
+def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, reached: Reached) -> Judged:
     """The whole batch held against the update, after corrections that rounding allows."""
     least, most = float(targets.copies.min()), float(targets.copies.max())
     if least == most > 1 and len(targets) == problem.batch_size:  # one of each, times a factor
@@ -64,7 +64,7 @@ def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, 
         targets = reweighed(problem, inputs, targets)
     final, inputs = best_check(problem, inputs, targets)
     evidence = certificate(problem, final, targets, input_bounds(problem, passes(problem, inputs, targets), targets))
-    return conclude(problem, evidence, inputs, targets, final, stats, WHOLE)
+    return conclude(problem, evidence, inputs, targets, final, reached, WHOLE)
 
 
 def certificate(
@@ -93,18 +93,18 @@ def conclude(
     inputs: Float[Tensor, "s n"],
     targets: Targets,
     final: Misfit,
-    stats: Stats,
+    reached: Reached,
     whole: str,
-) -> Recovery:
+) -> Judged:
     """What the evidence supports, certified or not; an image that it does not support is never returned."""
     sound = evidence.explained.nonzero()[:, 0]
-    complete = evidence.holds and len(sound) == stats.rank
-    reason = whole if complete else evidence.why_not() or weak(stats, len(sound), problem.batch_size)
+    complete = evidence.holds and len(sound) == reached.rank
+    reason = whole if complete else evidence.why_not() or weak(reached, len(sound), problem.batch_size)
     weights = None if targets.whole else targets.copies[sound] * targets.unit / problem.unit(1)
     counts = claimed(problem, (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sound])
-    said = reason + multiple(problem, targets), replace(stats, layers=final.layers)
+    said = reason + multiple(problem, targets), replace(reached, layers=final.layers)
     judged = final.inputs[sound], evidence.certified[sound], complete, *said, weights, evidence.error_bound[sound]
-    return Recovery(inputs[sound], counts, *judged)
+    return Judged(inputs[sound], counts, *judged)
 
 
 def claimed(problem: NetworkView, counts: Float[Tensor, "s classes"]) -> Float[Tensor, "s classes"]:
@@ -145,13 +145,13 @@ def best_check(
     return best, inputs
 
 
-def weak(stats: Stats, found: int, size: int | None) -> str:
+def weak(reached: Reached, found: int, size: int | None) -> str:
     """Why not the whole batch was found: the others' gradients are weak, or lie under the noise floor altogether."""
-    visible, hidden = stats.rank - found, max((size or 0) - stats.rank, 0)
-    said = [f"{found} of {size or stats.rank} samples were found"]
+    visible, hidden = reached.rank - found, max((size or 0) - reached.rank, 0)
+    said = [f"{found} of {size or reached.rank} samples were found"]
     if visible:
-        said.append(f"too weak for a certificate: {visible} of {stats.rank} gradient directions")
+        said.append(f"too weak for a certificate: {visible} of {reached.rank} gradient directions")
     if hidden:
-        floor = f"{stats.noise:.0e} of the strongest direction"
+        floor = f"{reached.noise:.0e} of the strongest direction"
         said.append(f"under the noise floor, {floor}: {number(hidden, 'sample')}")
     return "; ".join(said)

@@ -16,11 +16,14 @@ from spear.directions import first_of_each, unit_rows
 from spear.network import phase_retrieval
 from spear.network.exact_step import Tolerances
 from spear.network.factors import subtract
-from spear.network.phase_retrieval import Iterate
+from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.problem import NetworkView
 from spear.network.spaces import Solved, Spaces, complement, misfit, project
 
-SPARE_ROWS = 10
+SPARE_ROWS = 10  # equations beyond the unknowns: a solution that fits these too is no accident
+STEPS = 200  # of each start: h is exact here, so what has not arrived by then is stuck
+SETTLING = 4  # renewals of a mask: those that do not settle by then cycle
+CERTAIN = 1e-6  # relative error of s, and least singular value of its equations, relative to the largest
 
 
 def vectors_below(problem: NetworkView, solved: Solved) -> Float[Tensor, "f m"]:
@@ -35,7 +38,6 @@ def masks_below(
     tolerances: Tolerances,
     *,
     starts: int = 2,
-    steps: int = 200,
     generator: Generator,
 ) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m"]]:
     """Phase retrieval with exactly known h: which samples it solved, and their masks (D ∘ h in span of `basis`)."""
@@ -44,10 +46,10 @@ def masks_below(
     v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
     low = basis.float()
     start = Iterate(guess * (v > 0), guess, v, guess).to(torch.float32)
-    end = phase_retrieval.retrieve_phases(start, low, steps=steps)
+    end = phase_retrieval.retrieve_phases(start, low, Reflections(STEPS))
     close = misfit(end.target, low) < tolerances.near
     sample, guess, mask = sample[close], guess[close], end.target[close] != 0
-    for _ in range(4):
+    for _ in range(SETTLING):
         u = project(mask * guess, basis)
         before, mask = mask, (2 * u - guess) * guess > 0
     sine = (mask * guess - project(mask * guess, basis)).norm(dim=1) / (mask * guess).norm(dim=1).clamp_min(1e-30)
@@ -111,7 +113,7 @@ def softmax_coordinates(
     rest = (linear @ s[:, :, None])[:, :, 0].norm(dim=1)
     error = 10 * rest / sizes.amin(1) / s.norm(dim=1)
     right_side = (s @ spaces.lift.T * (s @ spaces.rows[:, -1:]) > 0) == solved.mask
-    return right_side.all(1) & (error < 1e-6) & (sizes > 1e-6 * sizes.amax()).all(1), s
+    return right_side.all(1) & (error < CERTAIN) & (sizes > CERTAIN * sizes.amax()).all(1), s
 
 
 def deflate(spaces: Spaces, solved: Solved, index: Int[Tensor, " g"], s: Float[Tensor, "g b"]) -> tuple[Spaces, Solved]:

@@ -7,8 +7,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from spear.directions import TINY, first_of_each, unit_rows
-from spear.network.phase_retrieval import Iterate, retrieve_phases
+from spear.network.phase_retrieval import Iterate, Reflections, retrieve_phases
 from spear.network.spaces import Solved, Spaces, misfit
+
+STAGES, STEPS = 10, 50  # near misses go on with a better h, essential past b/m = 0.4; steps of each stage
+HOPEFUL = 0.3  # the sine of a mask's best t under which its h leads on
+SAFETY = 10  # times what noise explains
+FINEST, COARSEST = 1e-7, 1e-3  # sines that are always accepted, never: the root of rounding; h's own error in a guess
+AT_ONCE = 32  # classes up to which the products of their pairs for all masks at once are the faster way
+RIDGE = 500  # roundings of the mean diagonal: keeps the Gram matrix of a mask with too few units positive definite
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def _normal_equations(
 ) -> tuple[Float[Tensor, "k c c"], Float[Tensor, "k c b"]]:
     """EᵀE and (UᵀE)ᵀ for E = D ∘ heads: few classes by products of all masks at once, many one mask after the other."""
     c = heads.shape[1]
-    if c > 32:
+    if c > AT_ONCE:
         pairs = [(heads[on].T @ heads[on], heads[on].T @ basis[on]) for on in mask]
         gram, t = zip(*pairs, strict=True)
         return torch.stack(gram), torch.stack(t)
@@ -95,7 +102,7 @@ def _smallest(
     """The two smallest eigenvalues of gram - t tᵀ against gram, and the first eigenvector."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     ridge = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    factor = torch.linalg.cholesky(gram + (500 * torch.finfo(gram.dtype).eps * ridge + TINY) * eye)
+    factor = torch.linalg.cholesky(gram + (RIDGE * torch.finfo(gram.dtype).eps * ridge + TINY) * eye)
     half = torch.linalg.solve_triangular(factor, gram - t @ t.transpose(1, 2), upper=False)
     full = torch.linalg.solve_triangular(factor, half.transpose(1, 2), upper=False)
     values, vectors = torch.linalg.eigh((full + full.transpose(1, 2)) / 2)
@@ -133,15 +140,13 @@ def refine(
     *,
     head: Float[Tensor, "m free"] | None,
     tolerances: Tolerances,
-    rounds: int = 10,
-    steps: int = 50,
 ) -> Solved:
     """Exact steps on every target near span(U); near misses go on from the h that the step found (second stage).
 
     The steps that settle the masks run in the precision of `iterate`; only what fits there is solved in full precision.
     """
     rough, found = spaces.to(iterate.u.dtype), Solved.none(spaces)
-    for stage in range(rounds + 1):
+    for stage in range(STAGES + 1):
         distance = misfit(iterate.target, rough.basis)
         iterate, distance = iterate[distance < tolerances.near], distance[distance < tolerances.near]
         if not len(distance):
@@ -150,24 +155,24 @@ def refine(
         exact = solve_mask(rough, iterate.target != 0)
         one = different_masks(exact.mask, exact.sine)
         iterate, exact = iterate[one], exact[one]
-        again = exact.sine < 0.3
+        again = exact.sine < HOPEFUL
         close = (exact.settled & (exact.sine < tolerances.rough)).nonzero()[:, 0]
         if len(close):
             fine = solve_mask(spaces, exact.mask[close])
             good = accepted(fine, tolerances)
             found = found.join(fine.solved(good), room=spaces.rank)
             again[close[good]] = False
-        if stage == rounds or not again.any():
+        if stage == STAGES or not again.any():
             break
         iterate = iterate[again]
         h = unit_rows(exact.d[again] @ rough.head)
         h = h * torch.sign((h * iterate.h).sum(1, keepdim=True))
-        iterate = retrieve_phases(replace(iterate, h=h), rough.basis, steps=steps, head=head)
+        iterate = retrieve_phases(replace(iterate, h=h), rough.basis, Reflections(STEPS, head=head))
     return found
 
 
 def accepted(exact: Exact, tolerances: Tolerances) -> Bool[Tensor, " k"]:
     """A mask that settled, whose t fits to rounding, and no second t for the same mask (equal masks merge samples)."""
-    limit = (10 * tolerances.noise * exact.lever).clamp(1e-7, 1e-3)
-    apart = exact.second > tolerances.gap * exact.sine.clamp_min(1e-8)
+    limit = (SAFETY * tolerances.noise * exact.lever).clamp(FINEST, COARSEST)
+    apart = exact.second > tolerances.gap * exact.sine.clamp_min(FINEST / 10)
     return exact.settled & (exact.sine < limit) & apart

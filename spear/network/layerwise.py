@@ -14,6 +14,10 @@ from spear.network.problem import NetworkView, Targets
 from spear.published.lowrank import LowRank
 
 PositiveRule = Callable[[Tensor], Tensor]
+ROUNDS = 4  # of softmax and activations, of masks and projections: each shrinks the error by orders, or never will
+SETTLED = 1e-13  # a relative change that is rounding
+ROUNDING = 1e-15  # of the largest activation: no zero is known better
+ABOVE = 4  # times the most negative entry: where zeros scatter evenly, one in many batches lies beyond
 
 
 def solve(deltas: Float[Tensor, "s m"], total: Float[Tensor, "m n"]) -> Float[Tensor, "s n"]:
@@ -27,7 +31,7 @@ def solve(deltas: Float[Tensor, "s m"], total: Float[Tensor, "m n"]) -> Float[Te
 
 def activations(
     problem: NetworkView, rows: Float[Tensor, "s in1"], mask: Bool[Tensor, "s m"], d: Float[Tensor, "s outputs"]
-):
+) -> tuple[Float[Tensor, "s in"], Float[Tensor, " s"]]:
     """Split rows = scale * [y; 1] of the last hidden layer into y (s, in) and scale (s,).
 
     Without a bias the scale follows from the softmax: for the classes other than the label, log d - beta_out is
@@ -40,9 +44,14 @@ def activations(
     offset = 0 if problem.biases[k + 1] is None else problem.biases[k + 1]
     logits = d.clamp_min(1e-300).log() - offset
     other = d > 0
-    centre = lambda x: (x - (x * other).sum(1, keepdim=True) / other.sum(1, keepdim=True)) * other  # noqa: E731
-    scale = centre(outputs).pow(2).sum(1) / (centre(outputs) * centre(logits)).sum(1)
+    outputs, logits = _centred(outputs, other), _centred(logits, other)
+    scale = outputs.pow(2).sum(1) / (outputs * logits).sum(1)
     return rows / scale[:, None], scale
+
+
+def _centred(x: Float[Tensor, "s outputs"], among: Bool[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
+    """Each row less the mean of its entries that are `among`; the others 0."""
+    return (x - (x * among).sum(1, keepdim=True) / among.sum(1, keepdim=True)) * among
 
 
 def descend(
@@ -63,14 +72,13 @@ def descend(
     top = problem.last
     y, scale = activations(problem, rows, mask, d)
     mask = without_mistakes(problem, y, mask, d)
-    logits = lambda y: problem.apply(top + 1, problem.apply(top, y) * mask)  # noqa: E731
     errors, shift = d * scale[:, None], float("inf")
-    targets = replace(decode(problem, errors, problem.activate(logits(y))), measured=errors)
-    for _ in range(4):
-        renewed = targets.errors(problem.activate(logits(y)))
+    targets = replace(decode(problem, errors, _outputs(problem, y, mask)), measured=errors)
+    for _ in range(ROUNDS):
+        renewed = targets.errors(_outputs(problem, y, mask))
         y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.augmented(top))[:, : y.shape[1]]
         last, shift = shift, float(((y_new - y).norm(dim=1) / y.norm(dim=1)).max())
-        if shift > last / 2 or shift < 1e-13:
+        if shift > last / 2 or shift < SETTLED:
             break
         y, errors = y_new, renewed
     deltas = (errors @ problem.weights[top + 1]) * mask
@@ -79,6 +87,11 @@ def descend(
         deltas = h * (positive(y) if spans is None else corrected(positive(y), h, spans[k]))
         y = solve(deltas, problem.augmented(k))[:, : problem.weights[k].shape[1]]
     return y, targets
+
+
+def _outputs(problem: NetworkView, y: Float[Tensor, "s in"], mask: Bool[Tensor, "s m"]) -> Float[Tensor, "s outputs"]:
+    """What the loss sees of samples with these activations and this mask at the last hidden layer."""
+    return problem.activate(problem.apply(problem.last + 1, problem.apply(problem.last, y) * mask))
 
 
 def without_mistakes(
@@ -93,12 +106,10 @@ def without_mistakes(
     return torch.where(faint, problem.apply(problem.last, y) > 0, mask)
 
 
-def corrected(
-    mask: Bool[Tensor, "s m"], h: Float[Tensor, "s m"], span: Float[Tensor, "m r"], *, rounds: int = 4
-) -> Bool[Tensor, "s m"]:
+def corrected(mask: Bool[Tensor, "s m"], h: Float[Tensor, "s m"], span: Float[Tensor, "m r"]) -> Bool[Tensor, "s m"]:
     """Masks near `mask` whose D ∘ h lie nearest to the span: what its projection says of each entry, 0 or h_j."""
     best, least = mask, torch.full_like(h[:, 0], float("inf"))
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         u = mask * h
         inside = u @ span @ span.T
         sine = (u - inside).norm(dim=1) / u.norm(dim=1).clamp_min(1e-300)
@@ -109,7 +120,12 @@ def corrected(
 
 def above_noise(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
     """Which recovered activations are positive: above four times the most negative entry, a measure of the noise."""
-    return y > 4 * torch.maximum(-y.amin(1), 1e-15 * y.amax(1))[:, None]
+    return y > ABOVE * _scatter(y)
+
+
+def _scatter(y: Float[Tensor, "s m"]) -> Float[Tensor, "s 1"]:
+    """How far recovered zeros lie from zero: the most negative entry of each sample, at least rounding."""
+    return torch.maximum(-y.amin(1), ROUNDING * y.amax(1))[:, None]
 
 
 def above_gap(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
@@ -117,8 +133,7 @@ def above_gap(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
 
     For weak samples, whose zeros carry a trace of other samples' activations, all of one sign.
     """
-    floor = torch.maximum(-y.amin(1), 1e-15 * y.amax(1))[:, None].clamp_min(1e-300)
-    ranked = y.clamp_min(floor).sort(dim=1)[0]
+    ranked = y.clamp_min(_scatter(y).clamp_min(1e-300)).sort(dim=1)[0]
     below = (ranked[:, 1:] / ranked[:, :-1]).argmax(1, keepdim=True)
     return y > ranked.gather(1, below)
 

@@ -15,6 +15,8 @@ from spear.network.phase_retrieval import Iterate
 from spear.network.problem import NetworkView
 from spear.network.spaces import Solved, Spaces, misfit, project
 
+SAME = 1 - 1e-2  # cosine of two directions that are one: each h is wrong by that much
+ROUNDS = 40  # of sharpening: the error shrinks by a constant factor in each
 NEAR = 0.1  # the sine to span(U) under which a mask is taken, its h known to a per cent or two
 
 
@@ -44,7 +46,7 @@ def settle(
     sine = misfit(unit_rows(mask * h), spaces.basis).clamp_min(0).sqrt()
     good = (before == mask).all(1) & (sine < NEAR)
     found = directions(spaces, h[good], d[good], mask[good])
-    return Solved.none(spaces).join(found[sine[good].argsort()], room=spaces.rank, cosine=1 - 1e-2)
+    return Solved.none(spaces).join(found[sine[good].argsort()], room=spaces.rank, cosine=SAME)
 
 
 def directions(
@@ -56,13 +58,13 @@ def directions(
     return Solved(t / norm, d / norm, mask)
 
 
-def sharpen(problem: NetworkView, spaces: Spaces, solved: Solved, *, rounds: int = 40) -> Solved:
+def sharpen(problem: NetworkView, spaces: Spaces, solved: Solved) -> Solved:
     """Directions made exact once all are there: activations, softmax, h and mask of each in turn, until they settle.
 
     A unit counts as active by its pre-activation and by the projection of D ∘ h: few are near zero in both.
     """
     wanted, change = problem.one_hot(solved.labels), float("inf")
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
         y, _ = activations(problem, rows, solved.mask, solved.d)
         z = problem.apply(problem.last, y)

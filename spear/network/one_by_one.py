@@ -15,9 +15,10 @@ from spear.network.layerwise import activations
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, forward, passes
 from spear.network.projection import Limits, Projections, applicable, class_sines
-from spear.network.recovery import Budget, Recovery, Stats, nothing, number, searched
+from spear.network.recovery import Judged, Reached, nothing, number
 from spear.network.spaces import sine
 from spear.published.lowrank import MIN_GAP, LowRank
+from spear.reconstruction import Terms
 
 FEWEST = 16  # starts of a round: a few of any number arrive
 IDLE = 4  # rounds in a row that found nothing, after which starts are not what is missing
@@ -76,18 +77,18 @@ def peel(
     unit: float,
     *,
     accept: float,
-    seconds: float,
+    until: float,
     generator: Generator,
 ) -> KnownSamples:
     """Find, certify, subtract samples until the first two gradients are empty, `IDLE` rounds find none, or time is up.
 
     `lows` are the factorised gradients of the hidden layers whose rank is that of the first; `known` samples are
-    subtracted first. `unit` is one copy's weight in the loss.
+    subtracted first. `unit` is one copy's weight in the loss, `until` what the clock shows when the time is up.
     """
-    begin, idle, found = time.perf_counter(), 0, known
+    idle, found = 0, known
     factors = _without(problem, (Factors.of(lows[0]), Factors.of(lows[1])), known, unit)
     limits = _limits(accept)
-    while len(factors[0].singular) and idle < IDLE and time.perf_counter() - begin < seconds:
+    while len(factors[0].singular) and idle < IDLE and time.monotonic() < until:
         left = len(factors[0].singular)
         projections = Projections.of(problem, *factors)
         inputs = projections.samples(projections.starts(max(FEWEST, left), generator), limits)
@@ -128,30 +129,26 @@ def _without(
     return first, second
 
 
-def conclude_partly(
-    problem: NetworkView, run: PhaseSearch, stats: Stats, refusal: str | None, budget: Budget
-) -> Recovery:
+def conclude_partly(problem: NetworkView, run: PhaseSearch, reached: Reached, reason: str, terms: Terms) -> Judged:
     """What is certain while others are missing; from there on projections from the input, sample by sample."""
-    reason = refusal or searched(stats)
     lows = [problem.factors(k) for k in range(problem.last + 1)]
     rank = lows[0].rank
-    stats = replace(stats, rank=rank, gap=lows[0].gap)
+    reached = replace(reached, rank=rank)
     seen = all(low.rank < min(problem.augmented(k).shape) for k, low in enumerate(lows))
-    known = certain_singles(problem, run, lows) if stats.found and seen else nobody(problem)
+    known = certain_singles(problem, run, lows) if reached.found and seen else nobody(problem)
     sharp = [low for low in lows if low.rank == rank and low.gap > MIN_GAP]
-    left = budget.seconds - stats.seconds
     ready = len(sharp) > 1 and sharp[0] is lows[0] and sharp[1] is lows[1] and applicable(problem)
-    if ready and left > 0 and run.starts < budget.starts and rank < CROWDED * min(len(low.L) for low in lows[:2]):
-        options = {"accept": problem.accuracy.certain, "seconds": left, "generator": run.generator}
+    if ready and not terms.budget.spent(run.starts) and rank < CROWDED * min(len(low.L) for low in lows[:2]):
+        options = {"accept": problem.accuracy.certain, "until": terms.budget.until, "generator": run.generator}
         known = peel(problem, sharp, known, unit_weight(problem, rank), **options)
     if not len(known.inputs):
-        return nothing(problem, reason, stats)
+        return nothing(problem, reason, reached)
     if len(known.inputs) == rank:
-        return judge(problem, known.inputs, Targets(known.counts, unit_weight(problem, rank), 0.0), stats)
+        return judge(problem, known.inputs, Targets(known.counts, unit_weight(problem, rank), 0.0), reached)
     sine = witness(problem, lows, known.inputs, known.counts).sine
     found = number(len(known.inputs), "sample")
     reason = f"{reason}; found one by one: {found}, none certified while others are missing"
-    return Recovery(known.inputs, known.counts, sine, torch.zeros_like(sine).bool(), False, reason, stats)
+    return Judged(known.inputs, known.counts, sine, torch.zeros_like(sine).bool(), False, reason, reached)
 
 
 def unit_weight(problem: NetworkView, rank: int) -> float:

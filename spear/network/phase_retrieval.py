@@ -10,7 +10,7 @@ is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (sample
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -42,39 +42,46 @@ class Iterate:
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("u", "h", "v", "target")))
 
 
-def retrieve_phases(
-    iterate: Iterate,
-    basis: Float[Tensor, "m b"],
-    *,
-    steps: int,
-    partner: Float[Tensor, "m r"] | None = None,
-    weight: float = 1.0,
-    head: Float[Tensor, "m free"] | None = None,
-    relaxation: float = 0.5,
-    near: float = 0.0,
-    evened: Evened | None = None,
-    lean: Float[Tensor, " m"] | None = None,
-    until: float = math.inf,
-) -> Iterate:
-    """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
+@dataclass(frozen=True)
+class Reflections:
+    """How long to reflect, and what beside span(U) tells 0 from h_j.
 
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
-    that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Norms of h and
-    v are kept at 1. With `evened`, made for these starts, span(U) is projected on with weights on the units. The
-    returned `target` is u's last value among {0, h_j}. A positive `lean` (`leaning`) is evidence that a unit is active,
-    which counts most where h_j is small.
+    that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. A positive
+    `lean` (`leaning`) is evidence that a unit is active, which counts most where h_j is small. Steps go `relaxation`
+    of the way between the two reflections.
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
     halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
-    target vanished ends too, and all when the clock (`time.perf_counter`) shows `until`.
+    target vanished ends too, and all when the clock shows `until`.
     """
-    basis, partner = quick(basis), None if partner is None else quick(partner)
+
+    steps: int
+    partner: Float[Tensor, "m r"] | None = None
+    weight: float = 1.0
+    head: Float[Tensor, "m free"] | None = None
+    lean: Float[Tensor, " m"] | None = None
+    relaxation: float = 0.5
+    near: float = 0.0
+    until: float = math.inf
+
+
+def retrieve_phases(
+    iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, *, evened: Evened | None = None
+) -> Iterate:
+    """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
+
+    Norms of h and v are kept at 1. With `evened`, made for these starts, span(U) is projected on with weights on the
+    units. The returned `target` is u's last value among {0, h_j}.
+    """
+    basis, steps, near = quick(basis), options.steps, options.near
+    options = options if options.partner is None else replace(options, partner=quick(options.partner))
     number = torch.arange(len(iterate.u), device=basis.device)
     before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
     for done in range(0, steps, EVERY):
-        if not len(number) or time.perf_counter() > until:
+        if not len(number) or time.monotonic() > options.until:
             break
-        iterate = relax(iterate, basis, min(EVERY, steps - done), partner, weight, head, relaxation, evened, lean)
+        iterate = relax(iterate, basis, replace(options, steps=min(EVERY, steps - done)), evened)
         if near:
             fit = misfit(iterate.target, basis)
             over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
@@ -85,21 +92,12 @@ def retrieve_phases(
     return Iterate.joined([*ends, iterate])[torch.cat([*order, number]).argsort()]
 
 
-def relax(
-    iterate: Iterate,
-    basis: Float[Tensor, "m b"],
-    steps: int,
-    partner: Float[Tensor, "m r"] | None,
-    weight: float,
-    head: Float[Tensor, "m free"] | None,
-    relaxation: float,
-    evened: Evened | None,
-    lean: Float[Tensor, " m"] | None,
-) -> Iterate:
+def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, evened: Evened | None = None) -> Iterate:
     """The steps of `retrieve_phases`. A sign chooses between two values: comparisons are slow at this size."""
+    partner, head, lean, relaxation = options.partner, options.head, options.lean, options.relaxation
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
     push = None if lean is None else lean * h.abs() * h.shape[1] ** -0.5
-    for _ in range(steps):
+    for _ in range(options.steps):
         pu = evened.project(u, basis) if evened else project(u, basis)
         ru = torch.lerp(u, pu, 2.0)
         if head is None:
@@ -114,7 +112,7 @@ def relax(
             pv = project(v, partner)
             rv = torch.lerp(v, pv, 2.0)
             size = rv.abs()
-            evidence.addcmul_(rv, size, value=weight)
+            evidence.addcmul_(rv, size, value=options.weight)
         sign = evidence.sign_()  # 1 where active, -1 where not
         target = torch.addcmul(x, x, sign).mul_(0.5)
         u.add_(target, alpha=relaxation).sub_(pu, alpha=relaxation)
@@ -129,9 +127,9 @@ def relax(
 
 
 def search_evened(
-    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], *, steps: int, **options: float | Tensor
+    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], options: Reflections
 ) -> Iterate:
-    """`retrieve_phases` with rows evened out: each start's h is that of its label; options as there."""
+    """`retrieve_phases` with rows evened out: each start's h is that of its label."""
     order = labels.argsort()
     evened = Evened.of(labels[order], iterate.h[order], basis)
-    return retrieve_phases(iterate[order], basis, steps=steps, evened=evened, **options)[order.argsort()]
+    return retrieve_phases(iterate[order], basis, options, evened=evened)[order.argsort()]

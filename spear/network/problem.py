@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from spear.accuracy import Accuracy
 from spear.federated import losses
-from spear.federated.received import check_gradients, coarsest, compute_device, input_shape, rounding_unit
+from spear.federated.received import check_count, check_gradients, coarsest, compute_device, input_shape, rounding_unit
 from spear.federated.update import SharedUpdate
 from spear.models.tracing import chain
 from spear.published.lowrank import LowRank, decompose
+from spear.reconstruction import Refusal
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class NetworkView:
 
     def __post_init__(self) -> None:
         if len(self.weights) < 2:
-            raise ValueError(f"the network method needs a hidden layer; the chain has {len(self.weights)} linear layer")
+            raise Refusal(f"the network method needs a hidden layer; the chain has {len(self.weights)} linear layer")
         for k, (w, g) in enumerate(zip(self.weights, self.weight_gradients, strict=True)):
             if w.shape != g.shape:
                 raise ValueError(f"layer {k + 1}: weight {tuple(w.shape)} but gradient {tuple(g.shape)}")
@@ -109,6 +110,10 @@ class NetworkView:
         """Pre-activations of layer k."""
         z = inputs @ self.weights[k].T
         return z if self.biases[k] is None else z + self.biases[k]
+
+    def shaped(self, inputs: Float[Tensor, "s n"]) -> Float[Tensor, "s *input_shape"]:
+        """Inputs in the shape of a sample."""
+        return inputs if self.input_shape is None else inputs.unflatten(1, self.input_shape).contiguous()
 
 
 def join(matrix: Float[Tensor, "m n"], column: Float[Tensor, " m"]) -> Float[Tensor, "m n1"]:
@@ -193,15 +198,17 @@ def open_network(
 ) -> NetworkView:
     """The chain behind a model, with the update's gradients: float64 on `device`, or on the CPU where that has none.
 
-    Raises `ValueError` for a model that is not such a chain, and as `spear.attack` does for gradients that do not fit.
+    Raises `Refusal` for a model that is not such a chain, and `ValueError` as `spear.attack` does for gradients that do
+    not fit.
     """
     layers, gradients, device = chain(model), check_gradients(model, update), compute_device(device)
 
     def received(name: str) -> Tensor:
         if name not in gradients:
-            raise ValueError(f"the network method needs every layer's gradient; the update has none for {name}")
+            raise Refusal(f"the network method needs every layer's gradient; the update has none for {name}")
         return gradients[name].to(device, torch.float64)
 
+    check_count(batch_size or update.count, *layers[0].linear.weight.shape, layers[0].name)
     biased = [layer.linear.bias is not None for layer in layers]
     precision = rounding_unit(model, update) / 2
     return NetworkView(

@@ -1,6 +1,5 @@
-"""What the attacks on every layer share: budget, figures, the recovered samples with their label counts."""
+"""What the attacks on every layer share: how far a search came, and the samples that it ended with."""
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -8,44 +7,33 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear import reconstruction
-from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView
-from spear.published.lowrank import LowRank
-from spear.reconstruction import Reconstruction
+from spear.reconstruction import Reconstruction, Stats
 
 WHOLE_COUNT = 1e-4  # distance from a whole number up to which a count of copies is one
 
 
 @dataclass(frozen=True)
-class Budget:
-    """When to stop: seconds, starts, and rounds in a row that found nothing."""
+class Reached:
+    """How far a search came, and what for: `found` of `rank` directions, in `rounds` of `starts` starts together.
 
-    seconds: float = float("inf")
-    starts: int = 1_000_000
-    idle: int = 12
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What the search cost and reached.
-
-    `rank` directions stand above the gradient's noise, which is `noise` of the strongest; `gap` is how far.
+    The directions are those above the gradient's noise, which is `noise` of the strongest.
     """
 
     rank: int
-    gap: float
     noise: float
     found: int
     starts: int
     rounds: int
-    seconds: float
-    layers: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        rounds = number(self.rounds, "round")
+        return f"found {self.found} of {self.rank} gradient directions in {rounds} of {self.starts} starts"
 
 
 @dataclass(frozen=True)
-class Recovery:
-    """Recovered samples (k, n), their label counts (k, classes), residuals and certificates, and why it stopped.
+class Judged:
+    """Distinct samples (k, n) held against the update: label counts (k, classes), residuals, certificates, the verdict.
 
     `weights` (k,) in the loss are given where they are not all alike; each sample then has one label, counted once.
     `error_bound` (k,) is that of the certificate, infinite where none was tried.
@@ -57,7 +45,7 @@ class Recovery:
     certified: Bool[Tensor, " k"]
     complete: bool
     reason: str
-    stats: Stats
+    reached: Reached
     weights: Float[Tensor, " k"] | None = None
     error_bound: Float[Tensor, " k"] | None = None
 
@@ -65,60 +53,40 @@ class Recovery:
         if self.error_bound is None:
             object.__setattr__(self, "error_bound", torch.full_like(self.residuals, torch.inf))
 
+    def entries(self, problem: NetworkView, seconds: float, method: str) -> Reconstruction:
+        """The batch entry by entry: a sample comes as often as it is in it, with a label each time."""
+        pairs = self._whole.nonzero()
+        times = self._whole[pairs[:, 0], pairs[:, 1]]
+        sample, label = (column.repeat_interleave(times) for column in pairs.T)
+        return Reconstruction(
+            problem.shaped(self.inputs[sample]),
+            label,
+            self.reached.rank,
+            self.residuals[sample],
+            self.certified[sample],
+            self.complete,
+            self.reason,
+            Stats(seconds, self.reached.starts, self.reached.rounds),
+            weights=None if self.weights is None else self.weights[sample],
+            method=method,
+            error_bound=self.error_bound[sample],
+            limit=problem.accuracy.recovered,
+        )
+
     @property
-    def entries(self) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-        """The batch entry by entry: which sample, which label; a repeated sample appears as often as it is in it."""
+    def _whole(self) -> Int[Tensor, "k classes"]:
+        """The label counts as whole numbers; of smoothed labels, the largest one."""
         whole = ((self.counts - self.counts.round()).abs() < WHOLE_COUNT).all(1, keepdim=True)
-        largest = F.one_hot(self.counts.argmax(1), self.counts.shape[1])  # of smoothed labels
-        counts = torch.where(whole, self.counts.round().long(), largest)
-        pairs = counts.nonzero()
-        times = counts[pairs[:, 0], pairs[:, 1]]
-        return pairs[:, 0].repeat_interleave(times), pairs[:, 1].repeat_interleave(times)
+        return torch.where(whole, self.counts.round().long(), F.one_hot(self.counts.argmax(1), self.counts.shape[1]))
 
 
-def searched(stats: Stats) -> str:
-    """How far the search came, in words."""
-    rounds = number(stats.rounds, "round")
-    return f"found {stats.found} of {stats.rank} gradient directions in {rounds} of {stats.starts} starts"
+def nothing(problem: NetworkView, reason: str, reached: Reached) -> Judged:
+    """No sample, and why."""
+    empty = problem.weights[0].new_zeros
+    none = empty(0, problem.weights[0].shape[1]), empty(0, problem.classes), empty(0), empty(0).bool()
+    return Judged(*none, False, reason, reached)
 
 
 def number(count: int, noun: str) -> str:
     """The count and the noun, in the plural where it is not one."""
     return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def figures(run: PhaseSearch, low: LowRank, begin: float) -> Stats:
-    """The figures so far of a run that began at `begin` on the performance counter."""
-    noise, found = low.noise / low.largest, low.rank - run.left
-    return Stats(low.rank, low.gap, noise, found, run.starts, run.rounds, time.perf_counter() - begin)
-
-
-def nothing(problem: NetworkView, reason: str, stats: Stats) -> Recovery:
-    empty = problem.weights[0].new_zeros
-    return Recovery(
-        empty(0, problem.weights[0].shape[1]),
-        empty(0, problem.classes),
-        empty(0),
-        empty(0).bool(),
-        False,
-        reason,
-        stats,
-    )
-
-
-def limits(budget: reconstruction.Budget) -> Budget:
-    return Budget(
-        budget.left,
-        Budget.starts if budget.proposals is None else budget.proposals,
-    )
-
-
-def entries(found: Recovery, problem: NetworkView) -> Reconstruction:
-    """What was recovered, entry by entry of the batch."""
-    sample, label = found.entries
-    inputs = found.inputs[sample].unflatten(1, problem.input_shape).contiguous()
-    stats = reconstruction.Stats(found.stats.seconds, found.stats.starts, found.stats.rounds)
-    evidence = (found.residuals[sample], found.certified[sample], found.complete, found.reason, stats)
-    weights = None if found.weights is None else found.weights[sample]
-    rest = {"weights": weights, "error_bound": found.error_bound[sample], "limit": problem.accuracy.recovered}
-    return Reconstruction(inputs, label, found.stats.rank, *evidence, **rest)

@@ -12,8 +12,11 @@ from torch import Tensor
 from spear import directions
 from spear.directions import TINY, distinct, unit_rows
 
+SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by the root of rounding
+
 
 def project(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k m"]:
+    """The part of each x in the span of an orthonormal basis, computed in the basis' precision."""
     return (x.to(basis.dtype) @ basis @ basis.T).to(x.dtype)
 
 
@@ -126,7 +129,7 @@ class Solved:
         """The class whose entry of d is negative."""
         return self.d.argmin(1)
 
-    def join(self, other: "Solved", room: int, cosine: float = 1 - 1e-9) -> "Solved":
+    def join(self, other: "Solved", room: int, cosine: float = SAME) -> "Solved":
         """Add the directions of `other` that are new up to sign, as far as there is room."""
         new = other[distinct(other.t, cosine, known=self.t)[:room]]
         return Solved(torch.cat([self.t, new.t]), torch.cat([self.d, new.d]), torch.cat([self.mask, new.mask]))
@@ -153,4 +156,5 @@ def leaning(spaces: Spaces, free: Float[Tensor, "b r"]) -> Float[Tensor, " m"]:
 
 
 def sine(x: Float[Tensor, "s n"], projected: Float[Tensor, "s n"]) -> Float[Tensor, " s"]:
+    """Of each x to a span, given its projection there."""
     return (x - projected).norm(dim=1) / x.norm(dim=1)

@@ -1,11 +1,9 @@
 """The attack that uses every layer: phase retrieval at the last hidden layer, least squares down, a certificate."""
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 
 from jaxtyping import Bool, Float
-from torch import Generator, Tensor
+from torch import Tensor
 
 from spear.directions import unit_rows
 from spear.network import many_classes
@@ -14,59 +12,64 @@ from spear.network.layerwise import PositiveRule, above_gap, above_noise, activa
 from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
-from spear.network.recovery import Budget, Recovery, Stats, figures, nothing, searched
+from spear.network.recovery import Judged, Reached, nothing
 from spear.network.spaces import Solved, Spaces, contrasts
 from spear.published.lowrank import MIN_GAP, LowRank
+from spear.reconstruction import Reconstruction, Refusal, Terms
 
 MARGIN = 8
+IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 
 
-def recover(
-    problem: NetworkView,
-    *,
-    rank: int | None = None,
-    budget: Budget = Budget(),
-    generator: Generator | None = None,
-    progress: Callable[[Stats], None] | None = None,
-) -> Recovery:
-    """Recover the whole batch from the gradients of a fully connected ReLU network.
+def recover(problem: NetworkView, terms: Terms) -> Reconstruction:
+    """Recover the whole batch from the gradients of a fully connected ReLU network, entry by entry.
 
-    `rank` is the number of distinct samples, found from the gradient of the last hidden layer where it is not given.
-    `progress` receives the figures so far after every round. Nothing is returned that the update does not support, and
-    nothing is certified while samples are missing: an exhausted budget gives an incomplete result and its reason.
+    Nothing is returned that the update does not support, and nothing is certified while samples are missing: an
+    exhausted budget gives an incomplete result and its reason.
 
     Raises `ValueError` for a gradient that is zero.
     """
-    begin = time.perf_counter()
-    generator = generator or Generator().manual_seed(0)
-    low = problem.factors(problem.last, rank)
+    return distinct_samples(problem, terms).entries(problem, terms.budget.elapsed, "network")
+
+
+def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
+    """The samples behind the gradients, each once with its label counts; raises as `recover` does."""
+    low = problem.factors(problem.last)
     spaces = open_spaces(problem, low.L, low.R)
-    refusal = _refusal(problem, spaces, low)
     restricted = many_classes.too_many(problem, spaces, MARGIN)
-    run = PhaseSearch(problem, spaces, low.noise, generator, restricted=restricted)
-    run.until = begin + budget.seconds
-    while refusal is None and run.left:
-        run.round()
-        stats = figures(run, low, begin)
-        if progress:
-            progress(stats)
-        if stats.seconds > budget.seconds or run.starts >= budget.starts or run.idle >= budget.idle:
-            break
-        if run.idle == 2 and blurred(problem, run):
-            break
-    stats = figures(run, low, begin)
-    result = nothing(problem, refusal or searched(stats), stats)
-    if refusal is None and len(run.found):
+    run = PhaseSearch(problem, spaces, low.noise, terms.generator(), restricted=restricted)
+    run.until = terms.budget.until
+    try:
+        _check_reach(problem, spaces, low)
+    except Refusal as refusal:
+        return conclude_partly(problem, run, _reached(run, low), str(refusal), terms)
+    _search(problem, run, terms)
+    reached = _reached(run, low)
+    result = nothing(problem, str(reached), reached)
+    if len(run.found):
         solved = many_classes.sharpen(problem, spaces, run.found) if restricted and not run.left else run.found
-        whole = conclude(problem, spaces, solved, stats)
+        whole = conclude(problem, spaces, solved, reached)
         result = _more(whole, result) if run.left else whole
-    if refusal or len(result.inputs) < max(stats.found, 1):
+    if len(result.inputs) < max(reached.found, 1):
         # Mixtures of samples whose masks resemble each other pass for samples: begin at the other end too.
-        result = _more(conclude_partly(problem, run, stats, refusal, budget), result)
-    return replace(result, stats=replace(result.stats, seconds=time.perf_counter() - begin))
+        result = _more(conclude_partly(problem, run, reached, str(reached), terms), result)
+    return result
 
 
-def _more(first: Recovery, second: Recovery) -> Recovery:
+def _search(problem: NetworkView, run: PhaseSearch, terms: Terms) -> None:
+    """Rounds until all directions are found, the budget is spent or they find no more."""
+    while run.left:
+        run.round()
+        terms.report("network", run.whole.rank - run.left, run.whole.rank, run.starts)
+        if terms.budget.spent(run.starts) or run.idle >= IDLE or (run.idle == 2 and blurred(problem, run)):
+            break
+
+
+def _reached(run: PhaseSearch, low: LowRank) -> Reached:
+    return Reached(low.rank, low.noise / low.largest, low.rank - run.left, run.starts, run.rounds)
+
+
+def _more(first: Judged, second: Judged) -> Judged:
     """The result with more samples, in doubt the second."""
     return first if len(first.inputs) > len(second.inputs) else second
 
@@ -84,42 +87,41 @@ def open_spaces(problem: NetworkView, L: Float[Tensor, "m b"], R: Float[Tensor, 
     return Spaces(L, singular, rows, lift, problem.weights[-1], contrasts(problem.outputs, problem.loss, L))
 
 
-def _refusal(problem: NetworkView, spaces: Spaces, low: LowRank) -> str | None:
-    """Why the search cannot be trusted to say anything, or `None`."""
+def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
+    """Raises `Refusal` where the search cannot be trusted to say anything."""
     widths = [len(w) for w in problem.weights[:-1]]
     rank, live = spaces.rank, int((spaces.basis.norm(dim=1) > 1e-9).sum())
     if problem.batch_size and rank > 2 * problem.batch_size and low.gap < MIN_GAP:
-        return f"rank {rank} without a gap from a batch of {problem.batch_size}: there is noise on the gradient"
+        raise Refusal(f"rank {rank} without a gap from a batch of {problem.batch_size}: there is noise on the gradient")
     if rank == min(problem.augmented(problem.last).shape) and low.gap < MIN_GAP:
         least = f"the last of {rank} is {low.smallest / low.largest:.0e} of the first"
         where = f"no gap in the singular values of the last hidden layer's gradient: {least}"
-        return f"{where}: a batch too large for width {widths[-1]}, or noise on the gradient"
+        raise Refusal(f"{where}: a batch too large for width {widths[-1]}, or noise on the gradient")
     if min(widths) < rank + MARGIN:
         k = widths.index(min(widths))
         needed = f"every hidden layer at least {rank + MARGIN} wide"
-        return f"a batch of rank {rank} needs {needed}; layer {k + 1} has {widths[k]}"
+        raise Refusal(f"a batch of rank {rank} needs {needed}; layer {k + 1} has {widths[k]}")
     if live < rank + (2 if problem.loss == "cross_entropy" else problem.outputs) + MARGIN:
-        return f"a batch of rank {rank} leaves too few live units in the last hidden layer: {live}"
+        raise Refusal(f"a batch of rank {rank} leaves too few live units in the last hidden layer: {live}")
     if problem.biases[problem.last] is None and problem.loss != "cross_entropy":
-        return f"without biases the scale of an image shows in the softmax alone; the loss is {problem.loss}"
-    return None
+        raise Refusal(f"without biases the scale of an image shows in the softmax alone; the loss is {problem.loss}")
 
 
-def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, stats: Stats) -> Recovery:
+def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reached) -> Judged:
     """From all directions to samples: held against every layer's gradient."""
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
     sane = plausible(problem, rows, solved)
     rows, solved, best = rows[sane], solved[sane], None
     for positive, spans in masks_by(problem) if len(solved) else ():
         inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
-        result = judge(problem, inputs, targets, stats)
-        if len(result.inputs) < stats.rank:
+        result = judge(problem, inputs, targets, reached)
+        if len(result.inputs) < reached.rank:
             same = consistent(problem, spaces, solved, inputs, targets)
-            result = _more(judge(problem, inputs[same], targets[same], stats), result) if same.any() else result
-        if len(result.inputs) == stats.rank:
+            result = _more(judge(problem, inputs[same], targets[same], reached), result) if same.any() else result
+        if len(result.inputs) == reached.rank:
             return result
         best = _more(result, best) if best else result
-    return best or nothing(problem, searched(stats), stats)
+    return best or nothing(problem, str(reached), reached)
 
 
 def masks_by(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:

@@ -10,21 +10,21 @@ all q that are, so that each one found removes a part of every guess's error. A 
 prior: near initialisation q_i and v_i are nearly parallel, and samples that activate a neuron lend it their q.
 """
 
-import time
-from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spear.published import algorithm, filtering, theory
+from spear.published import filtering, theory
+from spear.published.algorithm import Sampling, find_columns
 from spear.published.filtering import merge, thresholds
 from spear.published.greedy import Candidates, choose
 from spear.published.kernels import Proposals, distinct, kernels_lu, refine
 from spear.published.view import Observed
-from spear.reconstruction import Budget, Progress
+from spear.reconstruction import Terms
 
 ROUND = 1000  # proposals of a round
 IDLE = 30  # rounds without a new direction after which guesses are given up
@@ -34,58 +34,58 @@ FOCUS = 8  # how strongly draws favour the lowest pre-activations: 0 would be ha
 CHUNK_BYTES = 2**27  # of submatrices in work at once
 
 
+@dataclass(frozen=True)
+class Guided:
+    """Sampling where guesses point: `approximate` inputs (k, *input_shape) near some of the samples, or rows of L.
+
+    The other options are those of `Sampling`, which goes on where guesses lead nowhere.
+    """
+
+    name: ClassVar[str] = "guided"
+    stands_noise: ClassVar[bool] = False
+    approximate: Float[Tensor, "k *input_shape"] | None = None
+    false_rejection: float = 1e-9
+    executor: Executor | None = None
+
+    def search(self, observed: Observed, terms: Terms, device: str | torch.device | None = None) -> Candidates:
+        """All columns of Q (`find_columns_guided`)."""
+        return find_columns_guided(observed, terms, self, device)
+
+
 def find_columns_guided(
-    observed: Observed,
-    budget: Budget,
-    seed: int,
-    progress: Callable[[Progress], None] | None = None,
-    *,
-    approximate: Float[Tensor, "k *input_shape"] | None = None,
-    false_rejection: float = 1e-9,
-    device: str | torch.device | None = None,
-    executor: Executor | None = None,
+    observed: Observed, terms: Terms, options: Guided = Guided(), device: str | torch.device | None = None
 ) -> Candidates:
     """All columns of Q by rounds of guided proposals, filtered and chosen from as in `spear.published.algorithm`.
 
-    `approximate` holds inputs near some of the samples; without, or beside them, rows of L serve as guesses. After
-    `IDLE` rounds without a new direction sampling goes on uniformly, where that is within `REACH` at all: a bad guess
-    costs time and nothing else. Raises `ValueError` for approximations of another size than the layer's inputs.
+    After `IDLE` rounds without a new direction sampling goes on uniformly, where that is within `REACH` at all: a bad
+    guess costs time and nothing else. Raises `ValueError` for approximations of another size than the layer's inputs.
     """
-    found = _guided(observed, _finite(observed, approximate), budget, seed, progress, false_rejection)
+    found = _guided(observed, _finite(observed, options.approximate), terms, options)
     m, b = observed.L.shape
     if found.matching == 1 or found.spent or theory.expected_proposals(theory.half_rates(m, b)) > REACH:
         return found if found.spent else replace(found, spent=f"{IDLE} rounds of guesses found nothing new")
-    rest = None if budget.proposals is None else budget.proposals - found.proposals
-    options = {"false_rejection": false_rejection, "device": device, "executor": executor}
-    left = replace(budget, proposals=rest)
-    last = algorithm.find_columns(observed, budget=left, seed=seed, progress=progress, **options)
+    rest = None if terms.budget.proposals is None else terms.budget.proposals - found.proposals
+    left = replace(terms, budget=replace(terms.budget, proposals=rest))
+    last = find_columns(observed, left, Sampling(options.false_rejection, options.executor), device)
     return replace(last, proposals=found.proposals + last.proposals, rounds=found.rounds + last.rounds)
 
 
-def _guided(
-    observed: Observed,
-    approximate: Float[Tensor, "k n"] | None,
-    budget: Budget,
-    seed: int,
-    progress: Callable[[Progress], None] | None,
-    false_rejection: float,
-) -> Candidates:
+def _guided(observed: Observed, approximate: Float[Tensor, "k n"] | None, terms: Terms, options: Guided) -> Candidates:
     """Rounds of guided proposals until lambda = 1, the budget is spent or guesses lead nowhere."""
     observed = observed.alive()
-    generator = torch.Generator(observed.L.device).manual_seed(seed)
+    generator = torch.Generator(observed.L.device).manual_seed(terms.seed)
     pool = None if approximate is None else guesses(observed, approximate)
-    threshold, b = thresholds(observed, false_rejection)[0], observed.L.shape[1]
+    threshold, b = thresholds(observed, options.false_rejection)[0], observed.L.shape[1]
     q, basis, matching = choose(observed, observed.L.new_zeros(0, b), threshold)
     proposals, rounds, idle, spent = 0, 0, 0, ""
-    while matching < 1 and idle < IDLE and not (spent := budget.spent(proposals)):
+    while matching < 1 and idle < IDLE and not (spent := terms.budget.spent(proposals)):
         found = propose(observed, pool, q[basis], ROUND, threshold=threshold, generator=generator)
         proposals, rounds, before = proposals + found.count, rounds + 1, len(q)
         q = merge(observed, q, found.directions, threshold)
         idle = 0 if len(q) > before else idle + 1
         if not idle:
             q, basis, matching = choose(observed, q, threshold)
-        if progress is not None:
-            progress(Progress(len(basis), b, proposals, time.monotonic() - budget.started))
+        terms.report(options.name, len(basis), b, proposals)
     return Candidates(q, basis, matching, proposals, rounds, spent)
 
 

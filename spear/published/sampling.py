@@ -1,7 +1,8 @@
 """Sampling: kernels of random sets of b - 1 rows of L, kept where L q has many zeros (SPEAR, Section 3.2, Algorithm 1).
 
 The textbook form (`naive`), the kernels of whole blocks of rows by one inversion (`block_kernels`), and walks that test
-kernels without computing them (`spear.published.walks`). Work comes in rounds, independent of each other and of where they run.
+kernels without computing them (`spear.published.walks`). Work comes in rounds, independent of each other and of where
+they run.
 Directions are rows here: `q` (h, b) holds h unit vectors, each a candidate for a column of Q.
 """
 
@@ -120,7 +121,7 @@ def block_round(
 def chain_rounds(
     L: Float[Tensor, "m b"], indices: range, *, seed: int, device: torch.device, tolerance: float = 1e-7
 ) -> tuple[int, Float[Tensor, "h b"]]:
-    """The number of kernels that the chains of some rounds test (`spear.published.walks`), and those found promising."""
+    """The number of kernels that the chains of some rounds test (`spear.published.walks`), and the promising ones."""
     dtype = torch.float32 if device.type == "mps" else torch.float64  # there is no float64 on MPS
     started = [
         walks.start_chains(

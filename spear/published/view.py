@@ -10,11 +10,20 @@ from torch import Tensor, nn
 
 from spear.accuracy import Accuracy
 from spear.federated.losses import slope
-from spear.federated.received import Widened, check_gradients, coarsest, compute_device, input_shape, rounding_unit
+from spear.federated.received import (
+    Widened,
+    check_count,
+    check_gradients,
+    coarsest,
+    compute_device,
+    input_shape,
+    rounding_unit,
+)
 from spear.federated.update import SharedUpdate
 from spear.models.streaming import Blocks, Streamed, streamed
 from spear.models.tracing import Layer, find_layer
 from spear.published.lowrank import LowRank, decompose, rank_under_noise
+from spear.reconstruction import Refusal
 
 MOST_UNDER_NOISE = 0.4  # of the smaller side: the share of a gradient's singular values that may rise above noise
 
@@ -94,7 +103,7 @@ def open_layer(
     gradients = check_gradients(model, update)
     m, n = found.linear.weight.shape
     disclosed = update.count if batch_size is None else batch_size
-    _check_count(disclosed, m, n, found.name)
+    check_count(disclosed, m, n, found.name)
     device = compute_device(device)
     tail = None if found.tail is None else streamed(found.tail, device)
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)
@@ -124,40 +133,29 @@ def _jacobian(layer: Layer, gradients: Widened) -> Blocks:
     return Blocks(dW, dbeta, torch.empty(0, dtype=torch.float64, device=gradients.device))
 
 
-def under_noise(target: LayerView) -> LayerView | None:
+def under_noise(view: LayerView) -> LayerView | None:
     """The same layer seen at the rank that rises above noise, entries of G counting as zero under the noise's size.
 
     The noise level is estimated from the singular values beyond the rank. `None` where no rank rises, or where what
     rises is too much of the layer to be told from noise.
     """
-    J = _jacobian(target.layer, target.gradients).whole()
+    J = _jacobian(view.layer, view.gradients).whole()
     m, n = J.shape
     s = torch.linalg.svdvals(J)
     rank = rank_under_noise(s, (m, n))
     if not 0 < rank <= MOST_UNDER_NOISE * min(m, n):
         return None
-    low, observed = observe(target.layer, target.gradients, rank, target.eps)
+    low, observed = observe(view.layer, view.gradients, rank, view.eps)
     # Each entry of L = J V S^-1 carries noise sigma / s: four deviations, relative to a column of G of m entries.
     sigma = low.noise / (math.sqrt(m) + math.sqrt(n))
     tolerance = min(4 * sigma * math.sqrt(m) / low.smallest, 0.3)
-    return replace(target, low=low, observed=replace(observed, tolerance=tolerance))
+    return replace(view, low=low, observed=replace(observed, tolerance=tolerance))
 
 
 def _required(gradients: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in gradients:
-        raise ValueError(f"the update has no gradient for {name}; it has {', '.join(gradients)}")
+        raise Refusal(f"the update has no gradient for {name}; it has {', '.join(gradients)}")
     return gradients[name]
-
-
-def _check_count(count: int | None, m: int, n: int, name: str) -> None:
-    if count is None:
-        return
-    if count < 1:
-        raise ValueError(f"a batch has at least 1 sample, not {count}")
-    if count >= m:
-        raise ValueError(f"a batch of rank {count} needs a layer wider than {count}; {name} has {m}")
-    if count > n:
-        raise ValueError(f"a batch of rank {count} needs at least {count} inputs; {name} has {n}")
 
 
 def _input_shape(layer: Layer, update: SharedUpdate) -> tuple[int, ...]:

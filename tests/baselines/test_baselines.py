@@ -9,9 +9,9 @@ from torch import nn
 
 from spear import data, metrics, models
 from spear.baselines import gradient_matching
-from spear.baselines.server import Trial, server_of, uncertified
 from spear.baselines.closed_form import closed_form, infer_labels
 from spear.baselines.gradient_matching import dlg, inverting_gradients
+from spear.baselines.server import Trial, server_of, uncertified
 from spear.federated import SharedUpdate, gradient
 from spear.models.tracing import linear_layers
 from spear.reconstruction import Stats
@@ -35,9 +35,7 @@ def digits_problem(count, *, width=100, seed=0, reduction="mean"):
 def mean_image_psnr(inputs, count=300):
     """PSNR of guessing the mean image of the data set: what knows the data but not the gradient."""
     average = data.load("digits", count=count, seed=99)[0].mean(0).expand(len(inputs), *DIGITS)
-    guess = uncertified(
-        Trial(average, torch.zeros(len(inputs), dtype=torch.long), 0.0), "", Stats(0.0)
-    )
+    guess = uncertified(Trial(average, torch.zeros(len(inputs), dtype=torch.long), 0.0), "", Stats(0.0))
     return metrics.evaluate(guess, inputs).psnr
 
 

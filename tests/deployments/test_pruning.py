@@ -12,7 +12,7 @@ from spear import attack, data, metrics, models
 from spear.deployments.pruning import recover
 from spear.federated import SharedUpdate, defences, gradient, privacy
 from spear.network.problem import open_network
-from spear.network.recovery import Budget
+from spear.reconstruction import Budget, Terms
 
 
 def _client(b: int = 5, m: int = 120, n: int = 100, depth: int = 3, seed: int = 0, **options: object):
@@ -155,8 +155,8 @@ def test_a_quarter_of_a_real_batch(name, mode, real_data):
 def test_an_empty_budget_says_so():
     model, inputs, labels = _client()
     sent = defences.pruned_random(gradient(model, inputs, labels), 0.4, generator=_generator())
-    found = recover(open_network(model, sent), budget=Budget(starts=0), generator=_generator())
+    found = recover(open_network(model, sent), Terms(Budget(proposals=0)))
     assert not found.complete
     assert found.reason == "found 0 of 5 samples in 0 starts"
-    none = recover(open_network(model, sent), budget=Budget(seconds=0.0), generator=_generator())
+    none = recover(open_network(model, sent), Terms(Budget(seconds=0.0)))
     assert "gave no completion that the others confirm" in none.reason

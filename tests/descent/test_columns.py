@@ -8,7 +8,7 @@ from spear.descent import columns
 from spear.descent.columns import Lengths
 from spear.directions import complement, unit_rows
 from spear.published import filtering, greedy
-from spear.reconstruction import Budget
+from spear.reconstruction import Terms
 
 SEEDS = range(5)
 
@@ -134,8 +134,8 @@ def test_a_search_that_failed_once_is_not_given_up_for_one_that_never_found_anyt
         calls["barren"] += 1
         return unit_rows(torch.randn(count, 10, generator=generator, dtype=torch.float64))
 
-    lengths, budget = Lengths(shortest=10, longest=10), Budget(0.0, None, None)
-    found = columns.collect(problem.observed, (barren, brings), lengths, budget, 0)
+    lengths = Lengths(shortest=10, longest=10)
+    found = columns.collect(problem.observed, (barren, brings), lengths, Terms())
     assert found.matching == 1, found.spent
     assert calls["brings"] > calls["barren"] > 0
 
@@ -146,6 +146,6 @@ def test_collecting_stops_where_no_search_brings_anything():
     def barren(known, count, steps, generator):
         return unit_rows(torch.randn(count, 10, generator=generator, dtype=torch.float64))
 
-    found = columns.collect(problem.observed, (barren,), Lengths(10, 10), Budget(0.0, None, None), 0)
+    found = columns.collect(problem.observed, (barren,), Lengths(10, 10), Terms())
     assert (found.matching, found.rounds) == (0, columns.IDLE)
     assert f"{columns.IDLE} rounds of 10 steps found no further column" in found.spent

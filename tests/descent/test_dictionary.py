@@ -9,7 +9,7 @@ from problems import make
 from spear.descent import columns, dictionary
 from spear.directions import unit_rows
 from spear.published.greedy import disaggregate
-from spear.reconstruction import Budget
+from spear.reconstruction import Budget, Terms
 
 SEEDS = range(5)
 LEARNERS = [
@@ -88,7 +88,7 @@ def test_reweighted_is_an_inverse_iteration():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_all_columns(b, m, seed):
     problem = make(b, m, 60, seed=seed)
-    found = dictionary.search(problem.observed, Budget(0.0, None, None), seed)
+    found = dictionary.find_columns(problem.observed, Terms(seed=seed))
     assert found.matching == 1, found.spent
     _, X = disaggregate(problem.observed, found.q[found.basis])
     order = torch.cdist(problem.inputs, X.mT).argmin(1)
@@ -99,6 +99,6 @@ def test_all_columns(b, m, seed):
 def test_any_learner_may_collect(learner):
     problem = make(4, 200, 60)
     lengths = columns.Lengths(shortest=100, longest=100)
-    budget = Budget(0.0, None, 2000)
-    found = dictionary.search(problem.observed, budget, 0, learner=learner, lengths=lengths)
+    terms = Terms(Budget(proposals=2000))
+    found = dictionary.find_columns(problem.observed, terms, learner=learner, lengths=lengths)
     assert len(found.basis) >= 2

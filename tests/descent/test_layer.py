@@ -13,10 +13,8 @@ from spear.inversion import attack
 from spear.metrics import evaluate, truth
 from spear.published.greedy import disaggregate
 from spear.published.view import open_layer
-from spear.reconstruction import Budget
+from spear.reconstruction import Terms
 from spear.study import ablations
-
-NO_LIMIT = Budget(0.0, None, None)
 
 
 def normal(*shape, seed=0):
@@ -112,7 +110,7 @@ def test_deep_layers_where_samples_agree(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_all_columns(b, m, depth, seed):
     problem = make(b, m, 80, depth, seed=seed)
-    found = layer.search(problem.observed, NO_LIMIT, seed)
+    found = layer.find_columns(problem.observed, Terms(seed=seed))
     assert found.matching == 1, found.spent
     _, X = disaggregate(problem.observed, found.q[found.basis])
     order = torch.cdist(problem.inputs, X.mT).argmin(1)

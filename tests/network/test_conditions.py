@@ -12,7 +12,7 @@ from spear import data, metrics, models
 from spear.federated import gradient
 from spear.inversion import attack
 from spear.network import whole_batch
-from spear.network.recovery import Budget
+from spear.reconstruction import Budget, Terms
 
 
 def trained(
@@ -70,7 +70,7 @@ def test_saturated_networks_give_every_visible_sample_and_count_the_others(depth
 @pytest.mark.parametrize(("reduction", "known"), [("mean", False), ("sum", True)])
 def test_other_losses(loss, outputs, sizes, reduction, known):
     made = case((*sizes, outputs), 20, seed=1, loss=loss, reduction=reduction, known=known)
-    found = whole_batch.recover(made.problem, budget=Budget(20.0))
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(20.0)))
     assert found.complete == known, found.reason
     assert errors(found.inputs, made.inputs).max() < 1e-9
     assert_labels(made, found)
@@ -88,7 +88,7 @@ def test_one_output_through_the_front_door(loss):
 
 
 def test_without_biases_other_losses_are_a_refusal():
-    found = whole_batch.recover(case((60, 120, 120, 4), 10, bias=False, loss="squared_error").problem)
+    found = whole_batch.distinct_samples(case((60, 120, 120, 4), 10, bias=False, loss="squared_error").problem, Terms())
     assert (len(found.inputs), found.complete) == (0, False)
     assert found.reason == (
         "without biases the scale of an image shows in the softmax alone; the loss is squared_error"
@@ -110,7 +110,7 @@ def permuted(made: Case, order: torch.Tensor) -> Case:
 @pytest.mark.parametrize("sizes", [(60, 120, 10), (60, 120, 120, 10)])
 def test_permuting_classes_permutes_labels(sizes):
     made = permuted(case(sizes), torch.randperm(10, generator=torch.Generator().manual_seed(4)))
-    found = whole_batch.recover(made.problem, budget=Budget(20.0))
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(20.0)))
     assert found.complete, found.reason
     assert errors(found.inputs, made.inputs).max() < 1e-9
     assert_labels(made, found)
@@ -119,7 +119,7 @@ def test_permuting_classes_permutes_labels(sizes):
 @pytest.mark.parametrize("seed", range(3))
 def test_single_precision_gives_certain_samples_while_others_are_missing(seed):
     made = case((60, 250, 250, 10), 50, seed=seed, dtype=torch.float32)
-    found = whole_batch.recover(made.problem, budget=Budget(starts=1))
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(proposals=1)))
     assert not found.complete
     assert 0 < len(found.inputs) < 50
     assert (errors(made.inputs, found.inputs) < 1e-3).all()
@@ -130,7 +130,7 @@ def test_single_precision_gives_certain_samples_while_others_are_missing(seed):
 def test_one_hidden_layer_gives_certain_samples_while_a_few_others_are_missing(seed):
     """Each missing sample costs one equation of the softmax: ten classes bear six."""
     made = case((60, 160, 40), 40, seed=seed)
-    found = whole_batch.recover(made.problem, budget=Budget(starts=1))
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(proposals=1)))
     assert not found.complete
     assert 0 < len(found.inputs) < 40, found.reason
     assert (errors(made.inputs, found.inputs) < 1e-6).all()
@@ -144,7 +144,7 @@ def test_one_hidden_layer_gives_certain_samples_while_a_few_others_are_missing(s
 def test_a_thousand_classes_on_a_narrow_layer(sizes, known):
     """More classes than units: the space of all h says nothing, one h for each class does."""
     made = case(sizes, 20, known=known)
-    found = whole_batch.recover(made.problem, budget=Budget(20.0))
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(20.0)))
     assert found.complete == known, found.reason
     assert errors(found.inputs, made.inputs).max() < 1e-9
     assert_labels(made, found)
@@ -155,7 +155,7 @@ def test_pairs_of_nearly_equal_images_are_not_certified_as_their_mean():
     x = torch.randn(1, 2, generator=generator, dtype=torch.float64).repeat(2, 1)
     x[1] += 1e-4
     made = case((2, 39, 2), inputs=x, labels=torch.tensor([1, 1]), known=False)
-    assert not whole_batch.recover(made.problem).certified.any()
+    assert not whole_batch.distinct_samples(made.problem, Terms()).certified.any()
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -164,4 +164,4 @@ def test_two_nearly_equal_images_with_two_labels_are_not_one_with_a_smoothed_lab
     x = torch.randn(1, 2, generator=generator, dtype=torch.float64).repeat(2, 1)
     x[1] += 3e-3
     made = case((2, 13, 19, 2), seed=4, inputs=x, labels=torch.tensor([0, 1]), known=known)
-    assert not whole_batch.recover(made.problem).certified.any()
+    assert not whole_batch.distinct_samples(made.problem, Terms()).certified.any()

@@ -8,7 +8,7 @@ from network_problems import case
 from spear.directions import unit_rows
 from spear.network import exact_step, last_samples, phase_retrieval
 from spear.network.exact_step import Tolerances
-from spear.network.phase_retrieval import Iterate
+from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.problem import Targets, passes
 from spear.network.spaces import Evened, Solved, complement, leaning, misfit, project, quick
 from spear.network.whole_batch import open_spaces
@@ -80,9 +80,11 @@ def test_batched_search_equals_single_starts(moving, partnered):
     head = torch.linalg.qr(spaces.head_space)[0].float() if moving else None
     partner = torch.linalg.qr(spaces.lift)[0].float() if partnered else None
     begin = starts(spaces, deltas, errors)
-    whole = phase_retrieval.retrieve_phases(begin, basis, steps=20, head=head, partner=partner)
+    whole = phase_retrieval.retrieve_phases(begin, basis, Reflections(20, head=head, partner=partner))
     for k in range(3):
-        single = phase_retrieval.retrieve_phases(begin[torch.tensor([k])], basis, steps=20, head=head, partner=partner)
+        single = phase_retrieval.retrieve_phases(
+            begin[torch.tensor([k])], basis, Reflections(20, head=head, partner=partner)
+        )
         assert torch.allclose(single.u[0], whole.u[k], atol=1e-3)
 
 
@@ -91,9 +93,9 @@ def test_a_search_stops_when_its_time_is_up():
     begin, labels = starts(spaces, deltas, errors), errors[:12].argmin(1)
     for search in (
         phase_retrieval.retrieve_phases,
-        lambda start, basis, **options: phase_retrieval.search_evened(start, labels, basis, **options),
+        lambda start, basis, options: phase_retrieval.search_evened(start, labels, basis, options),
     ):
-        stopped = search(begin, spaces.basis.float(), steps=10**9, until=time.perf_counter())
+        stopped = search(begin, spaces.basis.float(), Reflections(10**9, until=time.monotonic()))
         assert torch.allclose(stopped.u, begin.u)
         assert torch.allclose(stopped.target, begin.target)
 
@@ -103,7 +105,7 @@ def test_a_step_equals_the_textbook_choice_between_0_and_h(partnered):
     spaces, deltas, errors, _ = opened()
     partner = torch.linalg.qr(spaces.lift)[0] if partnered else None
     begin = starts(spaces, deltas, errors).to(torch.float64)
-    after = phase_retrieval.retrieve_phases(begin, spaces.basis, steps=1, partner=partner)
+    after = phase_retrieval.retrieve_phases(begin, spaces.basis, Reflections(1, partner=partner))
     u, h, v = begin.u, begin.h, begin.v
     inside = u @ spaces.basis @ spaces.basis.T
     evidence = (2 * (2 * inside - u) - h) * h
@@ -120,8 +122,8 @@ def test_a_step_equals_the_textbook_choice_between_0_and_h(partnered):
 def test_starts_that_arrived_end_and_the_others_go_on():
     spaces, deltas, errors, _ = opened(batch=40)
     begin = starts(spaces, deltas, errors, count=40).to(torch.float64)
-    free = phase_retrieval.retrieve_phases(begin, spaces.basis, steps=30)
-    ended = phase_retrieval.retrieve_phases(begin, spaces.basis, steps=30, near=0.03)
+    free = phase_retrieval.retrieve_phases(begin, spaces.basis, Reflections(30))
+    ended = phase_retrieval.retrieve_phases(begin, spaces.basis, Reflections(30, near=0.03))
     fit = misfit(ended.target, spaces.basis)
     arrived, vanished = fit < 0.03, fit == 1
     on = torch.isclose(ended.u, free.u, atol=1e-9).all(1)
@@ -180,7 +182,7 @@ def test_truth_is_a_fixed_point(moving):
     scale = h.norm(dim=1, keepdim=True)
     truth = Iterate(deltas / scale, h / scale, h / scale, deltas / scale)
     head = torch.linalg.qr(spaces.head_space)[0] if moving else None
-    after = phase_retrieval.retrieve_phases(truth, spaces.basis, steps=5, head=head)
+    after = phase_retrieval.retrieve_phases(truth, spaces.basis, Reflections(5, head=head))
     assert torch.allclose(after.u, truth.u, atol=1e-12)
     assert misfit(after.target, spaces.basis).max() < 1e-12
 
@@ -258,6 +260,6 @@ def test_in_a_crowded_span_leaning_finds_more(seed):
     lean = 0.2 * leaning(spaces, torch.eye(88, dtype=torch.float64)).float()
     found = {}
     for words, options in {"plain": {}, "leaning": {"lean": lean}}.items():
-        end = phase_retrieval.search_evened(begin, labels, spaces.basis.float(), steps=200, **options)
+        end = phase_retrieval.search_evened(begin, labels, spaces.basis.float(), Reflections(200, **options))
         found[words] = len(exact_step.refine(spaces, end, head=None, tolerances=Tolerances()))
     assert found["leaning"] > found["plain"]

@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,8 @@ from spear.network.factors import Factors, subtract, wedderburn
 from spear.network.one_by_one import KnownSamples
 from spear.network.problem import Targets, passes
 from spear.network.projection import Limits, Projections
-from spear.network.recovery import Budget
 from spear.published.lowrank import decompose
+from spear.reconstruction import Budget, Terms
 
 
 def opened(sizes=(60, 150, 150, 10), batch=24, seed=0):
@@ -136,7 +137,7 @@ def test_labels_by_the_span_of_the_first_gradient():
 def test_where_the_last_layer_says_too_little_the_input_side_takes_over(sizes):
     """Deep networks of random inputs, whose last layers blur the samples, and more classes than units."""
     made = case(sizes, 20)
-    found = whole_batch.recover(made.problem, budget=Budget(seconds=60.0))
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(seconds=60.0)))
     assert found.complete, found.reason
     assert errors(made.inputs, found.inputs).max() < 1e-9
     assert_labels(made, found)
@@ -148,6 +149,8 @@ def test_a_sample_found_by_the_output_side_is_subtracted_first():
     lows = [decompose(made.problem.augmented(k)) for k in (0, 1)]
     known = KnownSamples(made.inputs[:20], counts[:20])
     generator = torch.Generator().manual_seed(0)
-    found = one_by_one.peel(made.problem, lows, known, 1 / 24, accept=1e-9, seconds=20.0, generator=generator)
+    found = one_by_one.peel(
+        made.problem, lows, known, 1 / 24, accept=1e-9, until=time.monotonic() + 20.0, generator=generator
+    )
     assert len(found.inputs) == 24
     assert errors(made.inputs, found.inputs).max() < 1e-9

@@ -1,5 +1,7 @@
 """Samples of unequal weight: clipping and unequal clients give everything back, certified, and never anything else."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,11 @@ from torch import Generator, Tensor
 
 from spear import attack, metrics, models
 from spear.federated import clients, gradient, privacy
-from spear.network import check, recovery, whole_batch
+from spear.network import check, whole_batch
 from spear.network.labels import bias_system, decode_weighted, reweighed
 from spear.network.problem import NetworkView, Targets, forward, passes
-from spear.network.recovery import Budget, Recovery
+from spear.network.recovery import Judged, Reached
+from spear.reconstruction import Budget, Terms
 
 
 def weighted(sizes: tuple[int, ...], inputs: Tensor, weights: Tensor, *, seed: int = 0, **options: object) -> Case:
@@ -38,7 +41,7 @@ def _drawn(b: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, (0.02 + 0.98 * torch.rand(b, generator=generator, dtype=DTYPE)) / b
 
 
-def _right(found: Recovery, made: Case, weights: Tensor) -> None:
+def _right(found: Judged, made: Case, weights: Tensor) -> None:
     """What is certified is in the batch, with its label and with its weight."""
     sure = found.certified
     for x, counts, weight in zip(found.inputs[sure], found.counts[sure], found.weights[sure], strict=True):
@@ -54,7 +57,7 @@ def _right(found: Recovery, made: Case, weights: Tensor) -> None:
 def test_unequal_weights_are_recovered_with_the_samples(sizes, seed):
     x, weights = _drawn(20, 60, seed)
     made = weighted(sizes, x, weights, seed=seed)
-    found = whole_batch.recover(made.problem)
+    found = whole_batch.distinct_samples(made.problem, Terms())
     assert found.complete, found.reason
     assert found.certified.all()
     assert errors(found.inputs, x).max() < 1e-9
@@ -124,7 +127,8 @@ def test_no_weights_make_a_false_certificate(seed, depth, outputs, n, b, scale, 
     made = weighted(sizes, x, weights, seed=seed, known=known)
     if not made.problem.weight_gradients[0].any():
         return
-    found = whole_batch.recover(made.problem, budget=Budget(0.3, idle=1))
+    with mock.patch.object(whole_batch, "IDLE", 1):
+        found = whole_batch.distinct_samples(made.problem, Terms(Budget(0.3)))
     if found.weights is not None:
         _right(found, made, weights)
     assert (errors(made.inputs, found.inputs) <= found.error_bound)[found.certified].all()
@@ -143,12 +147,12 @@ def test_a_scaled_input_with_the_inverse_weight_is_no_explanation(factor):
     counts[2] /= factor
     wrong = Targets(counts, 1.0, 0.0, whole=False)
     assert reweighed(made.problem, other, wrong).error == float("inf")
-    assert len(check.judge(made.problem, other, wrong, _stats(5)).inputs) == 0
-    assert check.judge(made.problem, x, right, _stats(5)).certified.all()
+    assert len(check.judge(made.problem, other, wrong, _reached(5)).inputs) == 0
+    assert check.judge(made.problem, x, right, _reached(5)).certified.all()
 
 
-def _stats(rank: int) -> recovery.Stats:
-    return recovery.Stats(rank, 1e9, 0.0, rank, 0, 0, 0.0)
+def _reached(rank: int) -> Reached:
+    return Reached(rank, 0.0, rank, 0, 0)
 
 
 def test_weights_are_the_least_squares_of_the_bias_gradients():

@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,21 +10,22 @@ from network_problems import Case, assert_labels, case, errors
 
 from spear.network import whole_batch
 from spear.network.problem import NetworkView
-from spear.network.recovery import Budget, Recovery
+from spear.network.recovery import Judged
+from spear.reconstruction import Budget, Terms
 
 
-def solve(made: Case, **options) -> Recovery:
-    return whole_batch.recover(made.problem, budget=Budget(seconds=20.0, idle=8), **options)
+def solve(made: Case, **terms) -> Judged:
+    return whole_batch.distinct_samples(made.problem, Terms(Budget(seconds=20.0), **terms))
 
 
-def assert_whole(made: Case, found: Recovery, limit: float = 1e-6) -> None:
+def assert_whole(made: Case, found: Judged, limit: float = 1e-6) -> None:
     """Every sample is there, and certified where their number is disclosed and that of the images."""
     assert errors(found.inputs, made.inputs).max() < limit, found.reason
     assert_certified(made, found)
     assert_labels(made, found, limit)
 
 
-def assert_certified(made: Case, found: Recovery) -> None:
+def assert_certified(made: Case, found: Judged) -> None:
     certain = made.problem.batch_size == len(found.inputs)
     assert (found.certified == certain).all(), found.reason
     assert found.complete == certain
@@ -71,9 +73,9 @@ def test_label_smoothing_is_found_out(classes, known):
     assert_certified(made, found)
     assert errors(found.inputs, made.inputs).max() < 1e-9
     assert torch.allclose(found.counts.amin(1), torch.full((20,), 0.1 / classes, dtype=torch.float64))
-    sample, label = found.entries
-    near = (made.inputs[:, None] - found.inputs[sample]).norm(dim=2).argmin(0)
-    assert torch.equal(label, made.labels[near])
+    whole = found.entries(made.problem, 0.0, "network")
+    near = (made.inputs[:, None] - whole.inputs).norm(dim=2).argmin(0)
+    assert torch.equal(whole.labels, made.labels[near])
 
 
 def test_equal_labels():
@@ -88,7 +90,7 @@ def test_repeated_images_come_back_once_with_all_their_labels(known):
     x[1], x[3], x[4], y[1] = x[0], x[2], x[2], y[0]
     made = case(inputs=x, labels=y, known=known)
     found = solve(made)
-    assert found.stats.rank == 17
+    assert found.reached.rank == 17
     assert errors(found.inputs, made.inputs).max() < 1e-9
     assert not found.certified.any()
     assert sorted(found.counts.sum(1).tolist())[-2:] == ([2, 3] if known else [1, 3])
@@ -149,7 +151,7 @@ def test_permuting_neurons_and_samples_changes_nothing_but_order():
 
 def test_same_seed_same_result():
     made = case()
-    first, second = (solve(made, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    first, second = (solve(made, seed=7) for _ in range(2))
     assert torch.equal(first.inputs, second.inputs)
 
 
@@ -157,8 +159,9 @@ def test_progress_and_stats():
     seen = []
     found = solve(case(), progress=seen.append)
     assert [x.found for x in seen] == sorted(x.found for x in seen)
-    assert (found.stats.rank, found.stats.found, found.stats.rounds) == (20, 20, len(seen))
-    assert found.stats.seconds >= seen[-1].seconds > 0
+    assert (found.reached.rank, found.reached.found, found.reached.rounds) == (20, 20, len(seen))
+    assert {x.method for x in seen} == {"network"}
+    assert seen[-1].seconds > 0
 
 
 def test_past_the_limit_is_a_refusal_with_its_numbers():
@@ -171,7 +174,7 @@ def test_past_the_limit_is_a_refusal_with_its_numbers():
 
 
 def test_an_exhausted_budget_is_an_incomplete_result():
-    found = whole_batch.recover(case((60, 120, 10), 50).problem, budget=Budget(starts=1))
+    found = whole_batch.distinct_samples(case((60, 120, 10), 50).problem, Terms(Budget(proposals=1)))
     assert not found.complete
     assert len(found.inputs) == 0
     assert "gradient directions in 1 round of 75 starts" in found.reason
@@ -181,7 +184,7 @@ def test_an_exhausted_budget_is_an_incomplete_result():
 @pytest.mark.parametrize("sizes", [(60, 200, 200, 10), (60, 200, 200, 200, 10)])
 def test_samples_are_found_one_by_one_while_others_are_missing(sizes, seed):
     made = case(sizes, 50, seed=seed)
-    found = whole_batch.recover(made.problem, budget=Budget(starts=1))
+    found = whole_batch.distinct_samples(made.problem, Terms(Budget(proposals=1)))
     assert not found.complete
     assert 0 < len(found.inputs) < 50
     assert not found.certified.any()
@@ -227,7 +230,8 @@ def test_no_false_certificate_on_tiny_problems(
         x += 3
     made = case((inputs, *sizes, classes), seed=seed, inputs=scale * x, labels=y, known=known, loss=loss)
     problem = spoil(made.problem, spoiled, generator)
-    found = whole_batch.recover(problem, budget=Budget(idle=2, starts=starts))
+    with mock.patch.object(whole_batch, "IDLE", 2):
+        found = whole_batch.distinct_samples(problem, Terms(Budget(proposals=starts)))
     sure = found.inputs[found.certified]
     if spoiled == "weights":
         assert len(sure) == 0

@@ -8,7 +8,9 @@ from problems import make
 
 from spear import attack, metrics
 from spear.published import guided, theory
+from spear.published.algorithm import Sampling
 from spear.published.filtering import thresholds, zero_rows
+from spear.published.guided import Guided
 
 OUT_OF_REACH = 1e14  # proposals that uniform sampling would need
 
@@ -105,7 +107,7 @@ def test_proposals_are_true_directions_away_from_those_found():
 def test_a_batch_out_of_reach_of_uniform_sampling(decibels, seed):
     problem = large(seed=seed)
     guess = None if decibels is None else blurred(problem.inputs, decibels)
-    result = attack(problem.model, problem.update, method="guided", approximate=guess, seed=seed)
+    result = attack(problem.model, problem.update, method=Guided(approximate=guess), seed=seed)
     report = metrics.evaluate(result, problem.inputs, problem.labels)
     assert result.complete
     assert (report.recall, report.precision, report.label_accuracy) == (1, 1, 1)
@@ -125,7 +127,7 @@ def test_a_bad_guess_does_no_harm(bad, b):
         "repeated": noise[:1].repeat(3 * b, 1),
         "none": noise[:0],
     }[bad]
-    result = attack(problem.model, problem.update, method="guided", approximate=guess)
+    result = attack(problem.model, problem.update, method=Guided(approximate=guess))
     report = metrics.evaluate(result, problem.inputs, problem.labels)
     assert result.complete
     assert (report.recall, report.precision) == (1, 1)
@@ -134,7 +136,7 @@ def test_a_bad_guess_does_no_harm(bad, b):
 @pytest.mark.parametrize("seed", range(4))
 def test_wrong_weights_give_nothing_and_say_why(seed):
     problem, stranger = make(seed=seed), make(seed=seed + 10)
-    result = attack(stranger.model, problem.update, method="guided", approximate=problem.inputs, max_proposals=40_000)
+    result = attack(stranger.model, problem.update, method=Guided(approximate=problem.inputs), max_proposals=40_000)
     assert not result.certified.any()
     assert not result.complete
     assert "the budget of" in result.reason
@@ -157,7 +159,7 @@ def test_budgets_and_progress():
 
 def test_without_a_bias_inputs_are_known_up_to_a_factor():
     problem = make(bias=False)
-    result = attack(problem.model, problem.update, method="guided", approximate=problem.inputs)
+    result = attack(problem.model, problem.update, method=Guided(approximate=problem.inputs))
     unit = problem.inputs / torch.linalg.vector_norm(problem.inputs, dim=1, keepdim=True)
     assert metrics.evaluate(result, unit).recall == 1
     assert not result.certified.any()
@@ -174,10 +176,9 @@ def test_the_seed_decides():
 def test_sizes_must_agree():
     problem = make()
     with pytest.raises(ValueError, match="approximations have 39 entries; the layer has 40 inputs"):
-        attack(problem.model, problem.update, method="guided", approximate=problem.inputs[:, :39])
+        attack(problem.model, problem.update, method=Guided(approximate=problem.inputs[:, :39]))
 
 
 def test_only_guided_sampling_takes_approximations():
-    problem = make()
-    with pytest.raises(ValueError, match="approximate images guide the method 'guided', not 'sampling'"):
-        attack(problem.model, problem.update, method="sampling", approximate=problem.inputs)
+    with pytest.raises(TypeError, match="approximate"):
+        Sampling(approximate=make().inputs)

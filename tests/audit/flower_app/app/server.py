@@ -6,10 +6,10 @@ import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from spear.audit.flower import MonitoredStrategy
-from spear.audit.monitor import Monitor
 
 from app.client import RATE, network
+from spear.audit.flower import MonitoredStrategy
+from spear.audit.monitor import Monitor
 
 app = ServerApp()
 

@@ -1,0 +1,101 @@
+"""Where phase retrieval starts: a class for each start, the outputs that it would have, pre-activations at random."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from spear.directions import unit_rows
+from spear.network.phase_retrieval import Iterate
+from spear.network.problem import NetworkView
+from spear.network.spaces import Solved, Spaces
+
+FEW_CLASSES = 20  # up to which every class can have starts of its own
+FEW_LEFT = 16  # samples left for which all classes take turns: what is missing is what the counts got wrong
+TELLING = 20  # solved samples whose mean softmax is nearer to the batch's than a fresh network's
+LEAST_NEED = (0.3, 0.02)  # samples that a class is thought to lack at least: with few classes, with many
+SHARP_LOGITS = 3.0  # spread of the logits of a network that was trained a little
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What a search knows of its problem when it draws starts."""
+
+    problem: NetworkView
+    generator: Generator
+    prior: Float[Tensor, " outputs"]
+    """The mean output of the batch, as far as it is known."""
+
+    def draw(
+        self,
+        spaces: Spaces,
+        free: Float[Tensor, "b r"],
+        labels: Int[Tensor, " k"],
+        *,
+        spread: bool,
+    ) -> tuple[Iterate, Float[Tensor, "m r"]]:
+        """A start for each label: h of its class, v from the pre-activations of the unsolved samples; and their space.
+
+        With `spread`, every other start has sharp outputs of its own instead of the mean ones.
+        """
+        p = self.prior.expand(len(labels), -1)
+        if spread:
+            p = torch.where(self._coins(len(labels)), self._sharp(len(labels)), p)
+        h = unit_rows((p - self.problem.one_hot(labels)) @ spaces.head)
+        partner, triangle = torch.linalg.qr(spaces.lift @ free)
+        a = torch.randn(len(labels), free.shape[1], generator=self.generator, dtype=torch.float64).to(free)
+        if self.problem.biases[self.problem.last] is not None:
+            ones = torch.linalg.solve_triangular(triangle.T, (spaces.rows[:, -1] @ free)[:, None], upper=False)
+            a = a * torch.sign(a @ ones)
+        v = unit_rows(a @ partner.T)
+        h, v = h.float(), v.float()
+        return Iterate(h * (v > 0), h, v, h), partner.float()
+
+    def _coins(self, count: int) -> Bool[Tensor, "k 1"]:
+        return (torch.rand(count, 1, generator=self.generator) < 0.5).to(self.prior.device)
+
+    def _sharp(self, count: int) -> Float[Tensor, "k outputs"]:
+        """Outputs as a trained network makes them: of logits a few units apart."""
+        logits = torch.randn(count, len(self.prior), generator=self.generator, dtype=torch.float64)
+        return self.problem.activate(SHARP_LOGITS * logits).to(self.prior)
+
+    def labels(self, count: int, found: Int[Tensor, " f"], *, left: int, rank: int) -> Int[Tensor, " k"]:
+        """A class for every start, by the label counts that the output bias discloses, less those of what was found.
+
+        All in turn where few of the `rank` samples are `left`.
+        """
+        number = self.problem.classes
+        few = number <= FEW_CLASSES
+        if few and left <= FEW_LEFT:
+            return torch.arange(count, device=self.prior.device) % number
+        need = label_counts(self.problem, self.prior, rank) - torch.bincount(found, minlength=number)
+        need = need.clamp_min(LEAST_NEED[0] if few else LEAST_NEED[1]).cpu()
+        return torch.multinomial(need, count, replacement=True, generator=self.generator).to(self.prior.device)
+
+
+def prior_outputs(problem: NetworkView) -> Float[Tensor, " outputs"]:
+    """What the loss sees of a fresh network, whatever the input: its output bias, activated."""
+    bias = problem.biases[-1]
+    return problem.activate(torch.zeros_like(problem.weights[-1][:, 0]) if bias is None else bias)
+
+
+def mean_probabilities(solved: Solved, prior: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:
+    """The mean softmax of the solved samples; the scale of d makes the label's own probability the prior one."""
+    label = solved.labels[:, None]
+    p = solved.d * (-(1 - prior[label]) / solved.d.gather(1, label))
+    p = p.scatter_add(1, label, torch.ones_like(p[:, :1])).mean(0).clamp_min(1e-6)
+    return p / p.sum()
+
+
+def label_counts(problem: NetworkView, prior: Float[Tensor, " outputs"], rank: int) -> Float[Tensor, " classes"]:
+    """How often each label occurs, from the output bias gradient, the sum of activated outputs less the one-hot labels.
+
+    All alike without one.
+    """
+    size = problem.batch_size or rank
+    gradient = problem.bias_gradients[-1]
+    if gradient is None:
+        return prior.new_full((problem.classes,), size / problem.classes)
+    counts = size * prior - gradient / problem.unit(size)
+    return (torch.cat([size - counts, counts]) if problem.outputs == 1 else counts).clamp_min(0)

@@ -1,0 +1,60 @@
+"""Starts of phase retrieval: classes by what the output bias discloses, vectors from the spaces of the unsolved."""
+
+import pytest
+import torch
+from network_problems import case
+from test_phase_retrieval import opened
+
+from spear.network.problem import forward
+from spear.network.spaces import Solved
+from spear.network.starts import Starts, label_counts, mean_probabilities, prior_outputs
+
+
+def start(made, seed=0) -> Starts:
+    return Starts(made.problem, torch.Generator().manual_seed(seed), prior_outputs(made.problem))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_label_counts_with_the_true_mean_output_are_the_batchs(seed, reduction):
+    made = case(seed=seed, reduction=reduction)
+    p = made.problem.activate(forward(made.problem, made.inputs)[1]).mean(0)
+    counts = label_counts(made.problem, p, 20)
+    assert torch.allclose(counts, torch.bincount(made.labels, minlength=10).double(), atol=1e-9)
+    near = label_counts(made.problem, prior_outputs(made.problem), 20)
+    assert (near - counts).abs().max() < 1.5
+
+
+def test_mean_probabilities_are_the_solved_samples():
+    made = case()
+    p = made.problem.activate(forward(made.problem, made.inputs)[1])
+    d = p - made.problem.one_hot(made.labels)
+    solved = Solved(d, d, d > 0)
+    prior = p[torch.arange(20), made.labels].mean().expand(10)
+    assert torch.allclose(mean_probabilities(solved, prior), p.mean(0), atol=0.02)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_starts_lie_in_their_spaces(spread):
+    made = case()
+    spaces, *_ = opened()
+    free = torch.linalg.qr(torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    labels = torch.arange(30) % 10
+    drawn, partner = start(made).draw(spaces, free, labels, spread=spread)
+    ones = torch.ones(30)
+    assert torch.allclose(drawn.h.norm(dim=1), ones)
+    assert torch.allclose(drawn.v.norm(dim=1), ones)
+    assert torch.allclose(drawn.v @ partner @ partner.T, drawn.v, atol=1e-5)
+    assert torch.equal(drawn.u, drawn.h * (drawn.v > 0))
+    same = (drawn.h[:10] - drawn.h[10:20]).norm(dim=1) < 1e-6
+    assert same.all() != spread
+    s = torch.linalg.lstsq((spaces.lift @ free).float(), drawn.v.T).solution.T.double()
+    assert ((s @ (spaces.rows[:, -1] @ free)) > 0).all()  # the last entry of [y; 1] is positive
+
+
+def test_labels_follow_what_is_missing_and_take_turns_near_the_end():
+    made = case(labels=torch.arange(20) % 2, inputs=torch.randn(20, 60, dtype=torch.float64))
+    drawn = start(made).labels(2000, made.labels[made.labels == 0], left=17, rank=20)
+    counts = torch.bincount(drawn, minlength=10)
+    assert counts[1] > 5 * counts[0]
+    assert start(made).labels(25, made.labels, left=16, rank=20).tolist() == [k % 10 for k in range(25)]
