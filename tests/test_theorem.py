@@ -19,7 +19,7 @@ from spear.certificate import (
 from spear.network import whole_batch
 from spear.network.error_bounds import family, input_bounds, least_slopes, spreads
 from spear.network.problem import Targets, passes
-from spear.network.recovery import Budget
+from spear.reconstruction import Budget, Terms
 
 DTYPE = torch.float64
 
@@ -90,7 +90,7 @@ def test_noise_moves_no_input_beyond_its_bound(sizes, exponent, seed):
         for g in made.problem.weight_gradients
     ]
     problem = replace(made.problem, weight_gradients=tuple(noisy), precision=10.0**exponent / 2)
-    found = whole_batch.recover(problem, budget=Budget(10.0))
+    found = whole_batch.distinct_samples(problem, Terms(Budget(10.0)))
     assert len(found.inputs) == 8
     away = errors(made.inputs, found.inputs)
     assert (away <= found.error_bound).all()

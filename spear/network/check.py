@@ -102,7 +102,7 @@ def conclude(
     reason = whole if complete else evidence.why_not() or weak(reached, len(sound), problem.batch_size)
     weights = None if targets.whole else targets.copies[sound] * targets.unit / problem.unit(1)
     counts = claimed(problem, (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sound])
-    said = reason + multiple(problem, targets), replace(reached, layers=final.layers)
+    said = reason + multiple(problem, targets), reached
     judged = final.inputs[sound], evidence.certified[sound], complete, *said, weights, evidence.error_bound[sound]
     return Judged(inputs[sound], counts, *judged)
 
