@@ -41,7 +41,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, eps: float, dtype: torch.dtype | None = None) -> "Accuracy":
-        """Of rounding `eps`; `dtype` is the coarsest that the numbers passed through, where that is known."""
+        """For gradients whose entries are `eps` of their size apart; `dtype` is the coarsest on their way."""
         fine, spacing = eps < FINE, eps if dtype is None else torch.finfo(dtype).eps
         return cls(
             recovered=1e-6 if spacing < SHARP else 1e-3,

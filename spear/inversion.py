@@ -99,7 +99,7 @@ def _chosen(method: str | Method, layer: str | None) -> Method:
             raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
         method = _BY_NAME[method]()
     if isinstance(method, Network) and layer is not None:
-        raise ValueError(f"method 'network' uses every layer: layer={layer!r} cannot be chosen")
+        raise Refusal(f"method 'network' uses every layer: layer={layer!r} cannot be chosen")
     return method
 
 

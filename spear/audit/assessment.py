@@ -13,20 +13,21 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from spear import inversion
-from spear.audit import simulation
+from spear.audit import protection, simulation
+from spear.audit.protection import Tested
 from spear.audit.sample import Sample, choose, input_shape, outputs
-from spear.audit.simulation import Comparison, Options, Reach, Tested
+from spear.audit.simulation import Comparison, Options, Reach
 from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate
 from spear.models import tracing
 from spear.models.tracing import Layer
-from spear.published import one_layer, theory
+from spear.published import theory
 from spear.reconstruction import Reconstruction
 
 COUNT = 16  # samples of a simulated client, unless told
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Risk:
     """What a linear layer gives away of a batch. `inputs` n, `width` m; `from_data`: it reads the data itself.
 
@@ -52,7 +53,7 @@ class Risk:
         return what if self.bias else f"{what}, each up to a factor (no bias)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Audit:
     """The whole report.
 
@@ -122,34 +123,31 @@ def audit(
     layers = assess(model)
     target = _target(layers, layer)
     options = Options(None if target.from_data and layer is None else target.name, trial_limit, seed, device)
-    sample = _sample(
-        model, update, data, input_shape, max(target.limit, simulation.AGGREGATED * (count or COUNT)), seed
-    )
-    say("the update" if update else "one simulated update")
+    most = max(target.limit, protection.AGGREGATED * (count or COUNT))
+    sample = _sample(model, update, data, input_shape, most, seed)
+    say("attack on the update" if update else "attack on a simulated update")
     attacked = update or gradient(model, *sample.take(count or COUNT))
     result = replace(options, time_limit=time_limit).attack(model, attacked)
-    if isinstance(result, str):
-        raise ValueError(result)
     count = count or (result.rank if update else COUNT)
     truth = None if update else simulation.entering(model, options.layer, sample.inputs[:count])
     return Audit(
-        name,
-        sum(p.numel() for p in model.parameters()),
-        "an update" if update else "a simulated update",
-        sample.words,
-        count,
-        options.layer,
-        layers,
-        result,
-        truth,
-        None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
-        _reaches(model, sample, target, options, say),
-        _defences(model, result, sample, count, options, say),
-        sample.picture if options.layer is None else (target.inputs,),
-        time_limit,
-        trial_limit,
-        time.monotonic() - started,
-        peak_memory(),
+        model=name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        source="an update" if update else "a simulated update",
+        sample=sample.words,
+        count=count,
+        layer=options.layer,
+        layers=layers,
+        result=result,
+        truth=truth,
+        outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
+        reaches=_reaches(model, sample, target, options, say),
+        defences=_defences(model, result, sample, count, options, say),
+        picture=sample.picture if options.layer is None else (target.inputs,),
+        time_limit=time_limit,
+        trial_limit=trial_limit,
+        seconds=time.monotonic() - started,
+        memory=peak_memory(),
     )
 
 
@@ -168,9 +166,18 @@ def _risk(layer: Layer) -> Risk:
     m, n = layer.linear.weight.shape
     limit = min(m - 1, n) if layer.relu else 0
     affordable = 0
-    while affordable < limit and _proposals(m, affordable + 1) <= one_layer.AFFORDABLE:
+    while affordable < limit and _proposals(m, affordable + 1) <= inversion.AFFORDABLE:
         affordable += 1
-    return Risk(layer.name, n, m, layer.linear.bias is not None, layer.relu, layer.from_data, limit, affordable)
+    return Risk(
+        name=layer.name,
+        inputs=n,
+        width=m,
+        bias=layer.linear.bias is not None,
+        relu=layer.relu,
+        from_data=layer.from_data,
+        limit=limit,
+        sampling=affordable,
+    )
 
 
 def _proposals(width: int, batch: int) -> float:
@@ -208,7 +215,7 @@ def _reaches(
     most, found = min(target.limit, len(sample.labels)), []
     for method in inversion.METHODS:
         if method != "auto":
-            say(f"largest batch, {method}")
+            say(f"largest batch by {method}")
             found.append(simulation.reach(model, sample, method, most=most, options=options))
     return tuple(found)
 
@@ -221,6 +228,5 @@ def _defences(
     if result.complete and options.layer is None:
         inputs = result.inputs.reshape(-1, *sample.inputs.shape[1:]).to(sample.inputs)
         own = Sample(inputs, result.labels, "the recovered batch", sample.picture)
-    return simulation.try_defences(
-        model, own, min(count, len(own.labels)), others=sample, options=options, progress=say
-    )
+    count = min(count, len(own.labels))
+    return protection.try_defences(model, own, count, others=sample, options=options, progress=say)

@@ -13,11 +13,10 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from matplotlib import pyplot as plt
 
-from spear import plots
+from spear import inversion, plots
 from spear.audit import simulation
 from spear.audit.assessment import Audit, Risk
 from spear.metrics import evaluation
-from spear.published import one_layer
 
 SCHEMA = "spear.Audit/1"
 SHOWN = 32  # pictures
@@ -114,7 +113,7 @@ def _caption(audit: Audit) -> str:
 def _expected(audit: Audit) -> str:
     layers = [risk for risk in audit.layers if risk.limit and audit.layer in (None, risk.name)]
     sampled = max(layers, key=lambda risk: risk.from_data)
-    budget = f"{one_layer.AFFORDABLE:.0e} proposals"
+    budget = f"{inversion.AFFORDABLE:.0e} proposals"
     return f"SPEAR's expectation for independent draws: {budget} reach a batch of {sampled.sampling} at {sampled.name}."
 
 

@@ -9,9 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor, nn
 
 from spear.data import catalog, packs
+from spear.data.known import BUILT_IN
 from spear.models import tracing
-
-BUILT_IN = ("digits", "photos", "photos64", "photos224")  # always there, tried in this order
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +55,7 @@ def outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
     return logits.shape[1] if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == 2 else 0
 
 
-def choose(
-    source: str | None, shape: tuple[int, ...], classes: int, *, most: int, seed: int = 0, root: Path | None = None
-) -> Sample:
+def choose(source: str | None, shape: tuple[int, ...], classes: int, *, most: int, seed: int = 0) -> Sample:
     """At most `most` samples in the order that `seed` gives, reshaped to `shape`, labels taken modulo `classes`.
 
     `source` is the name of a data set, a folder with one sub-folder of pictures for each class, or None for the
@@ -75,7 +72,7 @@ def choose(
     if Path(source).is_dir():
         inputs, labels = _folder(Path(source), shape, most, seed)
     else:
-        inputs, labels = catalog.load(source, count=min(most, catalog.count(source, root=root)), seed=seed, root=root)
+        inputs, labels = catalog.load(source, count=min(most, catalog.count(source)), seed=seed)
     own = tuple(inputs.shape[1:])
     if math.prod(own) != math.prod(shape):
         raise ValueError(f"samples of {source} have shape {own}; the model takes {shape}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spear.cli.shared import MiniBatch, Momentum, Rate, Samples, Steps, check_folders, executor_of, stderr
+from spear.cli.shared import MiniBatch, Momentum, Rate, Samples, Steps, check_folders, executor_of
 
 METHODS = "auto, the strongest that fits; or sampling, guided, dictionary, layer (one layer), network (every layer)."
 
@@ -37,27 +37,20 @@ def attack(
 
     Exit status: 0 nothing was recovered, 1 something was, 2 the attack could not run.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from spear import inversion
     from spear.cli import recovered
+    from spear.cli.display import Display
     from spear.federated.update import SharedUpdate
     from spear.models import files
 
     check_folders(output, picture)
     told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
-    shared = SharedUpdate.load(update).disclosing(**told, momentum=momentum, count=samples)
-    module = files.load(model, weights).module
-    bar = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[proposals]:,} proposals"),
-        TimeElapsedColumn(),
-    )
-    progress = Progress(*bar, console=stderr, transient=True, disable=not stderr.is_terminal)
-    with executor_of(scheduler) as executor, progress as bar:
-        task = bar.add_task("sampling", total=None, proposals=0)
+    with executor_of(scheduler) as executor, Display("attack") as display:
+        display.part(f"loading {update}")
+        shared = SharedUpdate.load(update).disclosing(**told, momentum=momentum, count=samples)
+        display.part(f"loading {model}")
+        module = files.load(model, weights).module
+        display.part(f"method {method}")
         result = inversion.attack(
             module,
             shared,
@@ -66,7 +59,7 @@ def attack(
             batch_size=batch_size,
             time_limit=time_limit,
             device=device,
-            progress=lambda p: bar.update(task, completed=p.found, total=p.rank, proposals=p.proposals),
+            progress=display.progress,
         )
     print(recovered.words(result))
     recovered.write(result, output, picture)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spear import paths
-from spear.cli.shared import MiniBatch, Momentum, Rate, Samples, Steps, check_folders, stderr
+from spear.cli.shared import MiniBatch, Momentum, Rate, Samples, Steps, check_folders
 
 
 def audit(
@@ -40,14 +40,16 @@ def audit(
     """
     from spear.audit import assessment, report
     from spear.cli import findings, given
+    from spear.cli.display import Display
     from spear.models import files
 
     check_folders(page, json)
     given.refuse_both(update, before, after, learning_rate)
     told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
     told |= {"momentum": momentum, "count": samples}
-    loaded = files.load(model, weights or before)
-    with stderr.status("audit") as status:
+    with Display("audit") as display:
+        display.part(f"loading {model}")
+        loaded = files.load(model, weights or before)
         result = assessment.audit(
             loaded.module,
             given.update(loaded.module, update, before, after, told),
@@ -60,7 +62,7 @@ def audit(
             trial_limit=trial_limit,
             seed=seed,
             device=device,
-            progress=lambda words: status.update(f"audit: {words}"),
+            progress=display.part,
         )
     findings.show(result)
     contents = {page: report.html, json: report.to_json}

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from spear.audit import report
 from spear.audit.assessment import Audit
-from spear.audit.simulation import Tested
+from spear.audit.protection import Tested
 from spear.cli.shared import console
 
 

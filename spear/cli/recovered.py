@@ -16,6 +16,7 @@ def words(result: Reconstruction) -> str:
         "rank": result.rank,
         "recovered": len(result.inputs),
         "certified": int(result.certified.sum()),
+        "method": result.method,
         "reason": result.reason,
     }
     return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())

@@ -84,14 +84,14 @@ def count(name: str, *, root: Path | str | None = None) -> int:
     return len(_source(name, root).labels)
 
 
-def mean(name: str, *, root: Path | str | None = None) -> Float64[Tensor, " C"]:
+def mean(name: str) -> Float64[Tensor, " C"]:
     """Mean that normalisation subtracts, for each channel (or table entry), with pixels in [0, 1]."""
-    return torch.tensor(_data_set(name, root).mean, dtype=torch.float64)
+    return torch.tensor(_data_set(name, None).mean, dtype=torch.float64)
 
 
-def std(name: str, *, root: Path | str | None = None) -> Float64[Tensor, " C"]:
+def std(name: str) -> Float64[Tensor, " C"]:
     """Standard deviation that normalisation divides by, for each channel (or table entry), with pixels in [0, 1]."""
-    return torch.tensor(_data_set(name, root).std, dtype=torch.float64)
+    return torch.tensor(_data_set(name, None).std, dtype=torch.float64)
 
 
 def fetch(name: str, root: Path | str | None = None, progress: downloads.Progress | None = None) -> Path:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate
 
+DELTA = 1e-5  # chance at which the promise of epsilon may fail: the custom for some thousand samples
 ORDERS = [1 + 10 ** (k / 10) for k in range(-80, 30)]  # of the Rényi divergence: fine near 1, where noise is weak
 
 
@@ -23,15 +24,13 @@ def private(
     *,
     clip: float | int,
     noise_multiplier: float | int,
-    delta: float | int = 1e-5,
-    sample_rate: float | int = 1.0,
     generator: Generator | None = None,
 ) -> SharedUpdate:
     """One step of DP-SGD, by Opacus: per-sample gradients clipped to the norm `clip`, summed, noise added, averaged.
 
-    The noise has the standard deviation `noise_multiplier * clip` in each entry of the sum; `epsilon` at `delta` is
-    that of Opacus' Rényi accountant for this one release, the batch having been drawn at `sample_rate` (infinite
-    without noise). Needs the extra: `pip install "spear[privacy]"`. Source: Abadi et al. 2016, DP-SGD.
+    The noise has the standard deviation `noise_multiplier * clip` in each entry of the sum; the update's `epsilon` at
+    `DELTA` is that of Opacus' Rényi accountant for this one release (infinite without noise). Needs the extra:
+    `pip install "spear[privacy]"`. Source: Abadi et al. 2016, DP-SGD.
 
     Raises `ImportError` where Opacus is not installed, `ValueError` for a clip that is not positive or a negative
     noise multiplier, and as `spear.federated.gradient` does.
@@ -55,19 +54,20 @@ def private(
     optimizer.pre_step()
     found = {n: p.grad.detach() for n, p in local._module.named_parameters() if p.grad is not None}
     noise = noise_multiplier * clip / len(inputs)
-    spent = {"epsilon": epsilon(noise_multiplier, delta=delta, sample_rate=sample_rate), "delta": delta}
+    spent = {"epsilon": epsilon(noise_multiplier), "delta": DELTA}
     return SharedUpdate(found, "mean", len(inputs), tuple(inputs.shape[1:]), clip=clip, noise=noise, **spent)
 
 
-def epsilon(
-    noise_multiplier: float | int, *, delta: float | int = 1e-5, sample_rate: float | int = 1.0, steps: int = 1
-) -> float:
-    """The epsilon at `delta` of `steps` DP-SGD releases, by Opacus' Rényi accountant; infinite without noise."""
+def epsilon(noise_multiplier: float | int, *, sample_rate: float | int = 1.0, steps: int = 1) -> float:
+    """The epsilon at `DELTA` of `steps` DP-SGD releases, by Opacus' Rényi accountant; infinite without noise.
+
+    Each batch is drawn at `sample_rate` from the client's data.
+    """
     if noise_multiplier == 0:
         return math.inf
     accountant = _opacus("accountants").RDPAccountant()
     accountant.history.append((noise_multiplier, sample_rate, steps))
-    return float(accountant.get_epsilon(delta, alphas=ORDERS))
+    return float(accountant.get_epsilon(DELTA, alphas=ORDERS))
 
 
 def _opacus(module: str) -> ModuleType:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from spear.models.watching import linear_layer, watched
 from spear.published import kernels
 from spear.published.view import Observed
 
@@ -65,15 +66,8 @@ def layer_truth(
 
     Raises `ValueError` for a name that is not a linear layer of the model.
     """
-    linear = dict(model.named_modules()).get(layer)
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"no linear layer named {layer!r}")
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = linear.register_forward_hook(lambda _module, arguments, Z: seen.append((arguments[0], Z)))
-    try:
+    with watched(linear_layer(model, layer)) as seen:
         loss = F.cross_entropy(model(inputs), labels)
-    finally:
-        handle.remove()
     ((X, Z),) = seen
     return X.detach().mT, torch.autograd.grad(loss, Z)[0].mT
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from spear.certificate import Certificate
 from spear.network.error_bounds import input_bounds
-from spear.network.labels import reweighed
+from spear.network.labels import WHOLE_NUMBERS, reweighed
 from spear.network.problem import NetworkView, Targets, passes
-from spear.network.recovery import WHOLE_COUNT, Judged, Reached, number
+from spear.network.recovery import Judged, Reached, number
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
+CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def certificate(
 ) -> Certificate:
     """The evidence for a batch that is to explain every layer's gradient, whose inputs' errors are under `bound`."""
     off = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
-    if targets.error >= WHOLE_COUNT:
+    if targets.error >= WHOLE_NUMBERS:
         doubt = f"{off}: neither hard nor evenly smoothed labels of equal weight"
     told = targets.whole or problem.outputs > 2
     return Certificate(
@@ -110,7 +111,7 @@ def conclude(
 def claimed(problem: NetworkView, counts: Float[Tensor, "s classes"]) -> Float[Tensor, "s classes"]:
     """The copies that the update shows, if the client's count bears them out; else each image once with each label."""
     whole = counts.round().long()
-    if bool(((counts - whole).abs() > WHOLE_COUNT).any()):  # smoothed labels
+    if bool(((counts - whole).abs() > WHOLE_NUMBERS).any()):  # smoothed labels
         return counts
     borne = int(whole.sum()) == problem.batch_size and math.gcd(*whole.flatten().tolist()) == 1
     return counts if borne else (whole > 0).to(counts)
@@ -127,11 +128,11 @@ def multiple(problem: NetworkView, targets: Targets) -> str:
 
 
 def best_check(
-    problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, *, rounds: int = 8
+    problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets
 ) -> tuple[Misfit, Float[Tensor, "s n"]]:
     """Correct the inputs by what the check leaves over, as long as that helps; the best check and its inputs."""
     best, corrected = check(problem, inputs, targets)
-    for _ in range(rounds):
+    for _ in range(CORRECTIONS):
         if best.worst < problem.accuracy.explained:
             break
         trial, following = check(problem, corrected, targets)

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import NetworkView
 from spear.reconstruction import Reconstruction, Stats
-
-WHOLE_COUNT = 1e-4  # distance from a whole number up to which a count of copies is one
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Judged:
     @property
     def _whole(self) -> Int[Tensor, "k classes"]:
         """The label counts as whole numbers; of smoothed labels, the largest one."""
-        whole = ((self.counts - self.counts.round()).abs() < WHOLE_COUNT).all(1, keepdim=True)
+        whole = ((self.counts - self.counts.round()).abs() < WHOLE_NUMBERS).all(1, keepdim=True)
         return torch.where(whole, self.counts.round().long(), F.one_hot(self.counts.argmax(1), self.counts.shape[1]))
 
 

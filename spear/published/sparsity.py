@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spear.directions import zero_entries
+from spear.models.watching import linear_layer, watched
 
 FALSE_REJECTION = 1e-9
 
@@ -46,19 +47,11 @@ def activation_mask(model: nn.Module, layer: str, inputs: Float[Tensor, "b *inpu
     Raises `ValueError` for a name that is not a linear layer of the model, and for a layer that the forward pass does
     not use exactly once on one vector per sample.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if layer not in linear:
-        raise ValueError(f"no linear layer named {layer!r}; the model has {', '.join(linear) or 'none'}")
-    seen: list[Tensor] = []
-    handle = linear[layer].register_forward_hook(lambda _module, _inputs, Z: seen.append(Z > 0))
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        handle.remove()
-    if len(seen) != 1 or seen[0].ndim != 2:
+    with torch.no_grad(), watched(linear_layer(model, layer)) as seen:
+        model(inputs)
+    if len(seen) != 1 or seen[0][1].ndim != 2:
         raise ValueError(f"the model uses {layer!r} {len(seen)} times; a mask needs one use, one vector per sample")
-    return seen[0].T
+    return (seen[0][1] > 0).T
 
 
 def firing_rates(model: nn.Module, layer: str, inputs: Float[Tensor, "b *input_shape"]) -> FiringRates:

@@ -14,6 +14,7 @@ from spear.federated.received import (
     Widened,
     check_count,
     check_gradients,
+    check_room,
     coarsest,
     compute_device,
     input_shape,
@@ -103,7 +104,8 @@ def open_layer(
     gradients = check_gradients(model, update)
     m, n = found.linear.weight.shape
     disclosed = update.count if batch_size is None else batch_size
-    check_count(disclosed, m, n, found.name)
+    check_count(disclosed)
+    check_room(disclosed, m, n, found.name)
     device = compute_device(device)
     tail = None if found.tail is None else streamed(found.tail, device)
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spear import federated, models
+from spear import federated, inversion, models
 from spear.cli.app import main
 from spear.federated import clients
 
@@ -41,8 +41,12 @@ def run(*arguments: str) -> int:
 
 def test_an_update(folder: Path, capsys: pytest.CaptureFixture) -> None:
     status = run("model.pt2", "update.safetensors", "--report", "page.html", "--json", "figures.json", *QUICK)
-    output = capsys.readouterr().out
+    output, parts = capsys.readouterr()
     assert status == 1
+    reaches = [f"largest batch by {method}" for method in inversion.METHODS if method != "auto"]
+    defences = [f"defence: {defence['name']}" for defence in json.loads(Path("figures.json").read_text())["defences"]]
+    expected = ["loading model.pt2", "attack on the update", *reaches, *defences]
+    assert parts.splitlines() == [f"spear audit: {words}" for words in expected]
     assert "3 samples were recovered from an update, the whole batch; 3 of them are certified." in output
     assert all(word in output for word in ("fc1", "sampling", "network", "DP-SGD"))
     assert (folder / "page.html").read_text().startswith("<!doctype html>")
@@ -113,6 +117,7 @@ def test_a_mistake_is_one_line_and_status_2(
     folder: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
 ) -> None:
     assert run(*arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *parts, line = capsys.readouterr().err.splitlines()
+    assert all(part.startswith("spear audit: ") for part in parts)
     assert line.startswith("spear: error: ")
     assert message in line

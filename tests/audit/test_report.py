@@ -1,0 +1,33 @@
+"""The page and the JSON of an audit."""
+
+import json
+import re
+from dataclasses import replace
+
+from spear.audit import assessment, report
+
+
+def test_the_page_needs_nothing_else_and_escapes_names(attacked: tuple) -> None:
+    page = report.html(attacked[0])
+    assert "<b>mine" not in page
+    assert "&lt;b&gt;mine&lt;/b&gt;" in page
+    assert page.count("data:image/png;base64,") == 1
+    assert re.findall(r"(?:src|href)=\"(?!data:)", page) == []
+    assert "5 samples were recovered from an update, the whole batch; 5 of them are certified." in page
+
+
+def test_the_simulated_page_shows_what_was_sent(simulated: assessment.Audit) -> None:
+    assert "4 of 4 exact, 4 recognisable" in report.html(simulated)
+
+
+def test_json(attacked: tuple, simulated: assessment.Audit) -> None:
+    content = json.loads(report.to_json(attacked[0]))
+    assert (content["schema"], content["status"]) == ("spear.Audit/1", 1)
+    assert content["attack"]["recovered"] == content["attack"]["certified"] == 5
+    assert sorted(content["attack"]["labels"]) == sorted(attacked[2].tolist())
+    assert [layer["name"] for layer in content["model"]["layers"]] == ["fc1", "fc2", "fc3"]
+    assert {entry["name"] for entry in content["defences"]} >= {"none", "float16", "DP-SGD"}
+    assert content["peak_memory_bytes"] > 1e7
+    assert json.loads(report.to_json(simulated))["attack"]["against_truth"]["exact"] == 4
+    infinite = replace(simulated, seconds=float("inf"))
+    assert json.loads(report.to_json(infinite))["seconds"] is None
