@@ -59,6 +59,7 @@ class NetworkView:
 
     @property
     def outputs(self) -> int:
+        """Width of the output layer."""
         return self.weights[-1].shape[0]
 
     @property
@@ -157,6 +158,7 @@ class Targets:
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
+        """How often each sample is in the batch, or its weight in units of `unit`."""
         return self.counts.sum(1)
 
     def errors(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
@@ -209,7 +211,7 @@ def open_network(
             raise Refusal(f"the network method needs every layer's gradient; the update has none for {name}")
         return gradients[name].to(device, torch.float64)
 
-    check_count(batch_size or update.count, *layers[0].linear.weight.shape, layers[0].name)
+    check_count(update.count if batch_size is None else batch_size)
     biased = [layer.linear.bias is not None for layer in layers]
     precision = rounding_unit(model, update) / 2
     return NetworkView(

@@ -8,7 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear.federated.received import Widened, check_count, check_gradients, compute_device, input_shape, rounding_unit
+from spear.federated.received import (
+    Widened,
+    check_count,
+    check_gradients,
+    check_room,
+    compute_device,
+    input_shape,
+    rounding_unit,
+)
 from spear.federated.update import SharedUpdate
 from spear.models.streaming import Blocks, Streamed, streamed
 from spear.models.tracing import Layer, find_layer
@@ -82,7 +90,8 @@ def open_layer(
     gradients = check_gradients(model, update)
     m, n = found.linear.weight.shape
     disclosed = update.count if batch_size is None else batch_size
-    check_count(disclosed, m, n, found.name)
+    check_count(disclosed)
+    check_room(disclosed, m, n, found.name)
     device = compute_device(device)
     tail = None if found.tail is None else streamed(found.tail, device)
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)
