@@ -12,6 +12,7 @@ from spear.models.streaming import CHUNK
 from spear.reconstruction import Refusal
 
 PRECISIONS = (torch.float32, torch.float64)
+EXTREME = 1e100  # entries whose products are still numbers: up to this, and down to its inverse
 COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
 
 
@@ -42,7 +43,7 @@ def compute_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # no such device, or a build of torch without it
         raise ValueError(f"device {str(device)!r} is not available here") from error
     if device.type == "meta":
-        raise ValueError("device 'meta' computes nothing")
+        raise ValueError("device 'meta' has no values to compute with")
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -68,6 +69,9 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     received = update.gradients
+    largest = max(float(part.abs().max()) for g in received.values() for part in g.flatten().split(CHUNK)) / scale
+    if largest and not 1 / EXTREME < largest < EXTREME:
+        raise ValueError(f"the gradients are out of range: their largest entry is {largest:.0e}")
     return received if scale == 1 else Lazy(tuple(received), lambda name: received[name] / scale)
 
 
@@ -96,6 +100,12 @@ def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
     parameters = dict(model.named_parameters())
     sizes = [(_size(parameters[name]), _size(g)) for name, g in update.gradients.items()]
     return min(eps * max([1.0, *(0.1 * weights / change for weights, change in sizes if change)]), COARSEST)
+
+
+def coarsest(model: nn.Module, update: SharedUpdate) -> torch.dtype:
+    """The dtype of least precision among the weights and the gradients as they came."""
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *update.gradients.values())}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _size(tensor: Tensor) -> float:

@@ -8,11 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spear.accuracy import Accuracy
+from spear.federated.losses import slope
 from spear.federated.received import (
     Widened,
     check_count,
     check_gradients,
     check_room,
+    coarsest,
     compute_device,
     input_shape,
     rounding_unit,
@@ -53,7 +56,7 @@ class LayerView:
     """One layer prepared for an attack: the server's copy of it and the gradients by name, in float64 on one device.
 
     `disclosed` is the number of samples in the loss, where it is known, `eps` the rounding unit of the update as it
-    came, `input_shape` the shape of one input of the layer.
+    came, `input_shape` the shape of one input of the layer, `dtype` the coarsest of model and update.
     """
 
     layer: Layer
@@ -65,6 +68,17 @@ class LayerView:
     scale: float
     input_shape: tuple[int, ...]
     loss: str = "cross_entropy"
+    reduction: str = "mean"
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Thresholds for this update."""
+        return Accuracy.of(self.eps, self.dtype)
+
+    def unit(self, outputs: int) -> float:
+        """dLoss/dlogits of a sample over what its loss compares with the label, less the label."""
+        return self.scale * slope(self.loss, outputs, self.reduction)
 
     @property
     def count(self) -> int:
@@ -100,7 +114,8 @@ def open_layer(
     low, observed = observe(found, gradients, batch_size, eps)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
-    return LayerView(found, gradients, low, observed, disclosed, eps, scale, _input_shape(found, update), update.loss)
+    told = update.loss, update.reduction, coarsest(model, update)
+    return LayerView(found, gradients, low, observed, disclosed, eps, scale, _input_shape(found, update), *told)
 
 
 def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:
@@ -109,7 +124,7 @@ def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> t
     low = decompose(_jacobian(layer, gradients), rank, eps=eps)
     B = Blocks(linear.weight, linear.bias, low.R).times(low.R.mT)
     d = None if linear.bias is None else low.R[:, n]
-    tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / low.smallest), 1e-2)
+    tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / max(low.smallest, 1e-300)), 1e-2)
     return low, Observed(low.L, low.R[:, :n], B, d, tolerance)
 
 
