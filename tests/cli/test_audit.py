@@ -54,7 +54,16 @@ def test_an_update(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_difference_of_weights(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    files = ["--before", "before.safetensors", "--after", "after.safetensors", "--learning-rate", "0.1"]
+    files = [
+        "--before",
+        "before.safetensors",
+        "--after",
+        "after.safetensors",
+        "--learning-rate",
+        "0.1",
+        "--samples",
+        "3",
+    ]
     assert run("model.pt2", *files, *QUICK) == 1
     assert "3 of them are certified" in capsys.readouterr().out
 
