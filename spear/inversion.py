@@ -11,7 +11,8 @@ from spear.deployments import noise, pruning
 from spear.deployments.local_training import retrace
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
-from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
+from spear.federated.naming import unwrapped
+from spear.federated.update import SharedUpdate, as_gradient, is_perturbed, under_names_of
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network
 from spear.published.algorithm import Sampling
@@ -91,9 +92,12 @@ def attack(
     check_number("batch_size", batch_size, 1, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
-    request = Request(model, update, layer, batch_size, device, terms)
+    model = unwrapped(model)
+    named, words = under_names_of(model, update)
+    request = Request(model, named, layer, batch_size, device, terms)
     result = _strongest(request, chosen) if isinstance(chosen, Auto) else request.run(chosen)
-    return replace(result, stats=replace(result.stats, seconds=terms.budget.elapsed))
+    reason = "; ".join([result.reason, *words])
+    return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 
 def _chosen(method: str | Method, layer: str | None) -> Method:
