@@ -60,7 +60,7 @@ def test_an_invertible_update_is_a_warning(model: nn.Module, tmp_path: Path, cap
     assert finding.leaks
     assert metrics.evaluate(finding.result, *batch(3)).recall == 1
     (record,) = caplog.records
-    assert (record.name, record.levelno, record.getMessage()) == ("spear.audit.monitor", logging.WARNING, finding.words)
+    assert (record.name, record.levelno, record.getMessage()) == ("spear.monitor", logging.WARNING, finding.words)
     expected = "round 2, client 7: the update is invertible, 3 of 3 samples read back, 3 certified"
     assert finding.words == expected
     kept = federated.SharedUpdate.load(tmp_path / "2-7.safetensors")
@@ -77,7 +77,7 @@ def test_the_weights_that_were_sent_count_not_the_monitors(model: nn.Module) -> 
 
 
 def test_what_cannot_be_read_is_no_warning(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "spear.audit.monitor")
+    caplog.set_level(logging.INFO, "spear.monitor")
     generator = torch.Generator().manual_seed(0)
     noise = {
         n: w + 0.01 * torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in stepped(model, 3).items()

@@ -29,7 +29,7 @@ ATTACK = ["attack", "factories:model", "update.safetensors"]
         ([*ATTACK, "--weights", "none.safetensors"], "none.safetensors: no such file"),
         ([*ATTACK, "--method", "magic"], "unknown method 'magic'"),
         ([*ATTACK, "--layer", "fc9"], "fc9"),
-        ([*ATTACK, "--batch-size", "60"], "needs a layer wider than 60; fc1 has 60"),
+        ([*ATTACK, "--method", "sampling", "--batch-size", "60"], "needs a layer wider than 60; fc1 has 60"),
         ([*ATTACK, "--device", "abacus"], "device 'abacus' is not available here"),
         ([*ATTACK, "--output", "none/found.safetensors"], "none/found.safetensors: no such folder"),
         (["figures"], "runs.yaml: not a list of runs"),
