@@ -17,7 +17,9 @@ from spear.metrics import evaluate
 from spear.published import certificate, filtering, greedy
 from spear.published.certificate import certify_layer
 from spear.published.greedy import disaggregate
+from spear.published.one_layer import reconstruct
 from spear.published.view import open_layer
+from spear.reconstruction import Stats
 
 methods = st.sampled_from(["layer", "dictionary", "guided"])
 seeds = st.integers(0, 10**6)
@@ -305,3 +307,14 @@ def test_no_other_factorisation_has_the_pattern(b, m, depth, classes, correlated
         if abs(torch.linalg.det(own)) < 1e-9 or greedy.matching_coefficient(observed, own) < 1:
             continue
         assert ((own @ true).abs().amax(1) > 1 - 1e-7).all()
+
+
+def test_columns_whose_weights_cancel_are_no_inputs():
+    """Dependent samples: a direction that the bias gradient does not see has no length, and nothing is returned."""
+    problem = make()
+    view = replace(problem.target, observed=replace(problem.observed, d=torch.zeros_like(problem.observed.d)))
+    found = greedy.Candidates(problem.q, torch.arange(len(problem.q)), 1.0, 0, 0, "")
+    result = reconstruct(view, found, Stats(0.0))
+    assert not len(result.inputs)
+    assert not result.complete
+    assert "weights cancel" in result.reason
