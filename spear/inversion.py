@@ -18,7 +18,7 @@ from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
 from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
 from spear.published.view import LayerView, open_layer
-from spear.reconstruction import Budget, Progress, Reconstruction, Refusal, Terms, larger
+from spear.reconstruction import Budget, Progress, Reconstruction, Refusal, Terms, check_number, larger
 
 COARSE = 1e-6  # rounding of a gradient, relative to it, that is noise: of weights in single precision a step apart
 
@@ -80,11 +80,15 @@ def attack(
     the former retrace the training. The result depends on `seed`, not on the device. `progress` is called after each
     round of every method.
 
-    Raises `ValueError` for a method or a layer that does not exist, and for gradients of another shape than the
-    weights, not finite or zero everywhere; its subclass `Refusal` where no method can begin: a layer that no ReLU
-    follows, a model that cannot be traced, gradients that are missing, a batch that is too large for the layer (b >= m,
-    or b > n), half precision for sampling. Raises `TypeError` for an option that a method does not have.
+    Raises `ValueError` for a method or a layer that does not exist, a limit or batch size that is negative or no finite
+    number, and for gradients of another shape than the weights, not finite or zero everywhere; its subclass `Refusal`
+    where no method can begin: a layer that no ReLU follows, a model that cannot be traced, gradients that are missing,
+    a batch that is too large for the layer (b >= m, or b > n), half precision for sampling. Raises `TypeError` for an
+    option that a method does not have.
     """
+    check_number("time_limit", time_limit, 0)
+    check_number("max_proposals", max_proposals, 0, whole=True)
+    check_number("batch_size", batch_size, 1, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
     request = Request(model, update, layer, batch_size, device, terms)

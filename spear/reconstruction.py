@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,14 @@ class Refusal(ValueError):
 
     Whoever can goes on with the next method, or returns nothing with this reason.
     """
+
+
+def check_number(name: str, value: object, least: float | int, *, whole: bool = False) -> None:
+    """Raises `ValueError`, by name, unless the value is `None` or a finite number (`whole`: an integer) >= `least`."""
+    kind, words = (Integral, "a whole number") if whole else (Real, "a finite number")
+    good = value is None or (isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value))
+    if not good or (value is not None and value < least):
+        raise ValueError(f"{name} is {words} of at least {least:g}, not {value!r}")
 
 
 @dataclass(frozen=True)

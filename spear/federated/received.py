@@ -55,6 +55,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
     if update.local_steps != 1:
         raise Refusal(f"an update of {update.local_steps} local steps is not the gradient of one batch")
     parameters = dict(model.named_parameters())
+    check_weights(model)
     for name, g in update.gradients.items():
         if name not in parameters:
             raise ValueError(f"the update has a gradient for {name!r}, which the model does not have")
@@ -64,7 +65,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
         if g.dtype not in PRECISIONS or parameters[name].dtype not in PRECISIONS:
             dtype = str(g.dtype if g.dtype not in PRECISIONS else parameters[name].dtype).removeprefix("torch.")
             raise Refusal(f"{name} is {dtype}: exact recovery needs float32 or float64")
-        if not all(part.isfinite().all() for part in g.flatten().split(CHUNK)):
+        if not _is_finite(g):
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     received = update.gradients
@@ -72,6 +73,19 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
     if largest and not 1 / EXTREME < largest < EXTREME:
         raise ValueError(f"the gradients are out of range: their largest entry is {largest:.0e}")
     return received if scale == 1 else Lazy(tuple(received), lambda name: received[name] / scale)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises `ValueError` for parameters or buffers that hold no finite numbers, or none at all."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} of the model has no values: it is on the device meta")
+        if not _is_finite(tensor):
+            raise ValueError(f"{name} of the model holds NaN or infinite values")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.detach().flatten().split(CHUNK))
 
 
 def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:

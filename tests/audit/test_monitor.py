@@ -43,7 +43,7 @@ def test_the_difference_of_weights_is_the_gradient(model: nn.Module) -> None:
 
 def test_weights_that_do_not_fit(model: nn.Module) -> None:
     before, after = model.state_dict(), stepped(model, 3)
-    with pytest.raises(ValueError, match="a learning rate is positive, not 0"):
+    with pytest.raises(ValueError, match="learning_rate is a number from 1e-30 to 1e[+]30, not '0'"):
         difference(model, before, after, learning_rate=0)
     del after["fc1.bias"]
     with pytest.raises(ValueError, match=r"fc1.bias has shape \(40,\) before the step and None after it"):
