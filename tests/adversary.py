@@ -429,6 +429,7 @@ def disclosed(d: Draft, server: nn.Module, update: SharedUpdate) -> Problem:
         update = local_training(d.model, d.x, d.y, mini_batch=(true + 1) // 2, learning_rate=0.1)
     rank = int(torch.linalg.matrix_rank(update.gradients["fc1.weight"].double().nan_to_num(), rtol=1e-12))
     told = {"hidden": None, "one less": true - 1, "one more": true + 1, "rank": rank, "twice": 2 * true}.get(rule, true)
+    told = told if told is None else max(told, 1)  # fewer is no count: `SharedUpdate` refuses it
     merged = d.recipe.batch in COPIES or d.recipe.network in ("large biases", "huge column", "integer weights")
     trusted = told is None or told == true or not (merged and told < true)
     return Problem(server, replace(update, count=told), d.x, d.y, trusted)
