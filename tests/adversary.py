@@ -416,7 +416,7 @@ def clipped(d: Draft, update: SharedUpdate) -> SharedUpdate:
     """Per-sample clipping at the median norm, disclosed, without noise."""
     own = [gradient(d.model, d.x[i : i + 1], d.y[i : i + 1], loss=update.loss).gradients for i in range(len(d.x))]
     norms = torch.tensor([math.sqrt(sum(float(v.pow(2).sum()) for v in one.values())) for one in own])
-    clip = float(norms.median())
+    clip = max(float(norms.median()), 1e-30)  # where gradients vanish
     factors = (clip / norms.clamp_min(1e-300)).clamp_max(1).tolist()
     mean = {k: sum(f * one[k] for f, one in zip(factors, own, strict=True)) / len(own) for k in own[0]}
     return SharedUpdate(mean, count=len(d.x), loss=update.loss, clip=clip)
