@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from spear.accuracy import Accuracy
 from spear.federated import losses
-from spear.federated.received import check_count, check_gradients, coarsest, compute_device, input_shape, rounding_unit
+from spear.federated.received import (
+    check_count,
+    check_gradients,
+    check_size,
+    coarsest,
+    compute_device,
+    input_shape,
+    rounding_unit,
+)
 from spear.federated.update import SharedUpdate
 from spear.models.tracing import chain
 from spear.published.lowrank import LowRank, decompose
@@ -210,7 +218,9 @@ def open_network(
             raise Refusal(f"the network method needs every layer's gradient; the update has none for {name}")
         return gradients[name].to(device, torch.float64)
 
-    check_count(update.count if batch_size is None else batch_size)
+    count = update.count if batch_size is None else batch_size
+    check_count(count)
+    check_size(count, layers[0].linear.in_features, update)
     biased = [layer.linear.bias is not None for layer in layers]
     precision = rounding_unit(model, update) / 2
     return NetworkView(
