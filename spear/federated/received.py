@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spear.federated.update import Lazy, SharedUpdate
+from spear.federated.update import Lazy, SharedUpdate, computed_in
 from spear.models.streaming import CHUNK
 from spear.reconstruction import Refusal
 
@@ -95,7 +95,7 @@ def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
     The rounding of many weights is noise of a fifth of their spacing, and spreads over all singular values: far below
     `lowrank.VISIBLE` times what is returned.
     """
-    eps = max(torch.finfo(g.dtype).eps for g in update.gradients.values())
+    eps = torch.finfo(_single(update)).eps
     if update.learning_rate is None:
         return eps
     parameters = dict(model.named_parameters())
@@ -104,9 +104,16 @@ def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
 
 
 def coarsest(model: nn.Module, update: SharedUpdate) -> torch.dtype:
-    """The dtype of least precision among the weights and the gradients as they came."""
-    dtypes = {tensor.dtype for tensor in (*model.parameters(), *update.gradients.values())}
+    """The dtype of least precision among the weights and what the gradients were computed in."""
+    dtypes = {*(p.dtype for p in model.parameters()), _single(update)}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _single(update: SharedUpdate) -> torch.dtype:
+    """What the gradients were computed in; half precision, once it is widened, counts as single."""
+    stored = {g.dtype for g in update.gradients.values()}
+    found = computed_in(update)
+    return found if found in stored or found in PRECISIONS else torch.float32
 
 
 def _size(tensor: Tensor) -> float:

@@ -41,6 +41,7 @@ RANGES = {  # of the values that a client discloses: type, least and greatest
 }
 NEEDED = {"local_steps", "momentum", "loss_scale"}  # never None
 HALVES = (torch.float16, torch.bfloat16)
+LOOKED_AT, FEWEST, MOSTLY = 2**16, 64, 0.9  # entries of each tensor; of all at least; the share that a type must hold
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,34 @@ def under_names_of(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate
     return replace(update, gradients=named), found.words
 
 
+def computed_in(update: SharedUpdate) -> torch.dtype:
+    """The coarsest type that holds nearly every value of the update: arrays, JSON and averages are wider than it.
+
+    A part of each tensor answers for the whole; an update of a few numbers is taken for what it is stored in. A change
+    of weights near zero may need a few digits more than the weights.
+    """
+    kinds = {g.dtype for g in update.gradients.values() if g.is_floating_point()}
+    stored = max(kinds, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+    for dtype in (*HALVES[::-1], torch.float32):
+        if torch.finfo(dtype).eps > torch.finfo(stored).eps and _fits(update, dtype):
+            return dtype
+    return stored
+
+
+def _fits(update: SharedUpdate, dtype: torch.dtype) -> bool:
+    exact = seen = 0
+    for g in update.gradients.values():
+        part = g.flatten()[:LOOKED_AT]
+        part = part[(part != 0) & part.isfinite()]
+        exact, seen = exact + int((part.to(dtype).to(part.dtype) == part).sum()), seen + len(part)
+        if exact < MOSTLY * seen:
+            return False
+    return seen >= FEWEST
+
+
 def is_perturbed(update: SharedUpdate) -> bool:
     """Whether what the client disclosed leaves no exact gradient: noise, rounding or half precision."""
-    halves = any(g.dtype in HALVES for g in update.gradients.values())
+    halves = any(g.dtype in HALVES for g in update.gradients.values()) or computed_in(update) in HALVES
     return halves or bool(update.noise) or update.bits is not None
 
 

@@ -101,7 +101,7 @@ def conclude(
     sound = evidence.explained.nonzero()[:, 0]
     complete = evidence.holds and len(sound) == reached.rank
     reason = whole if complete else evidence.why_not() or weak(reached, len(sound), problem.batch_size)
-    weights = None if targets.whole else targets.copies[sound] * targets.unit / problem.unit(1)
+    weights = None if targets.whole else targets.copies[sound] * abs(targets.unit) / problem.unit(1)
     counts = claimed(problem, (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sound])
     said = reason + multiple(problem, targets), reached
     judged = final.inputs[sound], evidence.certified[sound], complete, *said, weights, evidence.error_bound[sound]
@@ -122,8 +122,10 @@ def multiple(problem: NetworkView, targets: Targets) -> str:
     size, same = problem.batch_size or len(targets), problem.accuracy.weight
     factor = targets.copies * targets.unit / problem.unit(size)
     least, most = float(factor.min()), float(factor.max())
-    if most - least > same * most or abs(most - 1) < same:
+    if most - least > same * abs(most) or abs(most - 1) < same:
         return ""
+    if abs(most + 1) < same:
+        return f"; the update has the opposite sign of their {problem.reduction}: that of after - before"
     return f"; the update is {most:.6g} times their {problem.reduction}"
 
 

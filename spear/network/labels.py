@@ -81,6 +81,18 @@ def reweighed(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targe
 
 
 def decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"]) -> Targets:
+    """Labels and copies of every sample from dLoss/dlogits, whose sign may be reversed, as that of after - before is.
+
+    Then `Targets.unit` is negative.
+    """
+    targets = _decode(problem, errors, activated)
+    if targets.error < WHOLE_NUMBERS:
+        return targets
+    turned = _decode(problem, -errors, activated)
+    return replace(turned, unit=-turned.unit) if turned.error < WHOLE_NUMBERS else targets
+
+
+def _decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"]) -> Targets:
     """Labels and copies of every sample from dLoss/dlogits: k a - errors / unit is a vector of k integer counts.
 
     Here a is `problem.activate` of the logits. One image may be in the batch several times, with different labels. The

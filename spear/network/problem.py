@@ -151,10 +151,11 @@ def forward(
 class Targets:
     """Who is in the batch: `counts[i]` (classes,) says how often sample i bears each label.
 
-    `unit` is one copy's weight in the loss (`NetworkView.unit`), `error` how far the counts were from integers before
-    they were rounded. `measured`, where it is given, is dLoss/dlogits as the gradient shows it: it stands in for that
-    of a weak sample whose input is not known well enough to compute it. `whole` says that counts are whole numbers of
-    copies; else every sample has one label, its count the sample's weight in units of `unit`.
+    `unit` is one copy's weight in the loss (`NetworkView.unit`), negative where the update's sign is reversed, `error`
+    how far the counts were from integers before they were rounded. `measured`, where it is given, is dLoss/dlogits as
+    the gradient shows it: it stands in for that of a weak sample whose input is not known well enough to compute it.
+    `whole` says that counts are whole numbers of copies; else every sample has one label, its count the sample's weight
+    in units of `unit`.
     """
 
     counts: Float[Tensor, "s classes"]
