@@ -11,8 +11,9 @@ from spear.deployments import claims, noise, pruning
 from spear.deployments.local_training import retrace
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
+from spear.federated import decoding
 from spear.federated.naming import unwrapped
-from spear.federated.update import SharedUpdate, as_gradient, is_perturbed, under_names_of
+from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network
 from spear.published.algorithm import Sampling
@@ -93,12 +94,26 @@ def attack(
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
     model = unwrapped(model)
-    named, words = under_names_of(model, update)
-    doubted = claims.contradicted(model, named)
-    request = Request(model, named, layer, batch_size, device, terms, doubted)
-    result = _strongest(request, chosen) if isinstance(chosen, Auto) else request.run(chosen)
-    reason = "; ".join([result.reason + (request.denial if doubted else ""), *words])
+    read = decoding.read(model, update)
+    doubted = claims.contradicted(model, read.update)
+    request = Request(model, read.update, layer, batch_size, device, terms, doubted)
+    result = _by_loss(request, chosen)
+    reason = "; ".join([result.reason + (request.denial if doubted else ""), *read.words])
     return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
+
+
+def _by_loss(request: "Request", method: Method) -> Reconstruction:
+    """The result with the loss that was told; where inputs have no labels by that, with another that explains them."""
+    result = request.attack(method)
+    if not len(result.inputs) or result.labels is not None or bool(result.certified.any()) or request.layer is not None:
+        return result
+    for reading in decoding.other_losses(request.update):
+        if request.terms.budget.spent(0):
+            break
+        found = replace(request, update=reading.update).attack(method)
+        if found.labels is not None and found.expected_error is None:
+            return replace(found, reason="; ".join([found.reason, *reading.words]))
+    return result
 
 
 def _chosen(method: str | Method, layer: str | None) -> Method:
@@ -136,6 +151,10 @@ class Request:
     def denial(self) -> str:
         """That the update does not show what its client claims, for a reason's end."""
         return f"; the client claims {claims.words(self.update)}: the update does not show it"
+
+    def attack(self, method: Method) -> Reconstruction:
+        """One method, or those of `auto` in turn. Raises `Refusal` where none can begin."""
+        return _strongest(self, method) if isinstance(method, Auto) else self.run(method)
 
     def run(self, method: Method) -> Reconstruction:
         """One method. Raises `Refusal` where it cannot begin."""

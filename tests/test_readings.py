@@ -109,3 +109,95 @@ def test_numbers_are_what_they_are_stored_in_where_nothing_coarser_holds_them(dt
     noise = torch.randn(500, generator=Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     assert computed_in(SharedUpdate({"a": noise})) == dtype
     assert computed_in(SharedUpdate({"a": torch.ones(20, dtype=dtype)})) == dtype
+
+
+def decayed(model: nn.Module, sent: SharedUpdate, decay: float, *, biases: bool) -> SharedUpdate:
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    with_decay = {n: g + decay * weights[n] * (biases or weights[n].ndim > 1) for n, g in sent.gradients.items()}
+    return replace(sent, gradients=with_decay)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("biases", [True, False], ids=["all", "weights"])
+@pytest.mark.parametrize("decay", [1e-2, 1e-4])
+def test_weight_decay_is_estimated_said_and_taken_off(decay: float, biases: bool, law: str, seed: int) -> None:
+    model, x = client(3, 8, law, seed)
+    sent = decayed(model, gradient(model, x, labels(8, seed)), decay, biases=biases)
+    result = spear.attack(model, sent, time_limit=60)
+    assert result.complete, result.reason
+    assert same(result.inputs, x, 1e-6)
+    assert f"a weight decay of {decay:g} was taken off" in result.reason
+    assert ("none was on" in result.reason) != biases
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_weight_decay_of_a_step_in_single_precision(law: str) -> None:
+    model, x = client(3, 8, law, 0, torch.float32)
+    sent = decayed(model, gradient(model, x, labels(8, 0)), 1e-2, biases=True)
+    before = {name: p.detach() for name, p in model.named_parameters()}
+    after = {name: p - 0.1 * sent.gradients[name] for name, p in before.items()}
+    result = spear.attack(model, difference(model, before, after, learning_rate=0.1, count=8), time_limit=60)
+    assert len(result.inputs) == 8, result.reason
+    assert same(result.inputs, x, 1e-2)
+    assert "a weight decay of 0.0" in result.reason
+
+
+def test_a_decay_that_was_told_is_held_against_the_update() -> None:
+    model, x = client(3, 8, "normal", 0)
+    plain = gradient(model, x, labels(8, 0))
+    sent = replace(decayed(model, plain, 1e-2, biases=True), weight_decay=5e-2)
+    assert "a weight decay of 0.01 was taken off, told was 0.05" in spear.attack(model, sent, time_limit=60).reason
+    assert spear.attack(model, replace(sent, weight_decay=1e-2), time_limit=60).complete
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-3])
+def test_without_decay_nothing_is_taken_off(sigma: float) -> None:
+    model, x = client(3, 8, "normal", 0)
+    generator = Generator().manual_seed(1)
+    sent = each(
+        gradient(model, x, labels(8, 0)),
+        lambda g: g + sigma * torch.randn(g.shape, generator=generator, dtype=g.dtype),
+    )
+    assert "decay" not in spear.attack(model, sent, time_limit=10).reason
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error"])
+def test_another_loss_than_told_is_tried_and_named(loss: str, seed: int) -> None:
+    model, x = client(3, 6, "normal", seed)
+    y = labels(6, seed)
+    sent = gradient(model, x, y, loss=loss)
+    result = spear.attack(model, replace(sent, loss="cross_entropy"), time_limit=60)
+    assert result.complete, result.reason
+    assert sorted(result.labels.tolist()) == sorted(y.tolist())
+    assert f"the update fits the loss {loss}, told was cross_entropy" in result.reason
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("loss", ["class weights", "likelihood of the softmax"])
+def test_a_loss_that_is_not_known_leaves_inputs_without_labels(loss: str, seed: int) -> None:
+    model, x = client(3, 4, "normal", seed)
+    y, names = labels(4, seed), [name for name, _ in model.named_parameters()]
+    weight = torch.arange(1.0, CLASSES + 1, dtype=torch.float64) if loss == "class weights" else None
+    logits = model(x)
+    value = nn.functional.nll_loss(logits.softmax(1) if weight is None else logits.log_softmax(1), y, weight=weight)
+    sent = SharedUpdate(dict(zip(names, torch.autograd.grad(value, list(model.parameters())), strict=True)))
+    result = spear.attack(model, sent, time_limit=60)
+    assert same(result.inputs, x, 1e-6)
+    assert result.labels is None
+    assert not result.certified.any()
+    assert "another loss than cross_entropy" in result.reason
+
+
+def test_adams_first_step_is_the_gradient_in_other_clothes() -> None:
+    model, x = client(3, 8, "normal", 0)
+    after, _ = client(3, 8, "normal", 0)
+    optimizer = torch.optim.Adam(after.parameters(), lr=1e-3)
+    nn.functional.cross_entropy(after(x), labels(8, 0)).backward()
+    optimizer.step()
+    sides = (dict(side.named_parameters()) for side in (model, after))
+    result = spear.attack(model, difference(model, *sides, learning_rate=1e-3, count=8), time_limit=60)
+    assert "Adam's first step" in result.reason
+    assert same(result.inputs, x, 1e-4)
+    assert not result.certified.any()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from spear import paths
-from spear.cli.shared import MiniBatch, Momentum, Rate, RunCode, Samples, Steps, executor_of
+from spear.cli.shared import Loss, MiniBatch, Momentum, Rate, RunCode, Samples, Steps, WeightDecay, executor_of
 
 METHODS = "auto, the strongest that fits; or sampling, guided, dictionary, layer (one layer), network (every layer)."
 
@@ -23,6 +23,8 @@ def attack(
     local_steps: Steps = None,
     mini_batch: MiniBatch = None,
     momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    loss: Loss = None,
     samples: Samples = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default cpu.")] = None,
@@ -47,6 +49,7 @@ def attack(
 
     paths.check_outputs((output, picture), (Path(model), update, weights))
     told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
+    told |= {"weight_decay": weight_decay, "loss": loss}
     with executor_of(scheduler) as executor, Display("attack") as display:
         display.part(f"loading {update}")
         shared = SharedUpdate.load(update).disclosing(**told, momentum=momentum, count=samples)

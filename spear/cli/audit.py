@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spear import paths
-from spear.cli.shared import MiniBatch, Momentum, Rate, RunCode, Samples, Steps
+from spear.cli.shared import Loss, MiniBatch, Momentum, Rate, RunCode, Samples, Steps, WeightDecay
 
 
 def audit(
@@ -19,6 +19,8 @@ def audit(
     local_steps: Steps = None,
     mini_batch: MiniBatch = None,
     momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    loss: Loss = None,
     samples: Samples = None,
     data: Annotated[str | None, typer.Option(help="Data set by name, or a folder of pictures by class.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Batch size of simulated clients; default 16.")] = None,
@@ -47,6 +49,7 @@ def audit(
     paths.check_outputs((page, json), (Path(model), update, weights, before, after))
     given.refuse_both(update, before, after, learning_rate)
     told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
+    told |= {"weight_decay": weight_decay, "loss": loss}
     told |= {"momentum": momentum, "count": samples}
     with Display("audit") as display:
         display.part(f"loading {model}")

@@ -23,6 +23,8 @@ Rate = Annotated[float | None, typer.Option(help="The update is a change of weig
 Steps = Annotated[int | None, typer.Option(help="Local steps behind the change of weights; default 1.")]
 MiniBatch = Annotated[int | None, typer.Option(help="Samples of each local step.")]
 Momentum = Annotated[float | None, typer.Option(help="Of the local SGD; default 0.")]
+WeightDecay = Annotated[float | None, typer.Option(help="Of the client's SGD; default: read off the update.")]
+Loss = Annotated[str | None, typer.Option(help="cross_entropy (the default), binary_cross_entropy or squared_error.")]
 Samples = Annotated[int | None, typer.Option(help="How many samples the client says it used.")]
 RunCode = Annotated[
     bool, typer.Option("--run-code", help="Code of the model may run: a factory's, or a TorchScript archive's.")

@@ -66,7 +66,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
         if g.dtype not in PRECISIONS or parameters[name].dtype not in PRECISIONS:
             dtype = str(g.dtype if g.dtype not in PRECISIONS else parameters[name].dtype).removeprefix("torch.")
             raise Refusal(f"{name} is {dtype}: exact recovery needs float32 or float64")
-        if not _is_finite(g):
+        if not is_finite(g):
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     received = update.gradients
@@ -81,11 +81,12 @@ def check_weights(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name} of the model has no values: it is on the device meta")
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise ValueError(f"{name} of the model holds NaN or infinite values")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is a finite number; looked at in parts."""
     return all(bool(part.isfinite().all()) for part in tensor.detach().flatten().split(CHUNK))
 
 

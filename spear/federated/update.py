@@ -33,13 +33,14 @@ RANGES = {  # of the values that a client discloses: type, least and greatest
     "bits": (int, 1, 64),
     "learning_rate": (float, TINY, LARGE),
     "momentum": (float, 0, 0.999999),
+    "weight_decay": (float, 0, LARGE),
     "clip": (float, TINY, LARGE),
     "noise": (float, 0, LARGE),
     "epsilon": (float, 0, math.inf),
     "delta": (float, 0, 1),
     "loss_scale": (float, TINY, LARGE),
 }
-NEEDED = {"local_steps", "momentum", "loss_scale"}  # never None
+NEEDED = {"local_steps", "momentum", "weight_decay", "loss_scale"}  # never None
 HALVES = (torch.float16, torch.bfloat16)
 LOOKED_AT, FEWEST, MOSTLY = 2**16, 64, 0.9  # entries of each tensor; of all at least; the share that a type must hold
 
@@ -79,7 +80,8 @@ class SharedUpdate:
 
     Local training (FedAvg): `learning_rate` is `None` for a gradient; where it is given, `gradients` holds the change
     of the weights, theta_before - theta_after, by `local_steps` steps of SGD with `momentum` on `mini_batch` samples
-    each (the last of an epoch may have fewer). Aggregation: `clients` are the sample counts of the clients in the sum.
+    each (the last of an epoch may have fewer). `weight_decay` times the weights was added to the gradient of one step,
+    with or without that on the biases. Aggregation: `clients` are the sample counts of the clients in the sum.
     Privacy: per-sample gradients were clipped to the norm `clip`, `noise` is the standard deviation of the noise in
     each entry, and `epsilon`, `delta` what an accountant says of the release. Compression: entries were dropped by
     `pruning` (`"random"` or `"top-k"`: an entry that is exactly zero may be missing), rounded at random to `bits` bits,
@@ -103,6 +105,7 @@ class SharedUpdate:
     bits: int | None = None
     loss_scale: float | int = 1.0
     loss: str = "cross_entropy"
+    weight_decay: float | int = 0.0
 
     def __post_init__(self) -> None:
         if not len(self.gradients):
@@ -113,7 +116,7 @@ class SharedUpdate:
             tensors = {name: _tensor(name, value) for name, value in named.items()}
             object.__setattr__(self, "gradients", tensors)
 
-    def disclosing(self, **told: float | int | None) -> "SharedUpdate":
+    def disclosing(self, **told: float | int | str | None) -> "SharedUpdate":
         """The update with what is known from elsewhere of the client's training, `None` where nothing is.
 
         Raises `ValueError` where that contradicts what the update itself discloses, or itself.

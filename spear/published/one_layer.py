@@ -20,6 +20,7 @@ from spear.reconstruction import Budget, Reconstruction, Refusal, Stats, Terms
 EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where another method ended without the whole batch
+LABELLED = 0.1  # relative distance of a sample's own gradient to that of its label, from which no label fits
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 
 
@@ -99,8 +100,10 @@ def reconstruct(view: LayerView, found: Candidates, stats: Stats) -> Reconstruct
     unknown = _unknown_rest(view)
     if not unknown:
         whole = _with_labels(view, q, G, X, stats)
-        if whole.certified.any() or _rest_is_sent(view):
+        if whole.certified.any():
             return whole
+        if _rest_is_sent(view):
+            return whole if bool((whole.residuals < LABELLED).all()) else _without_labels(view, whole)
         unknown = f"the update holds nothing of what follows {name}, and the model's own rest does not fit it"
     return _by_one_layer(view, q, X, unknown, stats)
 
@@ -118,6 +121,13 @@ def _with_labels(
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}"
     return _result(view, X.mT, reason, stats, certificate, labels=labels, residuals=residuals)
+
+
+def _without_labels(view: LayerView, whole: Reconstruction) -> Reconstruction:
+    """The inputs alone, where no label explains their gradients."""
+    causes = f"another loss than {view.loss}, unequal weights in it, or a model that is not the client's"
+    reason = f"{whole.reason}; no labels: none explains the gradients, which speaks for {causes}"
+    return replace(whole, labels=None, residuals=torch.full_like(whole.residuals, math.inf), reason=reason)
 
 
 def _by_one_layer(

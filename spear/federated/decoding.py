@@ -1,0 +1,156 @@
+"""What a client did to its gradient beside what it says, read off the update: weight decay, Adam's first step, a loss.
+
+A `Reading` is an update with that undone, and words for it. It is a guess until an attack's own certificate holds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spear.federated.received import is_finite
+from spear.federated.update import LOOKED_AT, LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
+
+EPSILON = 1e-8  # torch's default for Adam
+SATURATED, MOST = 0.05, 0.9  # how far Adam's steps are from the rate, or from 0, and the share of them that is
+LARGEST = 512  # rows and columns of the part of a gradient that is looked at: shows batches of up to half as many
+FEWEST = 8  # rows and columns that a gradient needs for that
+SINGULAR = 1e-7  # of the largest singular value: the least, under which weights do not tell eigenvalues
+ROUNDING = 1e-12  # of the largest singular value: what is under that, of most, is no decay but rounding
+SPACE = 1e-9  # the same, above which a direction belongs to the column space
+TOGETHER = 0.01  # relative distance of eigenvalues that are one
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An update as it is taken, and what was undone for that, in words."""
+
+    update: SharedUpdate
+    words: tuple[str, ...] = ()
+
+
+def read(model: nn.Module, update: SharedUpdate) -> Reading:
+    """The update under the model's names, without weight decay, of Adam's first step the gradient.
+
+    Raises `ValueError` as `under_names_of` does.
+    """
+    named, words = under_names_of(model, update)
+    if update.local_steps > 1 or update.pruning is not None or is_perturbed(update) or not _fits(model, named):
+        return Reading(named, words)
+    for undo in (without_adam, without_decay):
+        undone = undo(model, named)
+        if undone is not None:
+            return replace(undone, words=words + undone.words)
+    return Reading(named, words)
+
+
+def other_losses(update: SharedUpdate) -> Iterator[Reading]:
+    """The update with each loss that the client did not tell."""
+    for loss in LOSSES:
+        if loss != update.loss:
+            yield Reading(replace(update, loss=loss), (f"the update fits the loss {loss}, told was {update.loss}",))
+
+
+def without_adam(model: nn.Module, update: SharedUpdate) -> Reading | None:
+    """The gradient behind Adam's first step, which is u = g / (|g| + eps) times the rate; None for any other update."""
+    rate = update.learning_rate
+    if rate is None or not all(_is_adams(g, rate) for g in update.gradients.values()):
+        return None
+    received = update.gradients
+
+    def gradient(name: str) -> Tensor:
+        u = received[name].double() / rate
+        return torch.where(u.abs() < 1, EPSILON * u / (1 - u.abs()), 0.0)
+
+    words = f"the change is Adam's first step: the gradient was computed from it, with eps {EPSILON:g}"
+    undone = replace(update, gradients=Lazy(tuple(received), gradient), learning_rate=None)
+    return Reading(undone, (words,))
+
+
+def _is_adams(change: Tensor, rate: float | int) -> bool:
+    """Whether most entries are the rate in size, or 0, and none is larger; a part answers for all."""
+    u = change.flatten()[:LOOKED_AT].abs() / rate
+    return float(u.max()) < 1 + SATURATED and float(((u - u.round()).abs() < SATURATED).double().mean()) > MOST
+
+
+def without_decay(model: nn.Module, update: SharedUpdate) -> Reading | None:
+    """The gradient without the multiple of the weights that weight decay adds to it; None where there is none."""
+    rate, told = update.learning_rate or 1.0, update.weight_decay
+    seen = _decay(model, update)
+    decay = told * rate * update.loss_scale if seen is None else seen
+    if not decay:
+        return None
+    parameters, received = dict(model.named_parameters()), update.gradients
+    kept = _not_decayed(parameters, update, decay)
+
+    def gradient(name: str) -> Tensor:
+        g = received[name]
+        return g if name in kept else g - (decay * parameters[name].detach()).to(g)
+
+    shown = decay / rate / update.loss_scale
+    words = f"a weight decay of {shown:.6g} was taken off"
+    words += f", told was {told:g}" if told and abs(shown - told) > TOGETHER * told else ""
+    words += f"; none was on {', '.join(sorted(kept))}" if kept else ""
+    return Reading(replace(update, gradients=Lazy(tuple(received), gradient), weight_decay=0.0), (words,))
+
+
+def _decay(model: nn.Module, update: SharedUpdate) -> float | None:
+    """t for which G - t W has a rank below half, as the gradient of a small batch has; None where there is none.
+
+    It is then the eigenvalue that most of W⁻¹ G's are, here of a part of both.
+    """
+    parameters = dict(model.named_parameters())
+    sides = {n: min(min(parameters[n].shape), LARGEST) for n in update.gradients if parameters[n].ndim == 2}
+    name = max(sides, key=lambda n: (sides[n], -parameters[n].numel()), default="")
+    if sides.get(name, 0) < FEWEST:
+        return None
+    generator, size = torch.Generator().manual_seed(0), sides[name]
+    rows, columns = (torch.randperm(side, generator=generator)[:size] for side in parameters[name].shape)
+    G, W = (
+        x[rows.to(x.device)][:, columns.to(x.device)].cpu().double()
+        for x in (update.gradients[name], parameters[name].detach())
+    )
+    return _shared_eigenvalue(G, W)
+
+
+def _shared_eigenvalue(G: Float[Tensor, "k k"], W: Float[Tensor, "k k"]) -> float | None:
+    """The eigenvalue that most of W⁻¹ G's are; None where there is none."""
+    own, seen = torch.linalg.svdvals(W), torch.linalg.svdvals(G)
+    if not own[-1] > SINGULAR * own[0] or not seen.median() > ROUNDING * seen[0]:
+        return None
+    values = torch.linalg.eigvals(torch.linalg.solve(W, G))
+    shared = values.real.median()
+    near = (values - shared).abs() < TOGETHER * shared.abs()
+    return float(shared) if 2 * int(near.sum()) > len(values) else None
+
+
+def _not_decayed(parameters: dict[str, nn.Parameter], update: SharedUpdate, decay: float) -> set[str]:
+    """The biases, where they are without decay: their gradients lie in their layers' column spaces as they are."""
+    biases, raw, less = set(), 0.0, 0.0
+    for name in update.gradients:
+        weight = f"{name.removesuffix('bias')}weight"
+        if not name.endswith("bias") or weight not in update.gradients or parameters[weight].ndim != 2:
+            continue
+        W, beta = (parameters[n].detach().double() for n in (weight, name))
+        U, s, _ = torch.linalg.svd(update.gradients[weight].to(W) - decay * W, full_matrices=False)
+        space, g = U[:, s > SPACE * s[0]], update.gradients[name].to(beta)
+        biases.add(name)
+        raw, less = raw + _outside(space, g), less + _outside(space, g - decay * beta)
+    return biases if raw < less else set()
+
+
+def _outside(space: Float[Tensor, "m r"], g: Float[Tensor, " m"]) -> float:
+    """What is left of g beside an orthonormal basis."""
+    return float(torch.linalg.vector_norm(g - space @ (space.mT @ g)))
+
+
+def _fits(model: nn.Module, update: SharedUpdate) -> bool:
+    """Whether all gradients are finite numbers in the shapes of parameters."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    gradients = update.gradients
+    return all(
+        gradients[name].shape == shapes.get(name) and gradients[name].is_floating_point() and is_finite(gradients[name])
+        for name in gradients
+    )
