@@ -41,6 +41,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, eps: float) -> "Accuracy":
+        """For gradients whose entries are `eps` of their size apart."""
         fine = eps < FINE
         return cls(
             recovered=1e-6 if eps < SHARP else 1e-3,

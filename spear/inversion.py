@@ -161,7 +161,7 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
         if result is not None and (result.complete or result.expected_error is not None):
             break
         if result is not None and (spent := request.terms.budget.spent(0)):
-            return replace(result, reason=f"{result.reason}; {spent}")
+            return result if spent in result.reason else replace(result, reason=f"{result.reason}; {spent}")
         try:
             if result is not None and not request.worth(method):
                 break

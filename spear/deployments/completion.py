@@ -30,6 +30,12 @@ SPREADS = 10
 CONFIRMED = 1e3  # times the tolerance: the residual of entries held out up to which they were
 WIDE = 2.0  # columns per row from which a random part of them, as many as there are rows, shows the column space
 CHUNK = 2**24  # entries of the normal equations that are held at once
+STEPS = 200  # of a factorisation: at the rank of a batch it settles within some dozens
+RIDGE = 1e-13  # of the largest product: keeps normal equations of a few entries positive definite
+FAR = 0.1  # residual above which most of the rank is still missing: then it grows by a quarter, else by a tenth
+OVERSAMPLED, PASSES = 4, 3  # directions beyond those wanted, and passes, of the subspace iteration
+FREEDOM = 0.9  # unknowns over entries up to which a rank is thought to be determined
+NEARLY_ALL = 0.9  # share of the entries that the core must hold, to stand for them all
 EXACT = Accuracy.of_dtype(torch.float64).completed
 
 
@@ -74,7 +80,7 @@ def masked_least_squares(
         packed = weight.T @ pairs
         gram = packed.new_empty(len(columns), rank, rank)
         gram[:, i, k] = gram[:, k, i] = packed
-        gram.diagonal(dim1=1, dim2=2).add_(1e-13 * packed.abs().amax(1, keepdim=True) + 1e-300)
+        gram.diagonal(dim1=1, dim2=2).add_(RIDGE * packed.abs().amax(1, keepdim=True) + 1e-300)
         factor = torch.linalg.cholesky(gram)
         x = torch.zeros_like(right[:rank])
         for _ in range(2):
@@ -93,7 +99,10 @@ class _Growth:
     least: int = 1
     before: float = float("inf")
 
-    def step(self, J: Float[Tensor, "m n"], kept: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, J: Float[Tensor, "m n"], kept: Float[Tensor, "m n"]
+    ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+        """Q from the rows, then B from that: one round of alternating least squares."""
         Q = torch.linalg.qr(masked_least_squares(self.V, J.T, kept.T)[0].T)[0]
         return Q, masked_least_squares(Q, J, kept)[0]
 
@@ -103,22 +112,24 @@ class _Growth:
         self.V, rank = rows.T, len(s)
         ratio = s[:-1] / s[1:].clamp_min(1e-300)
         ratio[: max(self.least - 1, rank // 2)] = 0
-        if residual < 0.1 and rank > 1 and float(ratio.max()) > GAP:
+        if residual < FAR and rank > 1 and float(ratio.max()) > GAP:
             kept = int(ratio.argmax()) + 1
             self.V, self.least, self.before = self.V[:, :kept], kept + 1, float("inf")
             return
         settled = residual > STALLED * self.before
         self.before = residual
         if settled and rank < most:
-            more = min(max(1, rank // (4 if residual > 0.1 else 10)), most - rank)
+            more = min(max(1, rank // (4 if residual > FAR else 10)), most - rank)
             self.V = torch.linalg.qr(torch.cat([self.V, strongest(rest, more)], 1))[0]
             self.before = float("inf")
 
 
 def strongest(rest: Float[Tensor, "m n"], count: int) -> Float[Tensor, "n count"]:
-    """The leading right singular vectors, by two steps of subspace iteration."""
-    start = torch.randn(len(rest), count + 4, generator=Generator().manual_seed(0), dtype=rest.dtype).to(rest.device)
-    for _ in range(3):
+    """The leading right singular vectors, by subspace iteration."""
+    start = torch.randn(len(rest), count + OVERSAMPLED, generator=Generator().manual_seed(0), dtype=rest.dtype).to(
+        rest.device
+    )
+    for _ in range(PASSES):
         right = torch.linalg.qr(rest.T @ start)[0]
         start = torch.linalg.qr(rest @ right)[0]
     return right @ torch.linalg.svd(rest @ right, full_matrices=False)[2][:count].T
@@ -131,7 +142,6 @@ def factorise(
     most: int,
     tolerance: float,
     until: float = math.inf,
-    steps: int = 200,
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
     """Factors of J from the entries `kept`, of the least rank up to `most` at which the residual does not settle.
 
@@ -140,7 +150,7 @@ def factorise(
     weight = kept.to(J)
     sent = weight * J
     growth = _Growth(strongest(sent, 1))
-    for _ in range(steps):
+    for _ in range(STEPS):
         Q, B = growth.step(sent, weight)
         rest = weight * (sent - Q @ B)
         residual = float(rest.norm() / sent.norm())
@@ -156,7 +166,7 @@ def most_rank(kept: Bool[Tensor, "m n"]) -> int:
     """The largest rank whose unknowns, r (m + n - r), are a tenth fewer than the entries of live rows and columns."""
     m, n, entries = int(kept.any(1).sum()), int(kept.any(0).sum()), int(kept.sum())
     ranks = torch.arange(min(m, n))
-    return int(((ranks * (m + n - ranks)) < 0.9 * entries).sum()) - 1
+    return int(((ranks * (m + n - ranks)) < FREEDOM * entries).sum()) - 1
 
 
 def complete(
@@ -202,7 +212,7 @@ def _core_part(
     """The factors of the rows and `columns` that have enough entries for the rank found, which is `most` at most."""
     allowed = kept & columns
     rows, columns = core(allowed, most)
-    if not kept[rows][:, columns].sum() > 0.9 * allowed.sum():
+    if not kept[rows][:, columns].sum() > NEARLY_ALL * allowed.sum():
         rows, columns = allowed.any(1), allowed.any(0)
     while True:
         factors = solve(J[rows][:, columns], taking_part[rows][:, columns])
@@ -257,10 +267,12 @@ class _Part:
         return replace(self, rows=rows, columns=columns, Q=Q, B=triangle @ self.B[:, second])
 
     def nowhere(self) -> "_Part":
+        """Without any row or column."""
         none = torch.zeros_like(self.rows), torch.zeros_like(self.columns)
         return replace(self, rows=none[0], columns=none[1], Q=self.Q[:0], B=self.B[:, :0])
 
     def completed(self, held_out: float, *, exact: bool) -> Completed:
+        """The whole gradient, zero where it is not determined."""
         whole = torch.zeros_like(self.J)
         whole[self.rows[:, None] & self.columns] = (self.Q @ self.B).flatten()
         return Completed(whole, len(self.B), self.rows, self.columns, held_out, exact)

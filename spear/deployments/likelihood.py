@@ -18,6 +18,13 @@ from spear.network.problem import NetworkView, Targets, forward, passes
 from spear.published.lowrank import LowRank
 
 RIDGE = 1e-12  # of the mean diagonal of normal equations: two samples of equal masks must not make them singular
+SETTLED = 1e-9  # a round that moves inputs by less, relative to them, is the last
+DOUBT = 0.3  # of what a round moved an input: the error that it is thought to have left
+EVEN = 0.1  # of the mean: what a row's variance counts for at least, as it is only estimated
+WEIGHTINGS = 3  # rounds of least squares and the rows' variances
+GUESSED = 3  # times the error that the noise alone would leave: of inputs that projections found
+FARTHEST = 30  # spreads from zero at which a unit's state is certain: more says no more
+LIGHTEST = 0.02  # of the largest weight: what a sample weighs at least, once it was found
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Noisy:
 
     @property
     def rank(self) -> int:
+        """How many samples stand out of the noise."""
         return self.lows[0].rank
 
 
@@ -68,9 +76,7 @@ class Estimate:
         return (self.measured - self.deltas).norm(dim=1) / self.deltas.norm(dim=1)
 
 
-def refine(
-    noisy: Noisy, inputs: Float[Tensor, "s n"], labels: Int[Tensor, " s"], *, rounds: int = 15, tolerance: float = 1e-9
-) -> Estimate:
+def refine(noisy: Noisy, inputs: Float[Tensor, "s n"], labels: Int[Tensor, " s"], *, rounds: int = 15) -> Estimate:
     """Alternate between T and the inputs until they settle; the round with the smallest residual counts."""
     n, spread, best = inputs.shape[1], None, None
     weights = sample_weights(noisy, inputs, _plain(noisy.problem, inputs, labels))
@@ -86,9 +92,9 @@ def refine(
             best = (size, deltas, weights, parts)
         new = fitted[:, :n]
         moved = (new - inputs).norm(dim=1)
-        spread = torch.maximum(noisy.sigmas[0] * inverse.norm(dim=1), 0.3 * moved / n**0.5)
+        spread = torch.maximum(noisy.sigmas[0] * inverse.norm(dim=1), DOUBT * moved / n**0.5)
         inputs = new
-        if bool((moved < tolerance * new.norm(dim=1)).all()):
+        if bool((moved < SETTLED * new.norm(dim=1)).all()):
             break
     settled = moved / inputs.norm(dim=1)
     return _conclude(noisy, labels, *best[1:], settled)
@@ -110,13 +116,13 @@ def _conclude(
     J, T = parts[0], deltas[0] * weights[:, None]
     n, share = noisy.problem.weights[0].shape[1], 1 - noisy.rank / T.shape[1]
     variance = torch.ones_like(T[0])
-    for _ in range(3):
+    for _ in range(WEIGHTINGS):
         weighting = variance.rsqrt()
         inverse = torch.linalg.pinv(T.T * weighting[:, None]) * weighting
         fitted = inverse @ J
         rest = J - T.T @ fitted
         seen = rest.pow(2).mean(1) / share
-        variance = seen.clamp_min(0.1 * float(seen.mean())).clamp_min(1e-300)
+        variance = seen.clamp_min(EVEN * float(seen.mean())).clamp_min(1e-300)
     inputs = fitted[:, :n]
     each = (inverse.pow(2) * seen).sum(1).sqrt() * n**0.5 / inputs.norm(dim=1)
     measured = measure(noisy.problem, 0, J, inputs)[0]
@@ -173,7 +179,7 @@ def _backward(
     states, logits = forward(problem, inputs)
     before = [problem.apply(k, states[k]) for k in range(problem.last + 1)]
     if spread is None:
-        spread = 3 * noisy.sigmas[0] / (_plain(problem, inputs, labels)[0].norm(dim=1) * weights)
+        spread = GUESSED * noisy.sigmas[0] / (_plain(problem, inputs, labels)[0].norm(dim=1) * weights)
     spreads = [spread[:, None] * problem.weights[0].norm(dim=1)]
     for k in range(1, problem.last + 1):
         below = spreads[-1].pow(2).mean(1, keepdim=True).sqrt()
@@ -184,7 +190,7 @@ def _backward(
         seen, size = measure(problem, k, parts[k], states[k])
         seen = seen / weights[:, None]
         doubt = 2 * noisy.sigmas[k] * size / weights  # twice the noise: the states are estimates too
-        z = (before[k] / spreads[k].clamp_min(1e-300)).clamp(-30, 30)
+        z = (before[k] / spreads[k].clamp_min(1e-300)).clamp(-FARTHEST, FARTHEST)
         prior = torch.special.log_ndtr(z) - torch.special.log_ndtr(-z)
         gain = (seen.pow(2) - (seen - active).pow(2)) / (2 * doubt[:, None].pow(2)).clamp_min(1e-300)
         deltas.insert(0, active * (prior + gain > 0))
@@ -215,7 +221,7 @@ def sample_weights(
     else:
         gram, right = _normal_equations(noisy.problem, deltas)
         weights = torch.linalg.solve(gram, right)
-    return weights.clamp(0.02 * noisy.most, noisy.most)
+    return weights.clamp(LIGHTEST * noisy.most, noisy.most)
 
 
 def weight_error(

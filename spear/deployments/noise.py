@@ -30,6 +30,14 @@ FITS = 1.15  # a residual that many times larger than expected is no noise
 MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
 TRIALS = 3  # searches, each without what the update supports of those before
 ROUNDING = 1e-12  # error of the linear algebra here, relative to the first singular value
+EDGE, SETTLING = 1.02, 10  # a little above the edge of pure noise; rounds in which rank and level settle
+SQUARED = 1e-6  # of the largest singular value: smaller ones are lost in the Gram matrix, whose unit is its square
+LOUD = 30  # roundings of an entry: what is under that is rounding, no noise
+SHORT, LONG = 1.5, 3  # times the edge of pure noise: its spectrum ends there; that of noise in proportion to entries,
+CLEAR = 10  # which must lie that far below the batch's
+RELATED = 0.6  # sine to the first gradient of a label's back-propagated vector: wrong images have none so near
+DROPS = 4  # rounds of refinement without the samples that the update does not support
+ALIKE, OFF, WORST = 0.6, 0.35, 0.5  # cosine, size and expected error up to which the update supports a sample
 
 
 def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None = None) -> tuple[LowRank, float]:
@@ -41,12 +49,12 @@ def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None 
     m, n = int(J.any(1).sum()), int(J.any(0).sum())
     s, L = _left(J)
     bound = min(most or len(s), m - 1, n - 1)
-    within = lambda rank: max(1, min(rank, bound))  # noqa: E731
-    rank = within(rank_under_noise(s[: min(m, n)], (m, n), sigma))
+    rank = max(1, min(rank_under_noise(s[: min(m, n)], (m, n), sigma), bound))
     rounding = ROUNDING * float(s[0]) / (m * n) ** 0.5
-    for _ in range(10):
+    for _ in range(SETTLING):
         seen = max(float(s[rank:].norm()) / ((m - rank) * (n - rank)) ** 0.5, rounding)
-        before, rank = rank, within(rank_under_noise(s, (m, n), 1.02 * (seen if sigma is None else sigma)))
+        before, above = rank, rank_under_noise(s, (m, n), EDGE * (seen if sigma is None else sigma))
+        rank = max(1, min(above, bound))
         if rank == before:
             break
     low = LowRank(rank, L[:, :rank], L[:, :rank].mT @ J, float(s[rank - 1] / s[rank].clamp_min(1e-300)), float(s[rank]))
@@ -58,11 +66,11 @@ def _left(J: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " k"], Float[Tensor, "
     wide = J if J.shape[0] <= J.shape[1] else J.mT
     values, U = torch.linalg.eigh(wide @ wide.mT)
     s, U = values.flip(0).clamp_min(0).sqrt(), U.flip(1)
-    if s.median() < 1e-6 * s[0]:
+    if s.median() < SQUARED * s[0]:
         U, s, _ = torch.linalg.svd(torch.linalg.qr(wide.mT, mode="r")[1].mT, full_matrices=False)
     if wide is J:
         return s, U
-    return s, torch.linalg.qr(J @ U / s.clamp_min(1e-300 + 1e-12 * s[0]))[0]
+    return s, torch.linalg.qr(J @ U / s.clamp_min(1e-300 + ROUNDING * s[0]))[0]
 
 
 def open_noisy(problem: NetworkView, *, sigma: float | None, weighted: bool) -> Noisy:
@@ -86,9 +94,9 @@ def is_visible(noisy: Noisy) -> bool:
     Noise in proportion to the entries, as half precision leaves it, has a longer spectrum: it must lie far below.
     """
     low, sigma, J = noisy.lows[0], noisy.sigmas[0], noisy.problem.augmented(0)
-    rounding = max(30 * noisy.problem.precision, 10 * ROUNDING) * float(J.norm()) / J.numel() ** 0.5
+    rounding = max(LOUD * noisy.problem.precision, 10 * ROUNDING) * float(J.norm()) / J.numel() ** 0.5
     edge = sigma * (J.shape[0] ** 0.5 + J.shape[1] ** 0.5)
-    longest = 3 * edge if low.smallest > 10 * low.noise else 1.5 * edge
+    longest = (LONG if low.smallest > CLEAR * low.noise else SHORT) * edge
     return sigma > rounding and low.noise < longest and edge < low.smallest
 
 
@@ -230,7 +238,7 @@ def _without(noisy: Noisy, known: Float[Tensor, "s n"]) -> tuple[Factors, Factor
 
 def _labelled(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Bool[Tensor, " s"]:
     """Which candidates have a label whose back-propagated vector is near the span of the first gradient."""
-    return class_sines(noisy.problem, inputs, noisy.lows[0].L).amin(1) < 0.6
+    return class_sines(noisy.problem, inputs, noisy.lows[0].L).amin(1) < RELATED
 
 
 def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
@@ -249,7 +257,7 @@ def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Estimate | None:
     raw, estimate = inputs, refine(noisy, inputs, label(noisy, inputs), rounds=15 if whole else 1)
     if whole:
         estimate = refine(noisy, estimate.inputs, label(noisy, estimate.inputs))
-    for _ in range(4):
+    for _ in range(DROPS):
         good = _is_good(estimate)
         if bool(good.all()) or not bool(good.any()):
             break
@@ -267,8 +275,8 @@ def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Estimate | None:
 def _is_good(estimate: Estimate) -> Bool[Tensor, " s"]:
     seen, own = estimate.measured, estimate.deltas
     scale = (seen * own).sum(1) / own.pow(2).sum(1)
-    alike = (F.cosine_similarity(seen, own) > 0.6) & ((scale - 1).abs() < 0.35)
-    return alike & (estimate.error < 0.5) & estimate.inputs.isfinite().all(1)
+    alike = (F.cosine_similarity(seen, own) > ALIKE) & ((scale - 1).abs() < OFF)
+    return alike & (estimate.error < WORST) & estimate.inputs.isfinite().all(1)
 
 
 def denoise(

@@ -14,16 +14,19 @@ from torch import Generator, Tensor
 
 from spear.deployments import completion
 from spear.deployments.completion import Completed
-from spear.network.check import Misfit, certify
+from spear.network.check import CORRECTIONS, Misfit, certify
 from spear.network.factors import Factors, wedderburn
+from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import NetworkView, Passes, Targets, passes
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
 from spear.network.recovery import Judged, Reached, nothing
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
 SAME = 1 - 1e-6  # cosine of two solutions that are one
+GAP = 1e2  # times the sine of a solution: that of the next one for its mask
+ALONE = 1e-2  # of the next class's sine: that of a label that no other class explains
+SPARE = 8  # hidden units beyond the unknowns
 DENSE = 0.9  # share of nonzero entries in live rows and columns from which none is thought to be missing
-LABELS = 1e-4  # distance of label counts from whole numbers from which they are none
 IDLE = 12  # rounds of starts in a row that found nothing new
 WHOLE = "every entry that arrived is the sum of the recovered samples' own"
 
@@ -54,6 +57,7 @@ class Sight:
 
     @classmethod
     def of(cls, problem: NetworkView, *known: Completed) -> "Sight":
+        """Before any sample was found."""
         parts = []
         for part in known:
             U, s, V = torch.linalg.svd(part.J[part.rows][:, part.columns], full_matrices=False)
@@ -62,6 +66,7 @@ class Sight:
 
     @property
     def left(self) -> int:
+        """How many samples are still to be found."""
         return len(self.factors[0].singular)
 
     @property
@@ -78,7 +83,7 @@ class Sight:
 
     def search(self, starts: int, generator: Generator) -> Float[Tensor, "k n"]:
         """Inputs whose pre-activations and activations fit both gradients to rounding, from random starts."""
-        limits = Limits(rough=0.2, alike=0.9999, sine=self.problem.accuracy.projection, same=SAME, gap=1e2)
+        limits = Limits(rough=0.2, alike=0.9999, sine=self.problem.accuracy.projection, same=SAME, gap=GAP)
         projections = self.projections
         return projections.samples(projections.starts(starts, generator), limits)
 
@@ -86,7 +91,7 @@ class Sight:
         """Less the samples for which one class alone explains a direction of the first gradient; which those are."""
         sines = class_sines(self.problem, inputs, self.factors[0].basis, units=self.known[0].rows)
         ranked, order = sines.sort(dim=1)
-        sure = (ranked[:, 0] < 1e-2 * ranked[:, 1]) & (ranked[:, 0] < self.problem.accuracy.projection)
+        sure = (ranked[:, 0] < ALONE * ranked[:, 1]) & (ranked[:, 0] < self.problem.accuracy.projection)
         x, label = inputs[sure], order[sure, 0]
         run = passes(self.problem, x, Targets(F.one_hot(label, self.problem.classes).to(x), 1.0, 0.0))
         parts = []
@@ -108,6 +113,7 @@ class Pruned:
 
     @property
     def rank(self) -> int:
+        """How many different samples are in the batch."""
         return self.first.rank
 
     def read(self, inputs: Float[Tensor, "b n"]) -> Targets:
@@ -246,7 +252,7 @@ def _check_reach(pruned: Pruned) -> None:
         ranks = f"{pruned.first.rank} and {pruned.second.rank}"
         raise Refusal(f"the completed gradients have ranks {ranks}: samples cannot be told apart")
     units, needed = int(pruned.second.columns[:-1].sum()), pruned.rank + int((~pruned.first.columns).sum())
-    if needed + pruned.rank > units - 8:
+    if needed + pruned.rank > units - SPARE:
         few = f"too few for {pruned.rank} samples and {needed} unknowns of each"
         raise Refusal(f"{units} hidden units are known, {few}")
 
@@ -254,7 +260,7 @@ def _check_reach(pruned: Pruned) -> None:
 def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], reached: Reached) -> Judged:
     """The whole batch held against the entries that arrived, after corrections, as far as they help."""
     best = None
-    for _ in range(8):
+    for _ in range(CORRECTIONS):
         targets = pruned.read(inputs)
         seen, corrected = pruned.check(inputs, targets)
         if best is not None and not max(seen.layers) < 0.5 * max(best[0].layers):
@@ -267,7 +273,7 @@ def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], reached: Reached) -> J
     good = len(sure) == len(inputs) and copies == (pruned.problem.batch_size or copies)
     left = f"{max(seen.layers):.1e} of a layer's entries, {float(seen.inputs.max()):.1e} of an input"
     reason = f"{len(sure)} of {len(inputs)} samples are certain: they leave {left}, unexplained"
-    if targets.error >= LABELS:
+    if targets.error >= WHOLE_NUMBERS:
         reason = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
     evidence = (seen.inputs[sure], certified[sure], good, WHOLE if good else reason, reached)
     return Judged(inputs[sure], targets.counts[sure], *evidence)

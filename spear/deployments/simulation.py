@@ -29,7 +29,8 @@ class Training:
         hidden = [name for name, value in told.items() if value is None]
         if hidden:
             what = f"an update of {update.local_steps} local steps is not the gradient of one batch"
-            raise Refusal(f"{what}, and its {' and '.join(hidden)} are not disclosed")
+            verb = "is" if len(hidden) == 1 else "are"
+            raise Refusal(f"{what}, and its {' and '.join(hidden)} {verb} not disclosed")
         epoch = [len(part) for part in torch.arange(update.count).split(update.mini_batch)]
         if update.local_steps % len(epoch):
             raise Refusal(f"{update.local_steps} local steps are no whole epochs of {len(epoch)} mini-batches")

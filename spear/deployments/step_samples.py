@@ -20,6 +20,8 @@ NOISE = 3  # times the sine that rounding leaves of zero: still a sample of this
 NEAR = 0.05  # sine of what may be of this step or a later one
 LIMITS = Limits(rough=0.3, alike=0.9999, sine=NEAR, same=1 - 1e-9)  # samples of later steps count too, if only nearly
 FEWEST = 32  # starts of a search
+SPARE = 5  # hidden units beyond the unknowns
+ROUNDING = 1e-14  # of the largest singular value: what the decomposition itself leaves
 TRIES = 40  # searches for one mini-batch
 VISIBLE = 2.0  # times the largest singular value of pure rounding: belongs to the samples
 
@@ -83,7 +85,7 @@ def open_unexplained(problem: NetworkView, training: Training) -> Unexplained:
     )
     if not len(first.singular) or not len(second.singular):
         raise Refusal(f"the change of the weights is lost in their rounding, {max(sigmas):.0e} per entry")
-    needed = len(second.singular) + training.count + 5
+    needed = len(second.singular) + training.count + SPARE
     if needed > width:
         wider = f"layers wider than {needed}; the narrowest has {width}"
         raise Refusal(f"{training.count} samples in {steps} steps need {wider}")
@@ -93,7 +95,7 @@ def open_unexplained(problem: NetworkView, training: Training) -> Unexplained:
 def _factors(change: Float[Tensor, "m n"], sigma: float, most: int) -> Factors:
     """The change of a layer above what rounding the weights after each step leaves."""
     U, s, V = torch.linalg.svd(change, full_matrices=False)
-    edge = max(VISIBLE * sigma * (change.shape[0] ** 0.5 + change.shape[1] ** 0.5), 1e-14 * float(s[0]))
+    edge = max(VISIBLE * sigma * (change.shape[0] ** 0.5 + change.shape[1] ** 0.5), ROUNDING * float(s[0]))
     rank = min(int((s > edge).sum()), most)
     return Factors(U[:, :rank], s[:rank], V[:rank])
 
@@ -160,7 +162,7 @@ def _starts(
     """Starts away from some of the samples `near`, alternately random and rows of the first layer's change."""
     r = len(projections.rows)
     count = max(FEWEST, 2 * r)
-    mixed = trial % 4 >= 2
+    mixed = trial % 4 >= 2  # two of four: each kind is tried away from the pool, and not
     c = _mixtures(projections, left.first, count, generator) if mixed else projections.draw(count, generator)
     some = torch.randperm(len(near), generator=generator)[: r // 2].to(near.device)
     return unit_rows(away_from(projections.place(near[some]), c))

@@ -21,6 +21,7 @@ from spear.reconstruction import Terms
 
 SMALL = 0.3  # times the root mean square of L q: an entry this small may be a zero
 TRIM = 0.72  # share of the small entries that the polish trusts: the smallest
+ROUNDS = 8  # of the polish: by then the trusted share is a fifth of the first
 SHRINK = 0.8  # factor by which that share falls in each round: not all that is small is zero
 LOOSE = 2  # times the tolerance: what counts as zero in the last polish
 RIDGE = 1e-13  # keeps the Gram matrix of rows with a kernel positive definite
@@ -187,7 +188,7 @@ def groups(q: Float[Tensor, "k b"]) -> tuple[Float[Tensor, "g b"], Tensor]:
 
 
 def polish(
-    L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, rounds: int = 8, tolerance: float = 1e-9
+    L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: float = 1e-9
 ) -> tuple[Float[Tensor, "h b"], Bool[Tensor, " h"]]:
     """Each direction from its smallest rows: the vector that they annihilate best, by inverse iteration; repeated.
 
@@ -196,7 +197,7 @@ def polish(
     """
     q, residual, chunk = unit_rows(q), torch.full_like(q[:, 0], math.inf), max(1, 2**24 // L.numel())
     going = torch.ones_like(residual, dtype=torch.bool)
-    for k in range(rounds):
+    for k in range(ROUNDS):
         for part in going.nonzero()[:, 0].split(chunk):
             r, before = (q[part] @ L.mT).abs(), residual[part]
             small = (r < SMALL * r.square().mean(1, keepdim=True).sqrt()).sum(1)

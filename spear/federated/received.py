@@ -87,12 +87,16 @@ def _size(tensor: Tensor) -> float:
     return math.hypot(*parts)
 
 
-def check_count(count: int | None, m: int, n: int, name: str) -> None:
-    """Raises `ValueError` for fewer than one sample, `Refusal` for more than layer `name`, m x n, can tell apart."""
+def check_count(count: int | None) -> None:
+    """Raises `ValueError` for fewer than one sample."""
+    if count is not None and count < 1:
+        raise ValueError(f"a batch has at least 1 sample, not {count}")
+
+
+def check_room(count: int | None, m: int, n: int, name: str) -> None:
+    """Raises `Refusal` for more samples than one layer `name`, m x n, can tell apart; several layers may."""
     if count is None:
         return
-    if count < 1:
-        raise ValueError(f"a batch has at least 1 sample, not {count}")
     if count >= m:
         raise Refusal(f"a batch of rank {count} needs a layer wider than {count}; {name} has {m}")
     if count > n:

@@ -53,6 +53,16 @@ class Traced:
     def is_linear(self, node: fx.Node) -> bool:
         return isinstance(self.part(node), nn.Linear)
 
+    def value(self, node: fx.Node) -> Any:
+        """The parameter, buffer or constant that a node gets."""
+        return operator.attrgetter(node.target)(self.module)
+
+    def is_parameter(self, node: Any, dimensions: int) -> bool:
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return False
+        value = self.value(node)
+        return isinstance(value, nn.Parameter) and value.ndim == dimensions
+
     def names(self) -> dict[str, str]:
         """The model's own name of every parameter of the graph that one module alone uses."""
         known = {name: self.origin.get(name, name) for name, _ in self.module.named_parameters(remove_duplicate=False)}
@@ -222,7 +232,7 @@ def _product(traced: Traced, node: fx.Node) -> tuple[fx.Node, fx.Node, bool, fx.
     else:
         return None
     stored, turned = _stored(traced, weight, turned=kind != "linear")
-    plain = stored is not None and (bias is None or _is_parameter(traced, bias, 1))
+    plain = stored is not None and (bias is None or traced.is_parameter(bias, 1))
     return (source, stored, turned, bias) if plain else None
 
 
@@ -233,8 +243,8 @@ def _with_bias(traced: Traced, node: fx.Node, first: Any, second: Any) -> None:
             continue
         part = traced.part(product) if product.op == "call_module" else None
         if type(part) is nn.Linear and part.bias is None and f"{product.target}.weight" in traced.origin:
-            if _is_parameter(traced, bias, 1) and len(_value(traced, bias)) == part.out_features:
-                part.bias = _value(traced, bias)
+            if traced.is_parameter(bias, 1) and len(traced.value(bias)) == part.out_features:
+                part.bias = traced.value(bias)
                 traced.origin[f"{product.target}.bias"] = bias.target
                 node.replace_all_uses_with(product)
                 return
@@ -247,28 +257,17 @@ def _stored(traced: Traced, node: Any, turned: bool) -> tuple[fx.Node | None, bo
         if kind not in TRANSPOSES or not isinstance(node.args[0], fx.Node):
             return None, turned
         node, turned = node.args[0], not turned
-    return (node if isinstance(node, fx.Node) and _is_parameter(traced, node, 2) else None), turned
-
-
-def _value(traced: Traced, node: fx.Node) -> Any:
-    return operator.attrgetter(node.target)(traced.module)
-
-
-def _is_parameter(traced: Traced, node: Any, dimensions: int) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return False
-    value = _value(traced, node)
-    return isinstance(value, nn.Parameter) and value.ndim == dimensions
+    return (node if isinstance(node, fx.Node) and traced.is_parameter(node, 2) else None), turned
 
 
 def _replace(
     traced: Traced, node: fx.Node, source: fx.Node, weight: fx.Node, turned: bool, bias: fx.Node | None
 ) -> None:
     """A linear module in place of a linear map by function."""
-    W = _value(traced, weight)
+    W = traced.value(weight)
     part = nn.Linear(*reversed(W.T.shape if turned else W.shape), bias=False, device="meta")
     part.weight = nn.Parameter(W.detach().T, W.requires_grad) if turned else W
-    part.bias = None if bias is None else _value(traced, bias)
+    part.bias = None if bias is None else traced.value(bias)
     name = _place(traced, node, weight, bias, part)
     traced.origin[f"{name}.weight"] = weight.target
     if turned:

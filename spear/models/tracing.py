@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
-from spear.models.graphs import Traced, extract, guesses, is_size, trace
+from spear.models.graphs import Traced, extract, guesses, is_size, operation, trace
 from spear.models.modes import modes, words
 from spear.reconstruction import Refusal
 
@@ -41,6 +41,7 @@ class Layer:
     stands between the layer and its ReLU (`before`), it is folded into `linear`, and z is what enters the ReLU;
     `after` is such a map behind the ReLU, and `below` what is folded into the weights from the layer below (`chain`).
     `own` is the model's own name of each parameter that no other layer shares, of those in `turned` its transpose.
+    `outer_bias`: its bias is what is added last before the ReLU, the layer having none.
     `obstacle` says what the client did in training mode that leaves the gradient without ReLU's zeros.
     """
 
@@ -55,6 +56,7 @@ class Layer:
     after: Entrywise
     own: Mapping[str, str]
     turned: frozenset[str]
+    outer_bias: bool = False
     obstacle: str = ""
     below: Entrywise | None = None
 
@@ -72,13 +74,25 @@ class Layer:
         """What the gradients of the layer and of its tail are called, of those received by the model's own names."""
         return tuple(name for name, own in self.own.items() if own in received)
 
+    def missing(self, received: Mapping[str, Tensor]) -> str:
+        """Which of the layer's own gradients was not received, by the model's name, and why; empty where all were."""
+        for kind in ("weight", "bias") if self.linear.bias is not None else ("weight",):
+            own = self.own.get(f"{self.name}.{kind}")
+            if own is None:
+                shared = "it is shared with another layer" if kind == "weight" else "the model has no such parameter"
+                return f"{self.name}.{kind} ({shared})"
+            if own not in received:
+                return own if self.linear.weight.requires_grad else f"{own} (the layer is frozen)"
+        return ""
+
     def gradient(self, name: str, received: Mapping[str, Tensor]) -> Tensor:
         """One of these gradients: that of the loss by `linear`'s parameters, or by the tail's."""
         g = received[self.own[name]]
         g = g.T if name in self.turned else g
         if name == f"{self.name}.weight" and self.below is not None:
             g = self._of_below(g, received)
-        if name in (f"{self.name}.weight", f"{self.name}.bias") and not self.before.is_plain:
+        folded = (f"{self.name}.weight",) if self.outer_bias else (f"{self.name}.weight", f"{self.name}.bias")
+        if name in folded and not self.before.is_plain:
             factor = self.before.factor.to(g)
             g = g[self.before.entries.to(g.device)] / factor.reshape(-1, *[1] * (g.ndim - 1))
         return g
@@ -164,6 +178,9 @@ def _layer(traced: Traced, node: fx.Node, shape: Shape) -> Layer:
     before, relu, after, start, end = _behind(traced, node, linear.out_features)
     path = _path(traced, node, linear.in_features, shape)
     tail, unknown = _tail(traced, node, start, path)
+    own, outer = traced.names(), _added_last(traced, start) if linear.bias is None else ""
+    if outer:
+        own[f"{node.target}.bias"] = outer
     return Layer(
         name=str(node.target),
         linear=linear if before.is_plain else _folded(linear, before),
@@ -174,8 +191,9 @@ def _layer(traced: Traced, node: fx.Node, shape: Shape) -> Layer:
         path=path,
         before=before,
         after=after,
-        own=traced.names(),
+        own=own,
         turned=frozenset(traced.turned),
+        outer_bias=bool(outer),
         obstacle=_obstacle(traced, node, relu),
     )
 
@@ -299,6 +317,18 @@ def _obstacle(traced: Traced, node: fx.Node, relu: fx.Node | None) -> str:
             if relu is None or order[one] < order[relu]:
                 return f"{where}: it mixes the samples of a batch, and the gradient of {node.target} has no zeros"
     return ""
+
+
+def _added_last(traced: Traced, start: fx.Node) -> str:
+    """The parameter that a node adds to what it computes, one number for each entry; empty where there is none.
+
+    The loss' gradient by it is that by the node's value, summed over the samples.
+    """
+    part = traced.part(start)
+    if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.bias is not None:
+        return f"{start.target}.bias"
+    vectors = [one.target for one in start.all_input_nodes if traced.is_parameter(one, 1)]
+    return vectors[-1] if vectors and operation(start) in ("add", "batch_norm") else ""
 
 
 def _folded(linear: nn.Linear, before: Entrywise) -> nn.Linear:

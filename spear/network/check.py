@@ -11,6 +11,7 @@ from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Judged, Reached, number
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
+CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ def certify(problem: NetworkView, final: Misfit, targets: Targets) -> Bool[Tenso
 
 
 def best_check(
-    problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, *, rounds: int = 8
+    problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets
 ) -> tuple[Misfit, Float[Tensor, "s n"]]:
     """Correct the inputs by what the check leaves over, as long as that helps; the best check and its inputs."""
     best, corrected = check(problem, inputs, targets)
-    for _ in range(rounds):
+    for _ in range(CORRECTIONS):
         if best.worst < problem.accuracy.explained:
             break
         trial, following = check(problem, corrected, targets)

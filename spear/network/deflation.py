@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear.directions import first_of_each, unit_rows
+from spear.directions import TINY, first_of_each, unit_rows
 from spear.network import phase_retrieval
 from spear.network.exact_step import Tolerances
 from spear.network.factors import subtract
@@ -23,6 +23,7 @@ from spear.network.spaces import Solved, Spaces, complement, misfit, project
 SPARE_ROWS = 10  # equations beyond the unknowns: a solution that fits these too is no accident
 STEPS = 200  # of each start: h is exact here, so what has not arrived by then is stuck
 SETTLING = 4  # renewals of a mask: those that do not settle by then cycle
+SAFETY = 10  # times the error that the residual itself shows
 CERTAIN = 1e-6  # relative error of s, and least singular value of its equations, relative to the largest
 
 
@@ -52,7 +53,7 @@ def masks_below(
     for _ in range(SETTLING):
         u = project(mask * guess, basis)
         before, mask = mask, (2 * u - guess) * guess > 0
-    sine = (mask * guess - project(mask * guess, basis)).norm(dim=1) / (mask * guess).norm(dim=1).clamp_min(1e-30)
+    sine = (mask * guess - project(mask * guess, basis)).norm(dim=1) / (mask * guess).norm(dim=1).clamp_min(TINY)
     good = (before == mask).all(1) & (sine < tolerances.accept)
     sample, mask = sample[good], mask[good]
     first = first_of_each(sample)
@@ -111,7 +112,7 @@ def softmax_coordinates(
     step = torch.einsum("fkr,fk,fck,fc->fr", right, 1 / sizes.clamp_min(1e-300), left, wanted)
     s = s - step @ free.T
     rest = (linear @ s[:, :, None])[:, :, 0].norm(dim=1)
-    error = 10 * rest / sizes.amin(1) / s.norm(dim=1)
+    error = SAFETY * rest / sizes.amin(1) / s.norm(dim=1)
     right_side = (s @ spaces.lift.T * (s @ spaces.rows[:, -1:]) > 0) == solved.mask
     return right_side.all(1) & (error < CERTAIN) & (sizes > CERTAIN * sizes.amax()).all(1), s
 

@@ -34,14 +34,15 @@ class Exact:
     settled: Bool[Tensor, " k"]
     lever: Float[Tensor, " k"]
 
-    def solved(self, index: Tensor) -> Solved:
+    def solved(self, index: Int[Tensor, " j"] | Bool[Tensor, " k"]) -> Solved:
+        """The directions of these masks."""
         return Solved(self.t[index], self.d[index], self.mask[index])
 
     def replaced(self, index: Int[Tensor, " j"], other: "Exact") -> "Exact":
         """The same with the masks `index` as in `other`."""
         return Exact(*(getattr(self, f.name).index_copy(0, index, getattr(other, f.name)) for f in fields(self)))
 
-    def __getitem__(self, index: Tensor) -> "Exact":
+    def __getitem__(self, index: Int[Tensor, " j"]) -> "Exact":
         return Exact(*(getattr(self, f.name)[index] for f in fields(self)))
 
 

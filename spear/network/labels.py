@@ -12,6 +12,12 @@ from torch import Tensor
 
 from spear.network.problem import NetworkView, Targets, passes
 
+WHOLE_NUMBERS = 1e-4  # distance of label counts from whole numbers from which they are none
+ALONE = 1e3  # times the misfit of a label: that of the next, where only one can be meant
+ROUNDING = 1e-9  # misfits under this are alike
+MOST_COPIES = 8  # of one image beyond the first, where neither a mean nor a batch size bounds them
+EVIDENCE = 4  # values off the label that agree: fewer may do so by chance
+
 
 def decode_weighted(
     problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"], unit: float
@@ -33,7 +39,7 @@ def decode_weighted(
     off = (errors[:, None] - weight[:, :, None] * own).norm(dim=2) / errors.norm(dim=1, keepdim=True).clamp_min(1e-300)
     off = torch.where(weight > 0, off, float("inf"))
     ranked, order = off.sort(dim=1)
-    unique = ranked[:, 1] > 1e3 * ranked[:, 0].clamp_min(1e-9)
+    unique = ranked[:, 1] > ALONE * ranked[:, 0].clamp_min(ROUNDING)
     best = order[:, :1]
     counts = torch.zeros_like(weight).scatter(1, best, weight.gather(1, best) / unit)
     error = torch.where(unique, ranked[:, 0], float("inf"))
@@ -75,20 +81,20 @@ def decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: 
     sizes = [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2)
     best, partial = None, None
     for size in sizes:
-        spare = 8 if problem.reduction == "sum" and not known else max(size - rank, 0)
+        spare = MOST_COPIES if problem.reduction == "sum" and not known else max(size - rank, 0)
         counts, off = _counts(errors / problem.unit(size), activated, spare + 1)
         excess = float(counts.sum()) - (size if known or problem.reduction == "mean" else float(counts.sum()))
         targets = Targets(counts, problem.unit(size), off + max(excess, 0.0))
-        if targets.error < 1e-4 and excess == 0:
+        if targets.error < WHOLE_NUMBERS and excess == 0:
             return targets
-        partial = targets if partial is None and targets.error < 1e-4 else partial
+        partial = targets if partial is None and targets.error < WHOLE_NUMBERS else partial
         best = targets if best is None or targets.error < best.error else best
     if partial is not None:
         return partial
     unit = problem.unit(known or rank)
     if problem.loss == "cross_entropy":
         best = min(best, _smoothed(errors, activated, unit), key=lambda t: t.error)
-    if best.error < 1e-4:
+    if best.error < WHOLE_NUMBERS:
         return best
     return min(best, decode_weighted(problem, errors, activated, unit), key=lambda t: t.error)
 
@@ -104,7 +110,7 @@ def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "
     off = torch.ones_like(raw).scatter(1, label, 0) > 0
     counts = torch.full_like(raw, raw[off].median().clamp_min(0))
     counts.scatter_(1, label, 1 - (raw.shape[1] - 1) * counts[:, :1])
-    even = raw.shape[0] * (raw.shape[1] - 1) >= 4
+    even = raw.shape[0] * (raw.shape[1] - 1) >= EVIDENCE
     even &= bool((counts.amax(1) > counts.amin(1)).all() and (counts.argmax(1, keepdim=True) == label).all())
     return Targets(counts, unit, float((raw - counts).abs().max()) if even else float("inf"))
 
@@ -124,7 +130,7 @@ def _counts(
     off = (raw - counts).abs().amax(2)
     counts = torch.cat([k - counts, counts], 2) if raw.shape[2] == 1 else counts
     off = off + (counts.sum(2) - k[:, :, 0]).abs()
-    fine = off < 1e-4
+    fine = off < WHOLE_NUMBERS
     best = torch.where(fine.any(0), fine.double().argmax(0), off.argmin(0))
     sample = torch.arange(len(errors), device=errors.device)
     return counts[best, sample], float(off[best, sample].max())

@@ -9,6 +9,8 @@ from torch import Generator, Tensor
 from spear.network.exact_step import Tolerances, accepted, solve_mask
 from spear.network.spaces import Solved, Spaces
 
+ZERO = 1e-6  # of the largest entry of a vertex: the tolerance of linear programming
+
 
 def settle(spaces: Spaces, mask: Bool[Tensor, "k m"], tolerances: Tolerances) -> Solved:
     """The directions that the exact step finds from candidate masks and accepts."""
@@ -53,7 +55,7 @@ def _vertex_mask(
     spaces: Spaces, cone: np.ndarray, free: Float[Tensor, "b r"], corner: np.ndarray
 ) -> Bool[Tensor, " m"]:
     y = cone @ corner
-    zero = np.abs(y) < 1e-6 * np.abs(y).max()
+    zero = np.abs(y) < ZERO * np.abs(y).max()
     if zero.sum() >= cone.shape[1]:
         exact = np.linalg.svd(cone[zero], full_matrices=False)[2][-1]
         corner = exact * np.sign(exact @ corner)

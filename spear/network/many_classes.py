@@ -17,12 +17,15 @@ from spear.network.spaces import Solved, Spaces, misfit, project
 
 SAME = 1 - 1e-2  # cosine of two directions that are one: each h is wrong by that much
 ROUNDS = 40  # of sharpening: the error shrinks by a constant factor in each
+SETTLED = 1e-14  # a change that is rounding
+SETTLING = 4  # renewals of a mask: those that do not settle by then cycle
+DEAD = 1e-9  # length of the row of U of a unit that no sample activates
 NEAR = 0.1  # the sine to span(U) under which a mask is taken, its h known to a per cent or two
 
 
 def too_many(problem: NetworkView, spaces: Spaces, margin: int) -> bool:
     """Whether h must be restricted: the live units are fewer than the unknowns of one sample and all classes."""
-    live = int((spaces.basis.norm(dim=1) > 1e-9).sum())
+    live = int((spaces.basis.norm(dim=1) > DEAD).sum())
     return problem.loss == "cross_entropy" and live < spaces.rank + problem.outputs + margin
 
 
@@ -41,7 +44,7 @@ def settle(
     """The directions near which a search ended, with the h of the guessed class: masks by what projection says."""
     d = p - problem.one_hot(labels)
     h, mask = d @ spaces.head, end.target != 0
-    for _ in range(4):
+    for _ in range(SETTLING):
         before, mask = mask, (2 * project(mask * h, spaces.basis) - h) * h > 0
     sine = misfit(unit_rows(mask * h), spaces.basis).clamp_min(0).sqrt()
     good = (before == mask).all(1) & (sine < NEAR)
@@ -74,6 +77,6 @@ def sharpen(problem: NetworkView, spaces: Spaces, solved: Solved) -> Solved:
         mask = (2 * inside - h) * h / h.pow(2).sum(1, keepdim=True) + unit * unit.abs() > 0
         before, solved = solved, directions(spaces, h, d, mask)
         last, change = change, float((solved.t - before.t).norm())
-        if not change < last or change < 1e-14:
+        if not change < last or change < SETTLED:
             break
     return solved

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from spear.network import deflation, layerwise
 from spear.network.check import judge
 from spear.network.factors import Factors, wedderburn
+from spear.network.labels import ALONE
 from spear.network.layerwise import activations
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, forward, passes
@@ -20,6 +21,7 @@ from spear.network.spaces import sine
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Terms
 
+LOOSER = 10  # times the sine that is asked for: a weight is the quotient of two such numbers
 FEWEST = 16  # starts of a round: a few of any number arrive
 IDLE = 4  # rounds in a row that found nothing, after which starts are not what is missing
 CROWDED = 0.4  # rank over width past which hardly a start arrives
@@ -56,7 +58,7 @@ def label(
 ) -> tuple[Int[Tensor, " s"], Bool[Tensor, " s"]]:
     """The class whose back-propagated vector is nearest to the span of the first gradient, and whether it alone is."""
     ranked, order = class_sines(problem, inputs, basis).sort(dim=1)
-    return order[:, 0], ranked[:, 1] > 1e3 * ranked[:, 0]
+    return order[:, 0], ranked[:, 1] > ALONE * ranked[:, 0]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class KnownSamples:
     counts: Float[Tensor, "s classes"]
 
     def join(self, other: "KnownSamples") -> "KnownSamples":
+        """These, then the others."""
         return KnownSamples(torch.cat([self.inputs, other.inputs]), torch.cat([self.counts, other.counts]))
 
 
@@ -115,7 +118,7 @@ def _certain(
     seen = witness(problem, lows, inputs, counts)
     copies = (seen.weight.mean(1) / unit).round().clamp_min(1)
     off = (seen.weight / (copies * unit)[:, None] - 1).abs().amax(1)
-    sure = alone & (seen.sine < accept) & (off < 10 * accept)
+    sure = alone & (seen.sine < accept) & (off < LOOSER * accept)
     return KnownSamples(inputs[sure], (counts * copies[:, None])[sure])
 
 
@@ -174,10 +177,11 @@ def certain_singles(problem: NetworkView, run: PhaseSearch, lows: list[LowRank])
     seen = witness(problem, lows, inputs, counts)
     off = (seen.weight / unit - 1).abs().amax(1)
     limit = problem.accuracy.certain
-    certain = determined & (seen.sine < limit) & (off < 10 * limit)
+    certain = determined & (seen.sine < limit) & (off < LOOSER * limit)
     return KnownSamples(inputs[certain], counts[certain])
 
 
 def nobody(problem: NetworkView) -> KnownSamples:
+    """No sample."""
     empty = problem.weights[0].new_zeros
     return KnownSamples(empty(0, problem.weights[0].shape[1]), empty(0, problem.classes))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spear.directions import TINY
@@ -31,14 +31,16 @@ class Iterate:
     v: Float[Tensor, "k m"]
     target: Float[Tensor, "k m"]
 
-    def __getitem__(self, index: Tensor) -> "Iterate":
+    def __getitem__(self, index: Int[Tensor, " j"] | Bool[Tensor, " k"]) -> "Iterate":
         return Iterate(self.u[index], self.h[index], self.v[index], self.target[index])
 
     def to(self, dtype: torch.dtype) -> "Iterate":
+        """The same in another precision."""
         return Iterate(*(x.to(dtype) for x in (self.u, self.h, self.v, self.target)))
 
     @classmethod
     def joined(cls, parts: Sequence["Iterate"]) -> "Iterate":
+        """All starts of the parts."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("u", "h", "v", "target")))
 
 

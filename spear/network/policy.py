@@ -13,6 +13,9 @@ MANY_LEFT = 0.7  # share of samples left over which the partner knows too little
 SUCCESS = 0.3  # share of starts that find something from which they may go on without the partner
 HALF_LEFT, HALF = 0.4, 0.5  # share of samples left over which the partner's evidence counts half
 
+MOVING = (0.05, 0.002)  # share of starts that an h that moves is expected to lead somewhere, in a crowd the second
+PATIENCE = 4  # by how much a failure in a crowd lowers a share
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,7 +62,7 @@ class Policy:
     @classmethod
     def at_first(cls, *, crowded: bool) -> "Policy":
         """A fixed h is tried first; one that moves finds less, in a crowd hardly anything."""
-        return cls({False: (1.0, 0), True: (0.002 if crowded else 0.05, 0)})
+        return cls({False: (1.0, 0), True: (MOVING[crowded], 0)})
 
     def plan(self, at: Standing) -> Plan:
         """How to search: cheap while many are left and starts succeed, then with the partner, longer when idle."""
@@ -85,4 +88,4 @@ class Policy:
         share = fresh / plan.starts
         if not plan.weight:
             self.alone = share
-        self.shares[plan.free] = (self.shares[plan.free][0] / 4 if crowded and not fresh else share, number)
+        self.shares[plan.free] = (self.shares[plan.free][0] / PATIENCE if crowded and not fresh else share, number)

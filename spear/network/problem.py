@@ -3,7 +3,6 @@
 Samples are rows: activations (s, n), back-propagated vectors (s, m).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -62,6 +61,7 @@ class NetworkView:
 
     @property
     def outputs(self) -> int:
+        """Width of the output layer."""
         return self.weights[-1].shape[0]
 
     @property
@@ -160,6 +160,7 @@ class Targets:
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
+        """How often each sample is in the batch, or its weight in units of `unit`."""
         return self.counts.sum(1)
 
     def errors(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
@@ -207,9 +208,9 @@ def open_network(
     """
     layers, gradients = chain(model, update.input_shape), check_gradients(model, update)
     device = compute_device(device)
-    check_count(batch_size or update.count, *layers[0].linear.weight.shape, layers[0].name)
-    for layer in layers:
-        _check_sent(layer, gradients)
+    check_count(update.count if batch_size is None else batch_size)
+    for why in filter(None, (layer.missing(gradients) for layer in layers)):
+        raise Refusal(f"the network method needs every layer's gradient; the update has none for {why}")
 
     def received(layer: Layer, kind: str) -> Tensor:
         return layer.gradient(f"{layer.name}.{kind}", gradients).to(device, torch.float64)
@@ -230,17 +231,6 @@ def open_network(
         _loss(layers[-1], update.loss),
         any(layer.folded for layer in layers),
     )
-
-
-def _check_sent(layer: Layer, gradients: Mapping[str, Tensor]) -> None:
-    """Raises `Refusal` where a gradient of the layer did not come."""
-    for kind in ("weight", "bias") if layer.linear.bias is not None else ("weight",):
-        name = layer.own.get(f"{layer.name}.{kind}")
-        if name is None:
-            raise Refusal(f"{layer.name} has a bias by folding alone: its gradient is not known")
-        if name not in gradients:
-            frozen = f": {layer.name} is frozen" if not layer.linear.weight.requires_grad else ""
-            raise Refusal(f"the network method needs every layer's gradient; the update has none for {name}{frozen}")
 
 
 def _loss(last: Layer, told: str) -> str:

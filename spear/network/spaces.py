@@ -12,6 +12,10 @@ from torch import Tensor
 from spear import directions
 from spear.directions import TINY, distinct, unit_rows
 
+LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
+VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
+FAINTEST = 0.1  # of the median |h_j|: less is no evidence at all, and must not weigh more than ten others
+SUREST = 3  # how far a unit can lean: a rough model knows no more
 SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by the root of rounding
 
 
@@ -25,7 +29,7 @@ def quick(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
 
     Its error, 0.2 %, is a tenth of that of the guessed h, and the exact step afterwards knows nothing of it.
     """
-    large = basis.dtype == torch.float32 and basis.numel() > 1e5
+    large = basis.dtype == torch.float32 and basis.numel() > LARGE
     able = basis.is_cuda or (basis.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
     return basis.bfloat16() if large and able else basis
 
@@ -34,7 +38,7 @@ def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[T
     """Squared sine between each target and span(U); 1 for a target that vanished."""
     energy = target.pow(2).sum(1)
     inside = (target.to(basis.dtype) @ basis).to(target.dtype)
-    return torch.where(energy > 1e-3, 1 - inside.pow(2).sum(1) / energy.clamp_min(TINY), 1.0)
+    return torch.where(energy > VANISHED, 1 - inside.pow(2).sum(1) / energy.clamp_min(TINY), 1.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Evened:
         """For starts in the order of their labels."""
         _, group, counts = labels.unique_consecutive(return_inverse=True, return_counts=True)
         size = h[counts.cumsum(0) - counts].abs()
-        weights = size.clamp_min(0.1 * size.median(1, keepdim=True)[0]) ** (-2 * power)
+        weights = size.clamp_min(FAINTEST * size.median(1, keepdim=True)[0]) ** (-2 * power)
         inverses = torch.stack([torch.linalg.inv(basis.T @ (w[:, None] * basis)) for w in weights])
         return cls(group, weights[group], inverses)
 
@@ -87,9 +91,11 @@ class Spaces:
 
     @property
     def rank(self) -> int:
+        """How many samples are in the problem."""
         return len(self.singular)
 
     def to(self, dtype: torch.dtype) -> "Spaces":
+        """The same in another precision."""
         return Spaces(*(getattr(self, f.name).to(dtype) for f in fields(self)))
 
     @property
@@ -114,6 +120,7 @@ class Solved:
 
     @classmethod
     def none(cls, spaces: Spaces) -> "Solved":
+        """Before any direction was found."""
         m, b = spaces.basis.shape
         empty = spaces.basis.new_zeros
         return cls(empty(0, b), empty(0, len(spaces.head)), empty(0, m).bool())
@@ -121,7 +128,7 @@ class Solved:
     def __len__(self) -> int:
         return len(self.t)
 
-    def __getitem__(self, index: Tensor) -> "Solved":
+    def __getitem__(self, index: Int[Tensor, " j"] | Bool[Tensor, " f"]) -> "Solved":
         return Solved(self.t[index], self.d[index], self.mask[index])
 
     @property
@@ -152,7 +159,7 @@ def leaning(spaces: Spaces, free: Float[Tensor, "b r"]) -> Float[Tensor, " m"]:
     white = torch.linalg.solve_triangular(triangle, both, upper=True, left=False)
     lift, ones = white[:-1], unit_rows(white[-1:])[0]
     mean = lift @ ones
-    return (mean / (lift.pow(2).sum(1) - mean**2).clamp_min(TINY).sqrt()).clamp(-3, 3)
+    return (mean / (lift.pow(2).sum(1) - mean**2).clamp_min(TINY).sqrt()).clamp(-SUREST, SUREST)
 
 
 def sine(x: Float[Tensor, "s n"], projected: Float[Tensor, "s n"]) -> Float[Tensor, " s"]:

@@ -17,7 +17,9 @@ from spear.network.spaces import Solved, Spaces, contrasts
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
-MARGIN = 8
+MARGIN = 8  # units beyond the unknowns: equations that a wrong answer fails
+LARGEST = 1.01  # times what a loss allows of dLoss/dlogits: scales are known to a per cent at worst
+PARALLEL = 0.999  # cosine of a direction found to the sample's own
 IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 
 
@@ -89,7 +91,7 @@ def open_spaces(problem: NetworkView, L: Float[Tensor, "m b"], R: Float[Tensor, 
 def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
     """Raises `Refusal` where the search cannot be trusted to say anything."""
     widths = [len(w) for w in problem.weights[:-1]]
-    rank, live = spaces.rank, int((spaces.basis.norm(dim=1) > 1e-9).sum())
+    rank, live = spaces.rank, int((spaces.basis.norm(dim=1) > many_classes.DEAD).sum())
     if problem.batch_size and rank > 2 * problem.batch_size and low.gap < MIN_GAP:
         raise Refusal(f"rank {rank} without a gap from a batch of {problem.batch_size}: there is noise on the gradient")
     if rank == min(problem.augmented(problem.last).shape) and low.gap < MIN_GAP:
@@ -137,7 +139,7 @@ def plausible(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved
         return rows.isfinite().all(1)
     scale = activations(problem, rows, solved.mask, solved.d)[1]
     copies = 1 if problem.reduction == "mean" else problem.batch_size or 2 * len(rows)
-    return (solved.d * scale[:, None]).abs().amax(1) < 1.01 * problem.unit(1) * copies
+    return (solved.d * scale[:, None]).abs().amax(1) < LARGEST * problem.unit(1) * copies
 
 
 def consistent(
@@ -145,4 +147,4 @@ def consistent(
 ) -> Bool[Tensor, " s"]:
     """Whose own backward pass points along the direction found: not so where that was too weak to lead to an input."""
     own = unit_rows(passes(problem, inputs, targets).deltas[problem.last] @ spaces.basis)
-    return (own * solved.t).sum(1).abs() > 0.999
+    return (own * solved.t).sum(1).abs() > PARALLEL

@@ -26,6 +26,7 @@ BLOCKS = 1024  # blocks of a round
 HELD_OUT = 12  # rows on which the kernels of blocks are tested first
 CHAIN_MEMORY = 2**23  # bytes that the chains of a round keep busy: what a cache holds
 STEPS = 64  # pivots of each chain in a round
+CHUNK_BYTES = 2**30  # of memory that rounds side by side take on a device
 AHEAD = 64  # rounds that an executor is given before their turn
 SHARES = (0.45, 0.3, 1.0)  # of the rows, that pools are drawn from, in rounds 0, 1, 2, ... cyclically
 
@@ -40,12 +41,11 @@ def proposal_rounds(
     limit: int | None = None,
     until: float = math.inf,
     executor: Executor | None = None,
-    chunk_bytes: int = 2**30,
 ) -> Iterator[Proposals]:
-    """Proposals of rounds 0, 1, 2, ... in this order, until the clock (`time.monotonic`) shows `until`; see `round`.
+    """Proposals of rounds 0, 1, 2, ... in this order, until the clock (`time.monotonic`) shows `until` (`rounds`).
 
     On the CPU each of torch's threads works on one round; an `executor` computes the same rounds elsewhere, to the bit.
-    On other devices several rounds are one, their number doubling up to `chunk_bytes` of memory.
+    On other devices several rounds are one, their number doubling up to `CHUNK_BYTES` of memory.
     Where only `limit` kernels are asked for, fewer than walks test in a round, rounds invert blocks, one at a time.
     """
     b = L.shape[1]
@@ -58,27 +58,7 @@ def proposal_rounds(
     first, count = 0, 1
     while time.monotonic() < until:
         yield work(first, count)
-        first, count = first + count, min(2 * count, max(1, chunk_bytes // _round_bytes(b)))
-
-
-def round(
-    L: Float[Tensor, "m b"],
-    index: int,
-    *,
-    threshold: int,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    tolerance: float = 1e-7,
-) -> Proposals:
-    """One round of sampling: what round number `index` of `seed` finds, wherever and beside whatever it is computed.
-
-    Directions have at least `threshold` zeros in L q, an entry being zero under `tolerance` times the largest; they are
-    polished (`refine`) and differ by more than sign. `device` (default: that of L) is where kernels are tested; what
-    passes is verified in float64 on the CPU.
-
-    Two rounds of three draw rows that vanish together more often than others; the third draws uniformly, as published.
-    """
-    return rounds(L, range(index, index + 1), threshold=threshold, seed=seed, device=device, tolerance=tolerance)
+        first, count = first + count, min(2 * count, max(1, CHUNK_BYTES // _round_bytes(b)))
 
 
 def rounds(
@@ -91,7 +71,14 @@ def rounds(
     tolerance: float = 1e-7,
     limit: int | None = None,
 ) -> Proposals:
-    """What `round` finds for all `indices`, without repetitions: side by side on a GPU, one by one on the CPU."""
+    """What the rounds of these `indices` of `seed` find, without repetitions, wherever they are computed.
+
+    Directions have at least `threshold` zeros in L q, an entry being zero under `tolerance` times the largest; they are
+    polished (`refine`) and differ by more than sign. `device` (default: that of L) is where kernels are tested, side by
+    side on a GPU, one by one on the CPU; what passes is verified in float64 on the CPU.
+
+    Two rounds of three draw rows that vanish together more often than others; the third draws uniformly, as published.
+    """
     exact, where = L.detach().to("cpu", torch.float64), _device(L, device)
     count, hits, found = 0, 0, []
     for part in [indices[i : i + 1] for i in range(len(indices))] if where.type == "cpu" else [indices]:

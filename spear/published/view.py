@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear.federated.received import Widened, check_count, check_gradients, compute_device, input_shape, rounding_unit
-from spear.federated.update import Lazy, SharedUpdate
+    told, disclosed = _times(batch_size, found.rows), _times(update.count, found.rows)
+    disclosed = disclosed if told is None else told
+    check_count(disclosed)
+    check_room(disclosed, m, n, found.name)
 from spear.models.streaming import Blocks, Streamed, streamed
 from spear.models.tracing import Layer, find_layer
 from spear.published.lowrank import LowRank, decompose, rank_under_noise
@@ -81,9 +83,15 @@ def open_layer(
     found = find_layer(model, layer, update.input_shape)
     received = _received(found, check_gradients(model, update))
     m, n = found.linear.weight.shape
+<<<<<<< HEAD
     told, disclosed = _times(batch_size, found.rows), _times(update.count, found.rows)
     disclosed = disclosed if told is None else told
     check_count(disclosed, m, n, found.name)
+=======
+    disclosed = update.count if batch_size is None else batch_size
+    check_count(disclosed)
+    check_room(disclosed, m, n, found.name)
+>>>>>>> main
     device = compute_device(device)
     tail = None if found.tail is None else streamed(found.tail, device)
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)
@@ -99,17 +107,9 @@ def open_layer(
 def _received(layer: Layer, gradients: Mapping[str, Tensor]) -> Lazy:
     """The gradients by the names of the layer and its tail, each made when it is asked for. Raises `Refusal` for a
     layer whose own gradient is not among them."""
-    for name in ("weight", "bias") if layer.linear.bias is not None else ("weight",):
-        _check_sent(layer, f"{layer.name}.{name}", gradients)
+    if why := layer.missing(gradients):
+        raise Refusal(f"the update has no gradient for {why}; it has {', '.join(gradients)}")
     return Lazy(layer.names(gradients), lambda name: layer.gradient(name, gradients))
-
-
-def _check_sent(layer: Layer, name: str, gradients: Mapping[str, Tensor]) -> None:
-    if name not in layer.own:
-        raise Refusal(f"{layer.name} shares its weights with another part of the model: its gradient is a sum of both")
-    if layer.own[name] not in gradients:
-        frozen = f": {layer.name} is frozen" if not layer.linear.weight.requires_grad else ""
-        raise Refusal(f"the update has no gradient for {layer.own[name]}{frozen}; it has {', '.join(gradients)}")
 
 
 def _times(count: int | None, rows: int) -> int | None:

@@ -95,7 +95,7 @@ def test_too_many_samples_for_the_width_is_said():
 @pytest.mark.parametrize(
     ("hidden", "message"),
     [
-        ({"mini_batch": None}, "mini_batch are not disclosed"),
+        ({"mini_batch": None}, "mini_batch is not disclosed"),
         ({"count": None, "learning_rate": None}, "count and learning_rate are not disclosed"),
         ({"local_steps": 3}, "3 local steps are no whole epochs of 2 mini-batches"),
     ],

@@ -111,3 +111,11 @@ def test_mixtures_that_the_last_hidden_layer_takes_for_samples_do_not_end_the_at
     report = metrics.evaluate(result, inputs, labels)
     assert result.complete, result.reason
     assert report.recall == report.precision == report.label_accuracy == 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_more_samples_than_inputs_are_told_apart_by_the_layers_above(seed):
+    x, y = batch(70, seed=seed)  # of 64 entries each
+    model = fcnn((1, 8, 8), 160, 3, 10, seed=seed)
+    report = metrics.evaluate(attack(model, gradient(model, x, y), method="network"), x, y)
+    assert (report.recall, report.precision) == (1, 1)

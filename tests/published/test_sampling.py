@@ -333,7 +333,7 @@ def test_a_search_finds_all_columns_of_a_small_problem(m, b, seed):
 @pytest.mark.parametrize(("m", "b"), [(3, 1), (4, 2), (5, 3), (8, 6), (17, 15), (18, 16), (30, 20), (40, 30)])
 def test_narrow_layers_are_no_obstacle(m, b):
     L, _, _ = mixed(m, b, seed=m)
-    proposals = sampling.round(L, 0, threshold=b)
+    proposals = sampling.rounds(L, range(0, 1), threshold=b)
     assert proposals.count > 0
     assert bool((proposals.zeros >= b).all())
 
@@ -341,7 +341,7 @@ def test_narrow_layers_are_no_obstacle(m, b):
 @pytest.mark.parametrize(("m", "b"), [(60, 6), (110, 16)])
 def test_directions_of_a_round_are_sparse_polished_and_different(m, b):
     L, mask, truth = mixed(m, b, seed=7)
-    proposals = sampling.round(L, 1, threshold=b + 4)
+    proposals = sampling.rounds(L, range(1, 2), threshold=b + 4)
     q = proposals.directions
     assert q.dtype == torch.float64
     assert 0 < len(q) <= proposals.hits <= proposals.count
@@ -365,7 +365,7 @@ def same(one, other):
 def test_results_do_not_depend_on_which_rounds_are_computed_together(m, b):
     L, _, _ = mixed(m, b)
     options = {"threshold": m // 3, "seed": 3}
-    single = [sampling.round(L, index, **options) for index in range(3)]
+    single = [sampling.rounds(L, range(index, index + 1), **options) for index in range(3)]
     for parts in ([range(3)], [range(2), range(2, 3)]):
         found = [sampling.rounds(L, part, **options) for part in parts]
         for part, together in zip(parts, found, strict=True):
@@ -378,7 +378,8 @@ def test_results_do_not_depend_on_which_rounds_are_computed_together(m, b):
 @pytest.mark.parametrize("b", [6, 16])
 def test_results_do_not_depend_on_who_computes_them_and_threads_are_left_alone(b):
     L, _, _ = mixed(110, b)
-    threads, single = torch.get_num_threads(), [sampling.round(L, index, threshold=40) for index in range(3)]
+    threads = torch.get_num_threads()
+    single = [sampling.rounds(L, range(index, index + 1), threshold=40) for index in range(3)]
     try:
         for count, executor in ((1, None), (3, None), (1, ThreadPoolExecutor(1)), (2, ThreadPoolExecutor(3))):
             torch.set_num_threads(count)

@@ -1,0 +1,141 @@
+"""Whatever the client did and whichever method runs: options mean something or are refused, and results say who ran."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+import spear
+from spear.descent.dictionary import Dictionary, l4_maximise
+from spear.descent.layer import Coupled
+from spear.federated import SharedUpdate, clients, defences, gradient
+from spear.inversion import METHODS, Auto, Network
+from spear.published.algorithm import Sampling
+from spear.published.guided import Guided
+from spear.reconstruction import Refusal
+
+BATCH, SHAPE, CLASSES = 6, (40,), 5
+BY_DISCLOSURE = ("noise", "pruning", "local training")
+
+
+class Branched(nn.Module):
+    """A layer that reads the data and is followed by ReLU, in a model that is no chain of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(40, 150), nn.Linear(150, 150), nn.Linear(150, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        return self.last(y + torch.relu(self.second(y)))
+
+
+def branched() -> nn.Module:
+    torch.manual_seed(0)
+    return Branched().double()
+
+
+def chain() -> nn.Module:
+    return spear.models.fcnn(SHAPE, 120, 3, CLASSES, seed=1)
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    x = torch.randn(BATCH, *SHAPE, generator=Generator().manual_seed(seed), dtype=torch.float64)
+    return x, torch.arange(BATCH) % CLASSES
+
+
+def send(model: nn.Module, how: str) -> SharedUpdate:
+    """The update of a client that does `how`: a method's name stands for a plain gradient."""
+    x, y = batch()
+    if how == "local training":
+        return clients.local_training(model, x, y, epochs=2, mini_batch=3, learning_rate=0.05)
+    update, generator = gradient(model, x, y), Generator().manual_seed(1)
+    if how == "noise":
+        return defences.quantised(update, 12, generator=generator)
+    return defences.pruned_random(update, 0.6, generator=generator) if how == "pruning" else update
+
+
+def method_for(how: str) -> str:
+    return "auto" if how in BY_DISCLOSURE else how
+
+
+@pytest.mark.parametrize("how", [*(m for m in METHODS if m != "auto"), *BY_DISCLOSURE])
+def test_every_path_tells_progress_and_says_which_method_it_was(how):
+    seen, model = [], chain()
+    result = spear.attack(model, send(model, how), method=method_for(how), progress=seen.append)
+    assert len(result.inputs) == BATCH, result.reason
+    assert result.method == how
+    assert {state.method for state in seen} <= {how}
+    assert all(0 <= state.found <= state.rank == BATCH for state in seen)
+    assert [state.proposals for state in seen] == sorted(state.proposals for state in seen)
+    assert seen or result.stats.rounds == 0
+
+
+@pytest.mark.parametrize("limit", [{"time_limit": 0}, {"max_proposals": 0}])
+@pytest.mark.parametrize("how", [*(m for m in METHODS if m not in ("auto", "network")), *BY_DISCLOSURE])
+def test_every_path_keeps_its_budget_and_names_the_limit(how, limit):
+    model = chain()
+    result = spear.attack(model, send(model, how), method=method_for(how), **limit)
+    assert not result.complete
+    assert not result.certified.any()
+    words = "the time limit of 0 s was reached" if "time_limit" in limit else "the budget of 0 proposals was spent"
+    assert result.reason.count(words) == 1
+
+
+def test_a_batch_size_that_was_not_disclosed_is_told_to_local_training():
+    model = chain()
+    update = replace(send(model, "local training"), count=None)
+    with pytest.raises(Refusal, match="its count is not disclosed"):
+        spear.attack(model, update, method="network")
+    result = spear.attack(model, update, batch_size=BATCH)
+    assert result.complete, result.reason
+    assert spear.metrics.evaluate(result, *batch()).recall == 1
+
+
+def test_auto_on_a_model_that_is_no_chain_goes_on_with_one_layer():
+    model = branched()
+    result = spear.attack(model, send(model, "plain"))
+    assert (result.method, result.complete) == ("layer", True), result.reason
+    assert spear.metrics.evaluate(result, *batch()).recall == 1
+
+
+@pytest.mark.parametrize("how", ["noise", "pruning"])
+def test_auto_says_what_it_tried_where_the_update_is_inexact_and_the_model_no_chain(how):
+    model = branched()
+    result = spear.attack(model, send(model, how), time_limit=5)
+    assert not result.certified.any()
+    assert "network: the network method needs one chain" in result.reason
+    if how == "noise":
+        assert spear.metrics.evaluate(result, *batch()).relative_error.max() < 0.1
+
+
+def test_where_no_method_can_begin_each_says_why():
+    model = branched()
+    with pytest.raises(Refusal, match="network: the network method needs one chain.*layer: an update of 4 local steps"):
+        spear.attack(model, send(model, "local training"))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (Sampling(false_rejection=1e-6), "sampling"),
+        (Guided(approximate=torch.zeros(1, 40, dtype=torch.float64)), "guided"),
+        (Dictionary(learner=l4_maximise), "dictionary"),
+        (Coupled(), "layer"),
+        (Network(), "network"),
+    ],
+)
+def test_a_method_with_its_options_is_that_method(options, name):
+    model = chain()
+    result = spear.attack(model, send(model, "plain"), method=options)
+    assert result.method == options.name == name
+    assert spear.metrics.evaluate(result, *batch()).recall == 1, result.reason
+
+
+@pytest.mark.parametrize("kind", [Auto, Sampling, Guided, Dictionary, Coupled, Network])
+def test_an_option_that_a_method_does_not_have_is_a_type_error(kind):
+    with pytest.raises(TypeError, match="patience"):
+        kind(patience=3)
+    with pytest.raises(TypeError, match="patience"):
+        spear.attack(chain(), send(chain(), "plain"), method=kind(), patience=3)
