@@ -11,9 +11,10 @@ from spear.deployments import noise, pruning
 from spear.deployments.local_training import retrace
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
+from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
 from spear.network import whole_batch
-from spear.network.problem import NetworkView, open_network
+from spear.network.problem import NetworkView, open_network, unfolded
 from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
 from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
@@ -88,6 +89,7 @@ def attack(
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
     request = Request(model, update, layer, batch_size, device, terms)
     result = _strongest(request, chosen) if isinstance(chosen, Auto) else request.run(chosen)
+    result = as_given(model, update, layer, result)
     return replace(result, stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 
@@ -133,7 +135,7 @@ class Request:
             return noise.denoise(self.model, told, *where, self.terms)
         network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
         if told.pruning is not None:
-            return pruning.recover(network, self.terms)
+            return pruning.recover(unfolded(network), self.terms)
         return _exact_or_not(network, told.clip is not None, self.terms)
 
     def following(self, auto: Auto) -> Iterator[Method]:
@@ -179,7 +181,7 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
 def _exact_or_not(network: NetworkView, clipped: bool, terms: Terms) -> Reconstruction:
     """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
     exact = whole_batch.recover(network, terms)
-    if len(exact.inputs):
+    if len(exact.inputs) or network.folded:
         return exact
     if pruning.is_pruned(network):
         return pruning.recover(network, terms)

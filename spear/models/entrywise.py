@@ -49,9 +49,9 @@ class Entrywise:
         return u
 
     def growth(self, v: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
-        """How much larger an error of v, relative to it, may become in u."""
+        """How much larger an error of v, spread over its entries, is in u, each relative to what it is an error of."""
         size = torch.linalg.vector_norm(v, dim=1) / torch.linalg.vector_norm(self.back(v), dim=1)
-        return size / self.factor.abs().min().to(v)
+        return size * self.factor.to(v).pow(-2).mean().sqrt()
 
 
 class Piece:
@@ -68,7 +68,7 @@ class Piece:
             try:
                 with torch.no_grad():
                     value, alone = module(given), module(given[-1:])
-            except Exception:  # noqa: S112  # another shape, or the model's own code: it may raise anything
+            except Exception:  # another shape, or the model's own code: it may raise anything
                 continue
             if isinstance(value, Tensor) and value.is_floating_point() and value.numel() == len(given) * alone.numel():
                 rows = value.reshape(len(given), -1)

@@ -119,7 +119,7 @@ def _exported(model: nn.Module, shapes: Sequence[tuple[int, ...]], error: Except
         try:
             dynamic = ({0: torch.export.Dim.DYNAMIC},)
             return torch.export.export(model, (example,), dynamic_shapes=dynamic).module()
-        except Exception:  # noqa: S112  # another shape, or the model's own code: it may raise anything
+        except Exception:  # another shape, or the model's own code: it may raise anything
             continue
     name = type(model).__name__
     tried = f"torch.export neither, for samples of shape {', '.join(map(str, shapes))}" if shapes else ""
@@ -215,6 +215,25 @@ def _make_linear(traced: Traced) -> None:
         found = _product(traced, node)
         if found is not None:
             _replace(traced, node, *found)
+    _add_biases(traced)
+
+
+def name_layers(module: fx.GraphModule) -> None:
+    """Make modules of the linear maps by function that have the parameters of one: its name.weight, its name.bias."""
+    traced = Traced(module, training=False)
+    for node in traced.nodes:
+        found = _product(traced, node)
+        if found is not None and _is_layer(traced, *found[1:]):
+            _replace(traced, node, *found)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _is_layer(traced: Traced, weight: fx.Node, turned: bool, bias: fx.Node | None) -> bool:
+    home, *_ = _homes(weight, bias)
+    own = weight.target == f"{home}.weight" or _uses(traced, weight.target) > 1
+    named = bias is None or bias.target == f"{home}.bias"
+    return own and named and not turned and _is_free(traced, home, weight)
 
 
 def _product(traced: Traced, node: fx.Node) -> tuple[fx.Node, fx.Node, bool, fx.Node | None] | None:
@@ -227,8 +246,6 @@ def _product(traced: Traced, node: fx.Node) -> tuple[fx.Node, fx.Node, bool, fx.
         bias, source, weight = given
     elif kind in LINEAR and len(given) == 2:
         (source, weight), bias = given, None
-    elif kind == "add" and len(given) == 2:
-        return _with_bias(traced, node, *given)
     else:
         return None
     stored, turned = _stored(traced, weight, turned=kind != "linear")
@@ -236,18 +253,34 @@ def _product(traced: Traced, node: fx.Node) -> tuple[fx.Node, fx.Node, bool, fx.
     return (source, stored, turned, bias) if plain else None
 
 
-def _with_bias(traced: Traced, node: fx.Node, first: Any, second: Any) -> None:
-    """A product and the bias that is added to it become one linear map."""
-    for product, bias in ((first, second), (second, first)):
-        if not (isinstance(product, fx.Node) and isinstance(bias, fx.Node)) or len(product.users) > 1:
+def _add_biases(traced: Traced) -> None:
+    """A layer without a bias and the parameter that is added to its outputs become one layer."""
+    for node in traced.nodes:
+        if operation(node) != "add" or len(node.args) != 2 or node.kwargs:
             continue
-        part = traced.part(product) if product.op == "call_module" else None
-        if type(part) is nn.Linear and part.bias is None and f"{product.target}.weight" in traced.origin:
-            if traced.is_parameter(bias, 1) and len(traced.value(bias)) == part.out_features:
-                part.bias = traced.value(bias)
-                traced.origin[f"{product.target}.bias"] = bias.target
-                node.replace_all_uses_with(product)
-                return
+        for product, bias in (node.args, node.args[::-1]):
+            if _lacks_bias(traced, product) and traced.is_parameter(bias, 1):
+                _give_bias(traced, node, product, bias)
+                break
+
+
+def _lacks_bias(traced: Traced, node: Any) -> bool:
+    """Whether a node is the only call of a linear layer without a bias, and used once."""
+    if not isinstance(node, fx.Node) or not traced.is_linear(node) or len(node.users) > 1:
+        return False
+    calls = [one for one in traced.nodes if one.op == "call_module" and one.target == node.target]
+    return traced.part(node).bias is None and len(calls) == 1
+
+
+def _give_bias(traced: Traced, node: fx.Node, product: fx.Node, bias: fx.Node) -> None:
+    part, value = traced.part(product), traced.value(bias)
+    if len(value) != part.out_features:
+        return
+    made = nn.Linear(part.in_features, part.out_features, device="meta")
+    made.weight, made.bias = part.weight, value
+    traced.module.set_submodule(product.target, made)
+    traced.origin[f"{product.target}.bias"] = bias.target
+    node.replace_all_uses_with(product)
 
 
 def _stored(traced: Traced, node: Any, turned: bool) -> tuple[fx.Node | None, bool]:
@@ -295,17 +328,22 @@ def _place(traced: Traced, node: fx.Node, weight: fx.Node, bias: fx.Node | None,
 
 
 def _homes(weight: fx.Node, bias: fx.Node | None) -> list[str]:
-    """Names that a linear module may have, by those of its parameters."""
+    """Names that a linear module may have, by those of its parameters, the best first."""
     names = [weight.target.removesuffix(".weight")]
-    return names if bias is None else [*names, bias.target.removesuffix(".bias")]
+    named = bias is not None and bias.target.endswith(".bias")
+    return [bias.target.removesuffix(".bias"), *names] if named else names
 
 
 def _is_free(traced: Traced, name: str, weight: fx.Node) -> bool:
-    """Whether no other linear module has this name, and no parameter that is used otherwise."""
+    """Whether no other module has this name, and no parameter that is used otherwise."""
     if any(node.op == "call_module" and node.target == name for node in traced.nodes):
         return False
-    uses = sum(len(node.users) for node in traced.nodes if node.op == "get_attr" and node.target == name)
-    return not uses or (uses == 1 and name == weight.target)
+    return not (uses := _uses(traced, name)) or (uses == 1 and name == weight.target)
+
+
+def _uses(traced: Traced, name: str) -> int:
+    """How often a parameter is used by its name."""
+    return sum(len(node.users) for node in traced.nodes if node.op == "get_attr" and node.target == name)
 
 
 def is_size(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +30,20 @@ class Path:
     change: Entrywise
     guessed: bool
     off: str
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What follows a layer: a map of its entries, the node of its ReLU, another map.
+
+    `start` is the node whose value enters the ReLU, `end` the one behind the second map.
+    """
+
+    before: Entrywise
+    relu: fx.Node | None
+    after: Entrywise
+    start: fx.Node
+    end: fx.Node
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,8 @@ class Layer:
         """How much larger rounding is in the gradient of the weights, relative to it, than in what was received."""
         if self.below is None:
             return 1.0
-        g, made = (t.double() for t in (received[self.own[f"{self.name}.weight"]], self.gradient(f"{self.name}.weight", received)))
+        name = f"{self.name}.weight"
+        g, made = received[self.own[name]].double(), self.gradient(name, received).double()
         size = g.abs()
         if bool(self.below.shift.any()):
             bias = received[self.own[f"{self.name}.bias"]].double()
@@ -124,7 +140,7 @@ def linear_layers(model: nn.Module, shape: Shape = None) -> list[Layer]:
     Raises as `spear.models.graphs.trace` does.
     """
     traced = _traced(model, shape)
-    return [_layer(traced, node, shape) for node in traced.nodes if traced.is_linear(node)]
+    return [_layer(traced, node, shape, _behind(traced, node)) for node in traced.nodes if traced.is_linear(node)]
 
 
 def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
@@ -134,10 +150,11 @@ def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
     """
     traced = _traced(model, shape)
     nodes = [node for node in traced.nodes if traced.is_linear(node)]
-    layers = [_layer(traced, node, shape) for node in nodes]
-    for check in (_check_modes, _check_chain):
-        check(traced, nodes, layers)
-    return [layers[0], *(_above(low, high) for low, high in zip(layers, layers[1:], strict=False))]
+    behind = [_behind(traced, node) for node in nodes]
+    layers = [_layer(traced, node, shape, what) for node, what in zip(nodes, behind, strict=True)]
+    _check_modes(traced)
+    _check_chain(traced, nodes, layers, behind)
+    return [layers[0], *(_above(low, high) for low, high in pairwise(layers))]
 
 
 def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -> Layer:
@@ -147,7 +164,7 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
     client's training left without ReLU's zeros.
     """
     traced = _traced(model, shape)
-    layers = [_layer(traced, node, shape) for node in traced.nodes if traced.is_linear(node)]
+    layers = [_layer(traced, node, shape, _behind(traced, node)) for node in traced.nodes if traced.is_linear(node)]
     known = ", ".join(layer.name for layer in layers) or "none"
     chosen = [x for x in layers if (x.name == name if name is not None else x.from_data)]
     if not chosen:
@@ -173,28 +190,27 @@ def _traced(model: nn.Module, shape: Shape) -> Traced:
     return trace(model, guesses(sizes[0]) if sizes else [])
 
 
-def _layer(traced: Traced, node: fx.Node, shape: Shape) -> Layer:
-    linear = traced.part(node)
-    before, relu, after, start, end = _behind(traced, node, linear.out_features)
+def _layer(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
+    linear, before = traced.part(node), behind.before
     path = _path(traced, node, linear.in_features, shape)
-    tail, unknown = _tail(traced, node, start, path)
-    own, outer = traced.names(), _added_last(traced, start) if linear.bias is None else ""
+    tail, unknown = _tail(traced, node, behind.start, path)
+    own, outer = traced.names(), _added_last(traced, behind.start) if linear.bias is None else ""
     if outer:
         own[f"{node.target}.bias"] = outer
     return Layer(
         name=str(node.target),
         linear=linear if before.is_plain else _folded(linear, before),
         from_data=path is not None,
-        relu=relu is not None,
+        relu=behind.relu is not None,
         tail=tail,
         unknown=unknown,
         path=path,
         before=before,
-        after=after,
+        after=behind.after,
         own=own,
         turned=frozenset(traced.turned),
         outer_bias=bool(outer),
-        obstacle=_obstacle(traced, node, relu),
+        obstacle=_obstacle(traced, node, behind.relu),
     )
 
 
@@ -202,11 +218,9 @@ def _source(node: fx.Node) -> fx.Node:
     return node.args[0] if node.args else node.kwargs["input"]
 
 
-def _behind(
-    traced: Traced, node: fx.Node, m: int
-) -> tuple[Entrywise, fx.Node | None, Entrywise, fx.Node, fx.Node]:
-    """What follows a layer: a map of its entries, the node of its ReLU, another map; where the ReLU's argument is, and
-    where the second map ends."""
+def _behind(traced: Traced, node: fx.Node) -> Behind:
+    """What follows a layer, up to the first node that is neither ReLU nor a map of entries."""
+    m = traced.part(node).out_features
     before = after = Entrywise.same(m)
     relu, start, end = None, node, node
     for cut, _ in zip(_cuts(node), range(LONGEST), strict=False):
@@ -219,7 +233,7 @@ def _behind(
             start, end = (cut if relu is None else start), cut
         elif relu is None and (found := relu_then(piece, m)) is not None:
             relu, after, end = cut, found, cut
-    return before, relu, after, start, end
+    return Behind(before, relu, after, start, end)
 
 
 def _cuts(start: fx.Node) -> Iterator[fx.Node]:
@@ -258,7 +272,8 @@ def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
     piece = Piece(extract(traced, roots[0], _source(node)))
     shapes = [] if shape is None else [shape]
     likely = [guess for rows in range(1, MOST_ROWS + 1) for guess in guesses(n * rows)]
-    fitting = next((one for one in [*shapes, *likely] if piece(torch.zeros(2, *one, dtype=torch.float64)) is not None), None)
+    fits = lambda one: piece(torch.zeros(2, *one, dtype=torch.float64)) is not None  # noqa: E731
+    fitting = next(filter(fits, [*shapes, *likely]), None)
     change = None if fitting is None else find(piece, fitting)
     if change is None or len(change.entries) % n:
         return None
@@ -361,12 +376,12 @@ def _above(low: Layer, high: Layer) -> Layer:
     return replace(high, linear=made, below=below)
 
 
-def _check_modes(traced: Traced, _nodes: list[fx.Node], _layers: list[Layer]) -> None:
+def _check_modes(traced: Traced) -> None:
     if on := modes(traced, traced.nodes, on=True):
         raise Refusal(f"the client trained with {words(on)} on: its gradient is not that of the network as it is")
 
 
-def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer]) -> None:
+def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behind: list[Behind]) -> None:
     """Raises `Refusal` where the layers are no chain from the data to the logits with ReLU between them."""
     names, outputs = [layer.name for layer in layers], _outputs(traced)
     wanted = "the network method needs one chain of linear layers with ReLU between them"
@@ -378,12 +393,11 @@ def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer]) -> N
     shared = [name for name in names if f"{name}.weight" not in layers[0].own]
     if len(set(names)) < len(names) or shared:
         raise Refusal(f"{wanted}; {', '.join(sorted(set(shared or names)))} shares its weights")
-    ends = [_behind(traced, node, layer.linear.out_features)[-1] for node, layer in zip(nodes, layers, strict=True)]
     for k, layer in enumerate(layers[:-1]):
         following = layers[k + 1].name
-        if not layer.relu or ends[k] is not _source(nodes[k + 1]):
+        if not layer.relu or behind[k].end is not _source(nodes[k + 1]):
             raise Refusal(f"{wanted}; between {layer.name} and {following} is something else")
-    if not _ends(traced, ends[-1], outputs[0], layers[-1]):
+    if not _ends(traced, behind[-1].end, outputs[0], layers[-1]):
         raise Refusal(f"{wanted}; something else follows {names[-1]}")
 
 

@@ -233,6 +233,13 @@ def open_network(
     )
 
 
+def unfolded(problem: NetworkView) -> NetworkView:
+    """The problem itself. Raises `Refusal` where its gradients are not the model's own, entry by entry."""
+    if problem.folded:
+        raise Refusal("between the layers stands a normalisation: noise, missing entries or steps are not of this form")
+    return problem
+
+
 def _loss(last: Layer, told: str) -> str:
     """The loss that was told, or binary cross-entropy where that cannot be: of one output cross-entropy is zero."""
     return "binary_cross_entropy" if told == "cross_entropy" and last.linear.out_features == 1 else told

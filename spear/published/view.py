@@ -8,10 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-    told, disclosed = _times(batch_size, found.rows), _times(update.count, found.rows)
-    disclosed = disclosed if told is None else told
-    check_count(disclosed)
-    check_room(disclosed, m, n, found.name)
+from spear.federated.received import (
+    Widened,
+    check_count,
+    check_gradients,
+    check_room,
+    compute_device,
+    input_shape,
+    rounding_unit,
+)
+from spear.federated.update import Lazy, SharedUpdate
 from spear.models.streaming import Blocks, Streamed, streamed
 from spear.models.tracing import Layer, find_layer
 from spear.published.lowrank import LowRank, decompose, rank_under_noise
@@ -83,15 +89,10 @@ def open_layer(
     found = find_layer(model, layer, update.input_shape)
     received = _received(found, check_gradients(model, update))
     m, n = found.linear.weight.shape
-<<<<<<< HEAD
     told, disclosed = _times(batch_size, found.rows), _times(update.count, found.rows)
     disclosed = disclosed if told is None else told
-    check_count(disclosed, m, n, found.name)
-=======
-    disclosed = update.count if batch_size is None else batch_size
     check_count(disclosed)
     check_room(disclosed, m, n, found.name)
->>>>>>> main
     device = compute_device(device)
     tail = None if found.tail is None else streamed(found.tail, device)
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)

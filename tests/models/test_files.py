@@ -218,7 +218,11 @@ def test_a_changed_program(exported: Path, ending: str, change: Callable, messag
 
 def test_a_model_in_training_mode(tmp_path: Path) -> None:
     export(Mixed().train(), tmp_path / "model.pt2")
-    refused(tmp_path / "model.pt2", "is in training mode: call model.eval() before saving the model")
+    model = files.load(str(tmp_path / "model.pt2")).module
+    with pytest.raises(ValueError, match=r"the client trained with dropout \(p = 0.3\) on behind body.0"):
+        tracing.find_layer(model, "body.0")
+    with pytest.raises(ValueError, match="the client trained with batch normalisation on before body.0"):
+        tracing.find_layer(model)
 
 
 class Restored(nn.Module):
