@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from spear.federated.update import SharedUpdate
-from spear.models.tracing import Layer, doubts, linear_layers
+from spear.models.tracing import Layer, doubts, linear_layers, one_output
 from spear.reconstruction import Reconstruction
 
 WORST = 10  # times the relative error of what enters the layer: a sample that is known less well is not certified
@@ -23,6 +23,8 @@ def as_given(model: nn.Module, update: SharedUpdate, layer: str | None, result: 
         found = next(chosen, None)
         if found is not None and found.path is not None:
             result = _as_entered(result, found) if found.rows > 1 else _undone(result, found, update.input_shape)
+    if update.loss == "cross_entropy" and one_output(model, update.input_shape):
+        result = replace(result, reason=f"{result.reason}; the model has one output: binary cross-entropy was assumed")
     if not result.complete and (off := doubts(model, update.input_shape)):
         other = f"the model has {off}, off here: a client that had it on sent the gradient of another function"
         return replace(result, reason=f"{result.reason}; {other}")
@@ -33,9 +35,8 @@ def _as_entered(result: Reconstruction, found: Layer) -> Reconstruction:
     """Parts of samples, as they enter a layer that reads them by parts."""
     change = found.path.change
     plain = bool((change.factor == 1).all()) and not bool(change.shift.any())
-    words = (
-        f"each is one of the {found.rows} parts of a sample that {found.name} reads{'' if plain else ', as it enters'}"
-    )
+    words = f"each is one of the {found.rows} parts of a sample that {found.name} reads"
+    words += "" if plain else ", as it enters"
     return replace(result, reason=f"{result.reason}; {words}")
 
 

@@ -104,32 +104,31 @@ class Layer:
         """One of these gradients: that of the loss by `linear`'s parameters, or by the tail's."""
         g = received[self.own[name]]
         g = g.T if name in self.turned else g
-        if name == f"{self.name}.weight" and self.below is not None:
-            g = self._of_below(g, received)
         folded = (f"{self.name}.weight",) if self.outer_bias else (f"{self.name}.weight", f"{self.name}.bias")
         if name in folded and not self.before.is_plain:
             factor = self.before.factor.to(g)
             g = g[self.before.entries.to(g.device)] / factor.reshape(-1, *[1] * (g.ndim - 1))
-        return g
+        return self._of_below(g, received) if name == f"{self.name}.weight" and self.below is not None else g
 
     def _of_below(self, g: Tensor, received: Mapping[str, Tensor]) -> Tensor:
         """The gradient of weights into which a map of the layer's input is folded."""
         if bool(self.below.shift.any()):
-            g = g - torch.outer(received[self.own[f"{self.name}.bias"]].to(g), self.below.shift.to(g))
+            g = g - self._shifted(g, received)
         made = torch.empty_like(g)
         made[:, self.below.entries.to(g.device)] = g / self.below.factor.to(g)
         return made
+
+    def _shifted(self, g: Tensor, received: Mapping[str, Tensor]) -> Tensor:
+        """What the shift of the layer's inputs adds to the gradient of its weights."""
+        return torch.outer(self.gradient(f"{self.name}.bias", received).to(g), self.below.shift.to(g))
 
     def growth(self, received: Mapping[str, Tensor]) -> float:
         """How much larger rounding is in the gradient of the weights, relative to it, than in what was received."""
         if self.below is None:
             return 1.0
         name = f"{self.name}.weight"
-        g, made = received[self.own[name]].double(), self.gradient(name, received).double()
-        size = g.abs()
-        if bool(self.below.shift.any()):
-            bias = received[self.own[f"{self.name}.bias"]].double()
-            size = size + torch.outer(bias, self.below.shift.to(bias)).abs()
+        g, made = (layer.gradient(name, received).double() for layer in (replace(self, below=None), self))
+        size = g.abs() + self._shifted(g, received).abs() if bool(self.below.shift.any()) else g.abs()
         size = size / self.below.factor.abs().to(size)
         return max(1.0, float(size.norm() / made.norm().clamp_min(1e-300)))
 
@@ -181,6 +180,15 @@ def doubts(model: nn.Module, shape: Shape = None) -> str:
     """Dropout and batch normalisation that are off here, in words; empty where there are none."""
     traced = _traced(model, shape)
     return words(modes(traced, traced.nodes, on=False))
+
+
+def one_output(model: nn.Module, shape: Shape = None) -> bool:
+    """Whether the model ends with a linear layer of one output."""
+    traced = _traced(model, shape)
+    outputs = _outputs(traced)
+    while len(outputs) == 1 and not traced.is_linear(outputs[0]):
+        outputs = [node for node in outputs[0].all_input_nodes if not is_size(node)]
+    return len(outputs) == 1 and traced.part(outputs[0]).out_features == 1
 
 
 def _traced(model: nn.Module, shape: Shape) -> Traced:
