@@ -60,23 +60,25 @@ def checkouts(revision: str | None, folder: Path) -> Iterator[dict[str, Path]]:
         subprocess.run([*git, "remove", "--force", str(folder / "before")], check=True)
 
 
-@contextmanager
-def project() -> Iterator[Path]:
-    """A clone of this checkout for the commands to run in: they read its notebooks and figures, and may write there."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "project"
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{HERE}", str(folder)], check=True)
-        yield folder
+def project(folder: Path) -> Path:
+    """A clone of this checkout for commands to run in: they read its notebooks and figures, and may write there."""
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{HERE}", str(folder)], check=True)
+    return folder
 
 
 def measure(before: str | None, repeats: int) -> list[dict[str, object]]:
     """A row for each case: median seconds and their ratio to `import torch`, for each checkout."""
-    with project() as folder, checkouts(before, folder.parent) as packages:
+    with tempfile.TemporaryDirectory() as place, checkouts(before, Path(place)) as packages:
+        projects = {which: project(Path(place) / f"project-{which}") for which in packages}
         turns = [
-            {(which, case): seconds(CASES[case], packages[which], folder) for which in packages for case in CASES}
+            {
+                (which, case): seconds(CASES[case], packages[which], projects[which])
+                for which in packages
+                for case in CASES
+            }
             for _ in range(repeats + 1)
         ][1:]  # the first turn compiles
-        medians = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+    medians = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
     unit = {which: medians[which, "import torch"] for which in packages}
     rows = []
     for case in CASES:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 FINE = 2e-12  # rounding units under this are float64's, a change of weights included: the algebra is then the limit
-SHARP = 1e-10  # the same for inputs: what a batch's conditioning makes of a unit in between is still under 1e-6
+SHARP = 1e-10  # the same for what is asked of inputs; of a dtype, however small a step was: only float64 is under it
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Accuracy:
     """Relative distance of two candidates that are one sample, between solving for it twice and two images alike."""
 
     @classmethod
-    def of(cls, eps: float) -> "Accuracy":
-        """For gradients whose entries are `eps` of their size apart."""
-        fine = eps < FINE
+    def of(cls, eps: float, dtype: torch.dtype | None = None) -> "Accuracy":
+        """For gradients whose entries are `eps` of their size apart; `dtype` is the coarsest on their way."""
+        fine, spacing = eps < FINE, eps if dtype is None else torch.finfo(dtype).eps
         return cls(
-            recovered=1e-6 if eps < SHARP else 1e-3,
+            recovered=1e-6 if spacing < SHARP else 1e-3,
             layer=max(1e-9, 50 * eps),
             explained=250 * eps,
             completed=max(1e-13, 4 * eps),
@@ -60,8 +60,3 @@ class Accuracy:
     def of_dtype(cls, dtype: torch.dtype) -> "Accuracy":
         """For tensors as they came; integers (pixels) are no more exact than single precision."""
         return cls.of(torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps)
-
-    @property
-    def copied(self) -> float:
-        """What copies are held to: two images e apart with equal masks pass for copies of their mean, up to e²."""
-        return self.recovered**2 / 10

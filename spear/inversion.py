@@ -19,7 +19,7 @@ from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
 from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
 from spear.published.view import LayerView, open_layer
-from spear.reconstruction import Budget, Progress, Reconstruction, Refusal, Terms, larger
+from spear.reconstruction import Budget, Progress, Reconstruction, Refusal, Terms, check_number, larger
 
 COARSE = 1e-6  # rounding of a gradient, relative to it, that is noise: of weights in single precision a step apart
 
@@ -70,21 +70,26 @@ def attack(
     next where it ends without the whole batch; `Reconstruction.method` says which it was.
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
     layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on
-    with weights that are not the client's), inputs come without labels, certified by that layer (`LayerCertificate`).
-    `batch_size` is read off the gradient's rank unless given; of several local steps it is the number of samples in
-    all. `time_limit` (seconds) bounds the searches of all methods together, `max_proposals` (kernels that sampling
-    tests, starts of the others) each of them: an exhausted budget gives an incomplete result that says so. Without
-    either, sampling declines a batch too large for any budget at once.
+    with weights that are not the client's), inputs come without labels, and up to their length (`certify_layer`).
+    `batch_size` is read off the gradient's rank unless given, and nothing is certified where neither it nor the update
+    says it (`spear.certificate`); of several local steps it is the number of samples in all. `time_limit` (seconds)
+    bounds the searches of all methods together, `max_proposals` (kernels that sampling tests, starts of the others)
+    each of them: an exhausted budget gives an incomplete result that says so. Without either, sampling declines a batch
+    too large for any budget at once.
     From rounded or noisy gradients of a fully connected network, `"auto"` and `"network"` return samples with an
     `expected_error`, `"dictionary"` and `"layer"` without one; neither are certified. From several local steps (FedAvg)
     the former retrace the training. The result depends on `seed`, not on the device. `progress` is called after each
     round of every method.
 
-    Raises `ValueError` for a method or a layer that does not exist, and for gradients of another shape than the
-    weights, not finite or zero everywhere; its subclass `Refusal` where no method can begin: a layer that no ReLU
-    follows, a model that cannot be traced, gradients that are missing, a batch that is too large for the layer (b >= m,
-    or b > n), half precision for sampling. Raises `TypeError` for an option that a method does not have.
+    Raises `ValueError` for a method or a layer that does not exist, a limit or batch size that is negative or no finite
+    number, and for gradients of another shape than the weights, not finite or zero everywhere; its subclass `Refusal`
+    where no method can begin: a layer that no ReLU follows, a model that cannot be traced, gradients that are missing,
+    a batch that is too large for the layer (b >= m, or b > n), half precision for sampling. Raises `TypeError` for an
+    option that a method does not have.
     """
+    check_number("time_limit", time_limit, 0)
+    check_number("max_proposals", max_proposals, 0, whole=True)
+    check_number("batch_size", batch_size, 1, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
     request = Request(model, update, layer, batch_size, device, terms)
@@ -160,7 +165,7 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
     """
     result, refusals = None, []
     for method in request.following(auto):
-        if result is not None and (result.complete or result.expected_error is not None):
+        if result is not None and (len(result.inputs) >= result.rank or result.expected_error is not None):
             break
         if result is not None and (spent := request.terms.budget.spent(0)):
             return result if spent in result.reason else replace(result, reason=f"{result.reason}; {spent}")
@@ -188,4 +193,5 @@ def _exact_or_not(network: NetworkView, clipped: bool, terms: Terms) -> Reconstr
     noisy = noise.open_noisy(network, sigma=None, weighted=clipped)
     seen = network.precision > COARSE or noise.is_visible(noisy)
     found = noise.recover(noisy, terms) if seen else exact
-    return found if len(found.inputs) else exact
+    # Samples that the layers merge leave fewer directions, and pass for noise: then the estimate's errors mean nothing.
+    return found if len(found.inputs) >= (network.batch_size or 1) else exact

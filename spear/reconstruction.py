@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,14 @@ class Refusal(ValueError):
 
     Whoever can goes on with the next method, or returns nothing with this reason.
     """
+
+
+def check_number(name: str, value: object, least: float | int, *, whole: bool = False) -> None:
+    """Raises `ValueError`, by name, unless the value is `None` or a finite number (`whole`: an integer) >= `least`."""
+    kind, words = (Integral, "a whole number") if whole else (Real, "a finite number")
+    good = value is None or (isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value))
+    if not good or (value is not None and value < least):
+        raise ValueError(f"{name} is {words} of at least {least:g}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,9 @@ class Reconstruction:
     nothing is certified or complete; `expected_error` (k,) is then each input's expected relative error
     |guess - truth| / |truth|, from what the server knows alone. `weights` (k,) are the weights in the loss, where
     clipping, or an average over unequal clients, made them differ from sample to sample. `method` is the method that
-    made it: one of `spear.inversion.METHODS`, or "noise", "pruning" or "local training".
+    made it: one of `spear.inversion.METHODS`, or "noise", "pruning" or "local training". No certified input's relative
+    error is above its `error_bound` (k,), infinite where there is none, and that is at most `limit`: 1e-6 where model
+    and update are float64, else 1e-3 (`spear.certificate`).
     """
 
     inputs: Float[Tensor, "k *input_shape"]
@@ -125,6 +136,12 @@ class Reconstruction:
     expected_error: Float[Tensor, " k"] | None = None
     weights: Float[Tensor, " k"] | None = None
     method: str = ""
+    error_bound: Float[Tensor, " k"] | None = None
+    limit: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.error_bound is None:
+            object.__setattr__(self, "error_bound", torch.full_like(self.residuals, torch.inf))
 
 
 def larger(first: Reconstruction, second: Reconstruction) -> Reconstruction:
@@ -145,6 +162,6 @@ def _joined(sure: Reconstruction, more: Reconstruction) -> Reconstruction:
     new = apart.all(1)
     inputs, labels = torch.cat([sure.inputs, more.inputs[new]]), torch.cat([sure.labels, more.labels[new]])
     residuals = torch.cat([sure.residuals, more.residuals[new]])
-    certified = torch.cat([sure.certified, more.certified[new]])
+    parts = {name: torch.cat([getattr(sure, name), getattr(more, name)[new]]) for name in ("certified", "error_bound")}
     words = {"reason": f"{sure.reason}; {more.reason}", "method": f"{sure.method}, {more.method}"}
-    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, certified=certified, **words)
+    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, **parts, **words)

@@ -139,7 +139,16 @@ def test_an_attack_from_the_command_line_takes_a_scheduler(address, tmp_path, mo
     problem.update.save(Path("update.safetensors"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "factories", raising=False)
-    command = ["attack", "factories:model", "update.safetensors", "--method", "sampling", "--scheduler", address]
+    command = [
+        "attack",
+        "--run-code",
+        "factories:model",
+        "update.safetensors",
+        "--method",
+        "sampling",
+        "--scheduler",
+        address,
+    ]
     assert run(*command) == 1
     assert "certified  12" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from spear.federated.update import SharedUpdate
 from spear.models import tracing
 from spear.models.tracing import Layer
 from spear.published import theory
-from spear.reconstruction import Reconstruction
+from spear.reconstruction import Reconstruction, check_number
 
 COUNT = 16  # samples of a simulated client, unless told
 
@@ -119,6 +119,9 @@ def audit(
     Raises `ValueError` for a model that cannot be traced or has no linear layer that a ReLU follows, and as
     `spear.attack` and `spear.audit.sample.choose` do.
     """
+    check_number("time_limit", time_limit, 0)
+    check_number("trial_limit", trial_limit, 0)
+    check_number("count", count, 1, whole=True)
     started, say = time.monotonic(), progress or (lambda words: None)
     layers = assess(model)
     target = _target(layers, layer)

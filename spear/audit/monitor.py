@@ -15,7 +15,7 @@ from spear import inversion
 from spear.federated.update import SharedUpdate, difference
 from spear.reconstruction import Reconstruction
 
-log = logging.getLogger("spear.audit.monitor")
+log = logging.getLogger("spear.monitor")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Finding:
 class Monitor:
     """Attacks updates of `model` that are one step of SGD with `learning_rate`, each for at most `time_limit` seconds.
 
-    An invertible update is a warning in the log `spear.audit.monitor`. `on_finding` is called with every finding,
+    An invertible update is a warning in the log `spear.monitor`. `on_finding` is called with every finding,
     invertible or not; what it raises ends the round. With `folder`, every update is kept there as
     ROUND-CLIENT.safetensors, for `spear audit`. `input_shape` is the shape of one sample, where it is known.
     """

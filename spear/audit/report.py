@@ -95,9 +95,10 @@ def certificate(audit: Audit) -> str:
     if not certified.any() and expected is not None:
         return f"none; an expected relative error of {float(expected.median()):.0e} (median), from the update alone"
     if not certified.any():
-        return "none"
-    worst = float(audit.result.residuals[certified].max())
-    return f"{int(certified.sum())} samples, each one's own gradient recomputed by the server to {worst:.0e}"
+        return f"none: {audit.result.reason}" if len(certified) else "none"
+    bound = float(audit.result.error_bound[certified].max())
+    only = "as many as were disclosed, and the only ones with their activation patterns that give the update"
+    return f"{int(certified.sum())} samples, {only}; relative errors under {bound:.0e}"
 
 
 def _layer(risk: Risk) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, fx, nn
 
 from spear.data import catalog, packs
 from spear.data.known import BUILT_IN
-from spear.models import tracing
+from spear.models import expansion, tracing
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,12 @@ def input_shape(model: nn.Module, hint: tuple[int, ...] | None = None) -> tuple[
 
 
 def outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """How many logits the model gives for one sample of that shape; 0 where it fails or gives something else."""
+    """How many logits the model gives for one sample of that shape; 0 where it fails or gives something else.
+
+    Raises `ValueError` for a model from a file that expands the sample beyond measure.
+    """
+    if isinstance(model, fx.GraphModule) and not expansion.computes(model, (2, *shape)):
+        return 0
     like = next(model.parameters())
     try:
         with torch.no_grad():

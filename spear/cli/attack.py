@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from spear.cli.shared import MiniBatch, Momentum, Rate, Samples, Steps, check_folders, executor_of
+from spear import paths
+from spear.cli.shared import MiniBatch, Momentum, Rate, RunCode, Samples, Steps, executor_of
 
 METHODS = "auto, the strongest that fits; or sampling, guided, dictionary, layer (one layer), network (every layer)."
 
@@ -28,12 +29,13 @@ def attack(
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers sample.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the recovered samples here, safetensors.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the recovered images here, PNG.")] = None,
+    run_code: RunCode = False,
 ) -> None:
     """Recover the batch behind a client's update.
 
-    MODEL is a TorchScript or torch.export file, or PACKAGE.MODULE:FACTORY, where calling FACTORY without arguments
-    gives the torch module; the working directory is importable. UPDATE is a safetensors file of gradients by parameter
-    name.
+    MODEL is a file of torch.export: nothing in it is run. With --run-code it may be code: PACKAGE.MODULE:FACTORY, where
+    calling FACTORY without arguments gives the torch module (the working directory is importable), or a TorchScript
+    archive. UPDATE is a safetensors file of gradients by parameter name.
 
     Exit status: 0 nothing was recovered, 1 something was, 2 the attack could not run.
     """
@@ -43,13 +45,13 @@ def attack(
     from spear.federated.update import SharedUpdate
     from spear.models import files
 
-    check_folders(output, picture)
+    paths.check_outputs((output, picture), (Path(model), update, weights))
     told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
     with executor_of(scheduler) as executor, Display("attack") as display:
         display.part(f"loading {update}")
         shared = SharedUpdate.load(update).disclosing(**told, momentum=momentum, count=samples)
         display.part(f"loading {model}")
-        module = files.load(model, weights).module
+        module = files.load(model, weights, run_code=run_code).module
         display.part(f"method {method}")
         result = inversion.attack(
             module,

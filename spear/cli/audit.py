@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from spear import paths
-from spear.cli.shared import MiniBatch, Momentum, Rate, Samples, Steps, check_folders
+from spear.cli.shared import MiniBatch, Momentum, Rate, RunCode, Samples, Steps
 
 
 def audit(
-    model: Annotated[str, typer.Argument(help="TorchScript or torch.export file, or PACKAGE.MODULE:FACTORY.")],
+    model: Annotated[str, typer.Argument(help="File of torch.export; with --run-code also PACKAGE.MODULE:FACTORY.")],
     update: Annotated[Path | None, typer.Argument(help="Gradients by parameter name, safetensors.")] = None,
     weights: Annotated[Path | None, typer.Option(help="The model's weights, safetensors.")] = None,
     before: Annotated[Path | None, typer.Option(help="Weights that the client received, safetensors.")] = None,
@@ -30,11 +30,12 @@ def audit(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default cpu.")] = None,
     page: Annotated[Path | None, typer.Option("--report", help="Write the report here, HTML.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here, JSON.")] = None,
+    run_code: RunCode = False,
 ) -> None:
     """Say which layers of a model leak, from how large a batch, and which defence stops it.
 
-    Without UPDATE (or --before and --after) clients are simulated on --data. No file is unpickled or run; a factory
-    is code that you name, and it is run.
+    Without UPDATE (or --before and --after) clients are simulated on --data. Nothing in a file is unpickled or run. A
+    factory, or a TorchScript archive, is a program: it is run only with --run-code.
 
     Exit status: 0 nothing was recovered, 1 something was, 2 the audit could not run.
     """
@@ -43,13 +44,13 @@ def audit(
     from spear.cli.display import Display
     from spear.models import files
 
-    check_folders(page, json)
+    paths.check_outputs((page, json), (Path(model), update, weights, before, after))
     given.refuse_both(update, before, after, learning_rate)
     told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
     told |= {"momentum": momentum, "count": samples}
     with Display("audit") as display:
         display.part(f"loading {model}")
-        loaded = files.load(model, weights or before)
+        loaded = files.load(model, weights or before, run_code=run_code)
         result = assessment.audit(
             loaded.module,
             given.update(loaded.module, update, before, after, told),

@@ -31,7 +31,7 @@ def write(result: Reconstruction, output: Path | None, picture: Path | None) -> 
 
 
 def _serialized(result: Reconstruction) -> bytes:
-    tensors = {"inputs": result.inputs, "residuals": result.residuals, "certified": result.certified}
+    tensors = {name: getattr(result, name) for name in ("inputs", "residuals", "certified", "error_bound")}
     if result.labels is not None:
         tensors["labels"] = result.labels
     told = {"rank": str(result.rank), "complete": str(result.complete), "reason": result.reason}

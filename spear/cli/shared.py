@@ -6,7 +6,6 @@ nor any other package that takes long. Each command imports what it works with w
 
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +24,9 @@ Steps = Annotated[int | None, typer.Option(help="Local steps behind the change o
 MiniBatch = Annotated[int | None, typer.Option(help="Samples of each local step.")]
 Momentum = Annotated[float | None, typer.Option(help="Of the local SGD; default 0.")]
 Samples = Annotated[int | None, typer.Option(help="How many samples the client says it used.")]
+RunCode = Annotated[
+    bool, typer.Option("--run-code", help="Code of the model may run: a factory's, or a TorchScript archive's.")
+]
 
 
 def executor_of(scheduler: str | None) -> AbstractContextManager[Executor | None]:
@@ -34,10 +36,3 @@ def executor_of(scheduler: str | None) -> AbstractContextManager[Executor | None
     from spear import executors
 
     return executors.connect(scheduler)
-
-
-def check_folders(*files: Path | None) -> None:
-    """Refuse, before the work, files to be written into folders that are not there."""
-    for path in files:
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: no such folder")

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spear.accuracy import Accuracy
+from spear.certificate import SAFETY, Certificate, norms
 from spear.deployments.simulation import State, Training, rounding
 from spear.deployments.step_samples import Step, open_unexplained
 from spear.federated.update import SharedUpdate
@@ -207,19 +208,20 @@ class Retraced:
 
     def verified(self, samples: Samples, seen: Comparison, starts: int) -> Reconstruction:
         """Samples with the evidence for them; none where they leave much of the update unexplained."""
-        certified = (seen.error < EXACT.recovered / 2) & (max(seen.layers) < EXACT.layer)
-        good, count = bool(certified.all()), len(samples.inputs)
+        count, size = len(samples.inputs), self.problem.extend(0, samples.inputs).norm(dim=1) / norms(samples.inputs)
+        bound, once = SAFETY * size * seen.error, torch.ones_like(samples.labels)
+        evidence = Certificate(once, self.training.count, max(seen.layers), EXACT.layer, bound, EXACT.recovered)
         reason = "simulating the local training gives the update in every layer"
-        if not good:
+        if not evidence.holds:
             left = f"{max(seen.layers):.1e} of a layer's change, {seen.misfit:.1f} times the weights' rounding"
             off = f"expected relative error {float(seen.error.max()):.1e} at worst"
             reason = f"simulating the local training from {count} samples leaves {left}: {off}"
         if max(seen.layers) > EXPLAINED:
             nobody = replace(samples, inputs=samples.inputs[:0], labels=samples.labels[:0])
             return self.unverified(nobody, f"what was found does not explain the update: {reason}", starts)
-        known = not good and bool(seen.error.isfinite().all())
-        result = self._result(samples, seen.error, reason, starts)
-        return replace(result, certified=certified, complete=good, expected_error=seen.error if known else None)
+        expected = seen.error if not evidence.holds and bool(seen.error.isfinite().all()) else None
+        verdict = {"certified": evidence.certified, "complete": evidence.holds, "error_bound": bound}
+        return replace(self._result(samples, seen.error, reason, starts), **verdict, expected_error=expected)
 
     def unverified(self, samples: Samples, reason: str, starts: int) -> Reconstruction:
         """Samples that nothing was held against."""

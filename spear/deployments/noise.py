@@ -52,12 +52,13 @@ def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None 
     rank = max(1, min(rank_under_noise(s[: min(m, n)], (m, n), sigma), bound))
     rounding = ROUNDING * float(s[0]) / (m * n) ** 0.5
     for _ in range(SETTLING):
-        seen = max(float(s[rank:].norm()) / ((m - rank) * (n - rank)) ** 0.5, rounding)
+        seen = max(float(s[rank:].norm()) / max((m - rank) * (n - rank), 1) ** 0.5, rounding)
         before, above = rank, rank_under_noise(s, (m, n), EDGE * (seen if sigma is None else sigma))
         rank = max(1, min(above, bound))
         if rank == before:
             break
-    low = LowRank(rank, L[:, :rank], L[:, :rank].mT @ J, float(s[rank - 1] / s[rank].clamp_min(1e-300)), float(s[rank]))
+    beyond = float(s[rank]) if rank < len(s) else 0.0
+    low = LowRank(rank, L[:, :rank], L[:, :rank].mT @ J, float(s[rank - 1]) / max(beyond, 1e-300), beyond)
     return low, seen if sigma is None else sigma
 
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from spear.certificate import SAFETY, norms
 from spear.deployments import completion
 from spear.deployments.completion import Completed
-from spear.network.check import CORRECTIONS, Misfit, certify
+from spear.network.check import CORRECTIONS, Misfit, certificate, conclude
 from spear.network.factors import Factors, wedderburn
-from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import NetworkView, Passes, Targets, passes
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
 from spear.network.recovery import Judged, Reached, nothing
@@ -267,13 +267,6 @@ def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], reached: Reached) -> J
             break
         best, inputs = (seen, inputs, targets), corrected
     seen, inputs, targets = best
-    certified = certify(pruned.problem, seen, targets)
-    sure = certified.nonzero()[:, 0]  # an image that the evidence does not support is never returned
-    copies = int(targets.copies[sure].sum().round())
-    good = len(sure) == len(inputs) and copies == (pruned.problem.batch_size or copies)
-    left = f"{max(seen.layers):.1e} of a layer's entries, {float(seen.inputs.max()):.1e} of an input"
-    reason = f"{len(sure)} of {len(inputs)} samples are certain: they leave {left}, unexplained"
-    if targets.error >= WHOLE_NUMBERS:
-        reason = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
-    evidence = (seen.inputs[sure], certified[sure], good, WHOLE if good else reason, reached)
-    return Judged(inputs[sure], targets.counts[sure], *evidence)
+    bound = SAFETY * seen.inputs * pruned.problem.extend(0, inputs).norm(dim=1) / norms(inputs)
+    evidence = certificate(pruned.problem, seen, targets, bound)
+    return conclude(pruned.problem, evidence, inputs, targets, seen, reached, WHOLE)

@@ -12,6 +12,8 @@ from spear.federated.update import SharedUpdate
 from spear.network.problem import NetworkView, Targets, passes
 from spear.reconstruction import Refusal
 
+MOST_STEPS = 10_000  # that are simulated, whatever a client says
+
 
 @dataclass(frozen=True)
 class Training:
@@ -31,6 +33,10 @@ class Training:
             what = f"an update of {update.local_steps} local steps is not the gradient of one batch"
             verb = "is" if len(hidden) == 1 else "are"
             raise Refusal(f"{what}, and its {' and '.join(hidden)} {verb} not disclosed")
+        largest = max(g.numel() for g in update.gradients.values())
+        if update.count > largest or update.local_steps > MOST_STEPS:
+            what = f"{update.count:,} samples in {update.local_steps:,} local steps"
+            raise Refusal(f"{what} are not simulated: at most {largest:,} in {MOST_STEPS:,}")
         epoch = [len(part) for part in torch.arange(update.count).split(update.mini_batch)]
         if update.local_steps % len(epoch):
             raise Refusal(f"{update.local_steps} local steps are no whole epochs of {len(epoch)} mini-batches")

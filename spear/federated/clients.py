@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from spear.federated.update import SharedUpdate, check_loss
+from spear.federated.update import SharedUpdate, check_told
 
 RANDOM_IN_TRAINING = (
     nn.modules.batchnorm._NormBase,
@@ -38,9 +38,7 @@ def gradient(
     gradient of a sample would depend on the other samples, or on chance: call `model.eval()` first), for inputs and
     labels of unequal length, and for a label that the model has no output for.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"unknown reduction {reduction!r}: use 'mean' or 'sum'")
-    check_loss(loss)
+    check_told({"loss": loss, "reduction": reduction})
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} inputs but {len(labels)} labels")
     _refuse_training_mode(model)

@@ -12,6 +12,7 @@ from spear.models.streaming import CHUNK
 from spear.reconstruction import Refusal
 
 PRECISIONS = (torch.float32, torch.float64)
+EXTREME = 1e100  # entries whose products are still numbers: up to this, and down to its inverse
 COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
 
 
@@ -41,6 +42,8 @@ def compute_device(device: str | torch.device | None) -> torch.device:
         device = torch.empty(0, device=device or "cpu").device
     except (RuntimeError, AssertionError) as error:  # no such device, or a build of torch without it
         raise ValueError(f"device {str(device)!r} is not available here") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' has no values to compute with")
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -52,6 +55,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
     if update.local_steps != 1:
         raise Refusal(f"an update of {update.local_steps} local steps is not the gradient of one batch")
     parameters = dict(model.named_parameters())
+    check_weights(model)
     for name, g in update.gradients.items():
         if name not in parameters:
             raise ValueError(f"the update has a gradient for {name!r}, which the model does not have")
@@ -61,11 +65,27 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
         if g.dtype not in PRECISIONS or parameters[name].dtype not in PRECISIONS:
             dtype = str(g.dtype if g.dtype not in PRECISIONS else parameters[name].dtype).removeprefix("torch.")
             raise Refusal(f"{name} is {dtype}: exact recovery needs float32 or float64")
-        if not all(part.isfinite().all() for part in g.flatten().split(CHUNK)):
+        if not _is_finite(g):
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     received = update.gradients
+    largest = max(float(part.abs().max()) for g in received.values() for part in g.flatten().split(CHUNK)) / scale
+    if largest and not 1 / EXTREME < largest < EXTREME:
+        raise ValueError(f"the gradients are out of range: their largest entry is {largest:.0e}")
     return received if scale == 1 else Lazy(tuple(received), lambda name: received[name] / scale)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises `ValueError` for parameters or buffers that hold no finite numbers, or none at all."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} of the model has no values: it is on the device meta")
+        if not _is_finite(tensor):
+            raise ValueError(f"{name} of the model holds NaN or infinite values")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.detach().flatten().split(CHUNK))
 
 
 def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
@@ -80,6 +100,12 @@ def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
     parameters = dict(model.named_parameters())
     sizes = [(_size(parameters[name]), _size(g)) for name, g in update.gradients.items()]
     return min(eps * max([1.0, *(0.1 * weights / change for weights, change in sizes if change)]), COARSEST)
+
+
+def coarsest(model: nn.Module, update: SharedUpdate) -> torch.dtype:
+    """The dtype of least precision among the weights and the gradients as they came."""
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *update.gradients.values())}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _size(tensor: Tensor) -> float:

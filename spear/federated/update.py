@@ -4,9 +4,12 @@ Clients are in `spear.federated.clients`, what is done to an update before it is
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +20,25 @@ from spear.models.tensors import read_tensors
 
 FORMAT = "spear.SharedUpdate/1"
 LOSSES = ("cross_entropy", "binary_cross_entropy", "squared_error")
+TINY, LARGE = 1e-30, 1e30  # of rates, norms and scales: beyond, no number of the update would be left
+OURS = "spear."  # what the format begins with where this package wrote the file
 TUPLES = {"input_shape", "clients"}  # lists, in a file's metadata
-PRUNINGS = (None, "random", "top-k")
+CHOICES = {"reduction": ("mean", "sum"), "loss": LOSSES, "pruning": (None, "random", "top-k")}
+MOST, MOST_SIZES = 2**40, 2**16  # of samples, pixels or steps; of clients or dimensions: more is no honest update
+RANGES = {  # of the values that a client discloses: type, least and greatest
+    "count": (int, 1, MOST),
+    "local_steps": (int, 1, MOST),
+    "mini_batch": (int, 1, MOST),
+    "bits": (int, 1, 64),
+    "learning_rate": (float, TINY, LARGE),
+    "momentum": (float, 0, 0.999999),
+    "clip": (float, TINY, LARGE),
+    "noise": (float, 0, LARGE),
+    "epsilon": (float, 0, math.inf),
+    "delta": (float, 0, 1),
+    "loss_scale": (float, TINY, LARGE),
+}
+NEEDED = {"local_steps", "momentum", "loss_scale"}  # never None
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -84,13 +104,7 @@ class SharedUpdate:
     def __post_init__(self) -> None:
         if not self.gradients:
             raise ValueError("an update needs at least one gradient")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"unknown reduction {self.reduction!r}: use 'mean' or 'sum'")
-        check_loss(self.loss)
-        if self.pruning not in PRUNINGS:
-            raise ValueError(f"unknown pruning {self.pruning!r}: use 'random' or 'top-k'")
-        if not self.loss_scale > 0:
-            raise ValueError(f"a loss scale is positive, not {self.loss_scale}")
+        check_told({f.name: getattr(self, f.name) for f in fields(self)[1:]})
         if not isinstance(self.gradients, Lazy):
             tensors = {name: _tensor(name, value) for name, value in self.gradients.items()}
             object.__setattr__(self, "gradients", tensors)
@@ -123,26 +137,52 @@ class SharedUpdate:
         Raises `FileNotFoundError` where there is no file, and `ValueError` for a truncated or foreign file.
         """
         tensors, metadata = read_tensors(path)
-        if metadata.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"{path}: format {metadata['format']!r} is not {FORMAT!r}")
+        own = metadata.get("format", FORMAT)
+        if own.startswith(OURS) and own != FORMAT:
+            raise ValueError(f"{path}: format {own!r} is not {FORMAT!r}")
         try:
-            disclosed = json.loads(metadata.get("disclosed", "{}"))
-            for name in TUPLES & disclosed.keys():
-                disclosed[name] = None if disclosed[name] is None else tuple(disclosed[name])
-            return cls(tensors, **disclosed)
-        except (TypeError, ValueError, AttributeError) as error:
+            return cls(tensors, **_disclosed(metadata.get("disclosed", "{}"), [f.name for f in fields(cls)[1:]]))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not an update: {error}") from error
+
+
+def _disclosed(words: str, known: Sequence[str]) -> dict[str, Any]:
+    """What a file's metadata say of the update, checked: a client may write anything."""
+    told = json.loads(words)
+    if not isinstance(told, dict):
+        raise ValueError(f"what it discloses is {type(told).__name__}, not named values")
+    if unknown := told.keys() - set(known):
+        raise ValueError(f"it discloses {', '.join(map(repr, sorted(unknown)))}; known are {', '.join(known)}")
+    told = {name: tuple(v) if name in TUPLES and isinstance(v, list) else v for name, v in told.items()}
+    check_told(told)
+    return told
+
+
+def check_told(told: Mapping[str, Any]) -> None:
+    """Raises `ValueError`, by name, for a disclosed value of another type than its own, or out of its range."""
+    for name, value in told.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            known = ", ".join(repr(choice) for choice in CHOICES[name] if choice)
+            raise ValueError(f"unknown {name} {value!r}: use {known}")
+        if name in RANGES and not (value is None and name not in NEEDED):
+            _check_range(name, value, *RANGES[name])
+        if name in TUPLES and value is not None:
+            if not isinstance(value, tuple) or not 0 < len(value) <= MOST_SIZES:
+                raise ValueError(f"{name} is a list of 1 to {MOST_SIZES:,} whole numbers, not {str(value)[:40]!r}")
+            for size in value:
+                _check_range(f"an entry of {name}", size, int, 1, MOST)
+
+
+def _check_range(name: str, value: Any, kind: type, low: float | int, high: float | int) -> None:
+    is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
+        words = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} is {words} from {low:g} to {high:g}, not {str(value)[:40]!r}")
 
 
 def _check_training(update: SharedUpdate) -> None:
     """What a client may say of its local training, or a `ValueError` that names what is wrong."""
     steps, rate, size, count = update.local_steps, update.learning_rate, update.mini_batch, update.count
-    if rate is not None and not rate > 0:
-        raise ValueError(f"a learning rate is positive, not {rate}")
-    if not 0 <= update.momentum < 1:
-        raise ValueError(f"a momentum is at least 0 and under 1, not {update.momentum}")
-    if min(steps, size or 1, count or 1) < 1:
-        raise ValueError(f"local steps {steps}, mini-batch {size} and samples {count} are at least 1")
     if size and count and size > count:
         raise ValueError(f"a mini-batch of {size} does not come from {count} samples")
     if rate is None and (steps > 1 or size or update.momentum):
@@ -154,12 +194,9 @@ def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
         value = torch.from_numpy(value.copy())
     if not isinstance(value, Tensor):
         raise ValueError(f"the gradient of {name} is {type(value).__name__}, not a tensor or a NumPy array")
+    if value.is_complex():
+        raise ValueError(f"the gradient of {name} holds complex numbers")
     return value.detach()
-
-
-def check_loss(loss: str) -> None:
-    if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
 
 
 def is_perturbed(update: SharedUpdate) -> bool:

@@ -1,4 +1,7 @@
-"""The judge: where truth and guess meet. Attack code never imports this."""
+"""The judge: where truth and guess meet. Attack code never imports this.
+
+`evaluation` compares a result with the batch, `perceptual` two pictures; `truth` is what the server does not see.
+"""
 
 import lazy_loader
 

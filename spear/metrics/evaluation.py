@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spear.accuracy import Accuracy
+from spear.certificate import norms
 from spear.reconstruction import Reconstruction
 
 PSNR_CAP = 200.0
@@ -23,7 +24,8 @@ class Evaluation:
     Per true sample: `match` (b,) is the index of the returned sample (-1 where none), `relative_error` (b,) = |guess -
     truth| / |truth| (infinite where none), `psnr` (b,) in dB, capped at 200 (0 where none), `ssim` (b,) the structural
     similarity, 1 for equal images (0 where none; NaN for what is not an image (C, H, W) of at least 7 x 7 pixels),
-    `recovered` (b,) whether the relative error is under 1e-6 (1e-3 for inputs below float64). Over the batch: `recall`
+    `recovered` (b,) whether the relative error is under what a certificate allows, `Reconstruction.limit` (or 1e-3 for
+    inputs below float64). An error is relative to `spear.certificate.norms`. Over the batch: `recall`
     is the share recovered, `precision` the share of certified samples that are true (1 where none is certified),
     `label_accuracy` the share of the batch whose label was returned right.
     """
@@ -57,7 +59,7 @@ def evaluate(
     if truth.shape[1] != guess.shape[1]:
         raise ValueError(f"true inputs have {truth.shape[1]} entries, reconstructed ones {guess.shape[1]}")
     error = torch.cdist(truth, guess, compute_mode="donot_use_mm_for_euclid_dist")
-    error = error / torch.linalg.vector_norm(truth, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    error = error / norms(truth)[:, None]
     rows, columns = (
         torch.as_tensor(i, dtype=torch.long) for i in scipy.optimize.linear_sum_assignment(error.clamp_max(1e6))
     )
@@ -65,7 +67,7 @@ def evaluate(
     match[rows] = columns
     relative = torch.full((len(truth),), torch.inf, dtype=torch.float64)
     relative[rows] = error[rows, columns]
-    recovered = relative < Accuracy.of_dtype(inputs.dtype).recovered
+    recovered = relative < max(Accuracy.of_dtype(inputs.dtype).recovered, reconstruction.limit)
     certified = reconstruction.certified.cpu()
     true_certified = certified[match[recovered]].sum()
     peak = float(truth.max() - truth.min()) if data_range is None else data_range

@@ -1,4 +1,8 @@
-"""What both sides know: networks, model files, and where a layer stands in a model."""
+"""What both sides know: networks, model files, and where a layer stands in a model.
+
+Reading order: `networks` (fully connected), `tracing` (layers in the computation), `watching` (what passes through
+one), `streaming` (weights a slice at a time). Files: `files` (by name), `archives`, `rebuild`, `tensors` (safetensors).
+"""
 
 import lazy_loader
 

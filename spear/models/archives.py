@@ -4,6 +4,7 @@ Both walk the file's graph of tensor operators and hand it, node by node, to `sp
 """
 
 import json
+import math
 import operator
 import re
 import warnings
@@ -21,7 +22,6 @@ from spear.models.rebuild import Rebuilt, Stored, Unknown
 DTYPES = {1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16}
 DTYPES |= {7: torch.float32, 8: torch.float64, 12: torch.bool, 13: torch.bfloat16}
 SCHEMA = 8  # major version of the exported programs that are read
-SUSPECT = re.compile(rb"__setstate__|torch\.classes")
 PLAIN = ("as_int", "as_float", "as_bool", "as_string", "as_ints", "as_floats", "as_bools")
 USUAL = ("as_none", "as_device", "as_layout", "as_memory_format")  # the model is rebuilt as torch would by default
 ONE_BATCH = "a model takes one batch and gives its logits"
@@ -46,10 +46,10 @@ def exported(path: Path) -> Rebuilt:
 def _tensors(archive: zipfile.ZipFile, folder: str, index: str) -> tuple[dict[str, Tensor], frozenset[str]]:
     """The tensors of a folder by name, those that share their content one tensor; and which are parameters."""
     config = json.loads(archive.read(f"{folder}{index}"))["config"]
+    stored = _contents(archive, folder, config)
     read: dict[str, Tensor] = {}
     for entry in config.values():
-        if json.dumps(entry) not in read:
-            read[json.dumps(entry)] = _tensor(archive, folder, entry)
+        read.setdefault(json.dumps(entry), _tensor(stored[entry["path_name"]], entry))
     tensors = {name: read[json.dumps(entry)] for name, entry in config.items()}
     return tensors, frozenset(name for name, entry in config.items() if entry["is_param"])
 
@@ -117,22 +117,28 @@ def _name(output: dict) -> str:
     return content.get("name", content.get("as_name"))
 
 
-def _tensor(archive: zipfile.ZipFile, folder: str, entry: dict) -> Tensor:
-    if entry["use_pickle"]:
+def _contents(archive: zipfile.ZipFile, folder: str, config: dict) -> dict[str, bytearray]:
+    """The bytes of every weight by the name of their entry, which several weights may share."""
+    if any(entry["use_pickle"] for entry in config.values()):
         raise ValueError("some of its weights are pickled, which could run code when they are loaded")
+    return {name: bytearray(archive.read(folder + name)) for name in {e["path_name"] for e in config.values()}}
+
+
+def _tensor(content: bytearray, entry: dict) -> Tensor:
     meta = entry["tensor_meta"]
     sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
-    content, dtype = bytearray(archive.read(folder + entry["path_name"])), DTYPES[meta["dtype"]]
+    dtype = DTYPES[meta["dtype"]]
     flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    if math.prod(sizes) > len(flat):
+        raise ValueError(f"a weight of shape {tuple(sizes)} from {len(flat)} numbers")
     return flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"])
 
 
 def scripted(path: Path) -> Rebuilt:
-    """The model of a TorchScript archive, scripted or traced; a damaged file raises any exception."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.namelist():
-            if entry.endswith((".py", ".pkl")) and SUSPECT.search(archive.read(entry)):
-                raise ValueError("its classes run code of their own when they are loaded")
+    """The model of a TorchScript archive, scripted or traced, whose code the loader runs: only for files one trusts.
+
+    A damaged file raises any exception.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecated, but archives remain
         model = torch.jit.load(path, map_location="cpu")

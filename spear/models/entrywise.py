@@ -75,6 +75,11 @@ class Piece:
                 return rows if torch.allclose(rows[-1], alone.flatten()) else None
         return None
 
+    def makes(self, shape: tuple[int, ...]) -> int:
+        """How many entries it gives for a sample of that shape; 0 where it fails."""
+        value = self(torch.zeros(2, *shape, dtype=torch.float64))
+        return 0 if value is None else value.shape[1]
+
 
 def find(piece: Piece, shape: tuple[int, ...]) -> Entrywise | None:
     """The map that a piece of a model is on samples of that shape, `None` where it is none of this kind."""

@@ -6,7 +6,7 @@ import math
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -364,14 +364,21 @@ def _is_batch_size(node: fx.Node) -> bool:
     return len(given[0].all_input_nodes) == 1 and given[0].all_input_nodes[0].op == "placeholder"
 
 
-def extract(traced: Traced, start: fx.Node, ends: fx.Node) -> fx.GraphModule | None:
-    """The function from the value of one node to that of another, `None` where that needs more of the input.
+def as_rows(value: Tensor) -> Tensor:
+    """One row for each sample."""
+    return value if value.ndim == 2 else value.reshape(len(value), -1)
+
+
+def extract(
+    traced: Traced, start: fx.Node, end: fx.Node, then: Callable[[Tensor], Tensor] | None = None
+) -> fx.GraphModule | None:
+    """The function from the value of one node to that of another, and `then`; `None` where it needs more of the input.
 
     It shares the parameters of the model.
     """
     graph = fx.Graph()
     copies = {start: graph.placeholder("z")}
-    for node in _needed(start, ends):
+    for node in _needed(start, end):
         if node in copies:
             continue
         if _is_batch_size(node) and any(n not in copies for n in node.all_input_nodes):
@@ -380,10 +387,9 @@ def extract(traced: Traced, start: fx.Node, ends: fx.Node) -> fx.GraphModule | N
             continue
         elif all(n in copies for n in node.all_input_nodes):
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    if ends not in copies:
+    if end not in copies:
         return None
-    if ends.op != "output":
-        graph.output(copies[ends])
+    graph.output(copies[end] if then is None else graph.call_function(then, (copies[end],)))
     module = fx.GraphModule(traced.module, graph)
     graph.eliminate_dead_code()
     module.recompile()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
-from spear.models.graphs import Traced, extract, guesses, is_size, operation, trace
+from spear.models.graphs import Traced, as_rows, extract, guesses, is_size, operation, trace
 from spear.models.modes import modes, words
 from spear.reconstruction import Refusal
 
@@ -280,10 +280,9 @@ def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
     piece = Piece(extract(traced, roots[0], _source(node)))
     shapes = [] if shape is None else [shape]
     likely = [guess for rows in range(1, MOST_ROWS + 1) for guess in guesses(n * rows)]
-    fits = lambda one: piece(torch.zeros(2, *one, dtype=torch.float64)) is not None  # noqa: E731
-    fitting = next(filter(fits, [*shapes, *likely]), None)
+    fitting = next((one for one in [*shapes, *likely] if piece.makes(one) and piece.makes(one) % n == 0), None)
     change = None if fitting is None else find(piece, fitting)
-    if change is None or len(change.entries) % n:
+    if change is None:
         return None
     return Path(fitting, len(change.entries) // n, change, fitting != shape, words(modes(traced, way, on=False)))
 
@@ -319,7 +318,7 @@ def _tail(traced: Traced, node: fx.Node, start: fx.Node, path: Path | None) -> t
     rest = [one for one in _ancestors(outputs[0]) if node in _ancestors(one)]
     if on := modes(traced, rest, on=True):
         return None, f"the client trained with {words(on)} on: what follows {node.target} is not known"
-    tail = extract(traced, start, outputs[0])
+    tail = extract(traced, start, outputs[0], then=as_rows)
     return tail, "" if tail is not None else f"the outputs depend on more than {node.target}, by a branch around it"
 
 

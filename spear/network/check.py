@@ -1,12 +1,15 @@
 """The batch held against the update in every layer: what certifies its samples."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from spear.network.labels import reweighed
+from spear.certificate import Certificate
+from spear.network.error_bounds import input_bounds
+from spear.network.labels import WHOLE_NUMBERS, reweighed
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Judged, Reached, number
 
@@ -55,32 +58,73 @@ def check(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) 
 
 def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, reached: Reached) -> Judged:
     """The whole batch held against the update, after corrections that rounding allows."""
+    least, most = float(targets.copies.min()), float(targets.copies.max())
+    if least == most > 1 and len(targets) == problem.batch_size:  # one of each, times a factor
+        targets = replace(targets, whole=False)
     if not targets.whole:
         targets = reweighed(problem, inputs, targets)
     final, inputs = best_check(problem, inputs, targets)
-    certified = certify(problem, final, targets)
-    sure = certified.nonzero()[:, 0]  # an image that the evidence does not support is never returned
-    weights = None if targets.whole else targets.copies[sure] * targets.unit / problem.unit(1)
-    counts = (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sure]
-    copies = int(counts.sum().round())
-    size = problem.batch_size or (round(problem.unit(1) / targets.unit) if problem.reduction == "mean" else copies)
-    good = len(sure) == reached.rank and copies == size
-    reason = WHOLE if good else _why(final, targets, len(sure)) or weak(reached, len(sure), copies, size)
-    return Judged(inputs[sure], counts, final.inputs[sure], certified[sure], good, reason, reached, weights)
+    evidence = certificate(problem, final, targets, input_bounds(problem, passes(problem, inputs, targets), targets))
+    return conclude(problem, evidence, inputs, targets, final, reached, WHOLE)
 
 
-def certify(problem: NetworkView, final: Misfit, targets: Targets) -> Bool[Tensor, " s"]:
-    """Which samples of a batch that explains every layer's gradient are exact to 1e-6 (1e-3 for gradients in float32).
+def certificate(
+    problem: NetworkView, final: Misfit, targets: Targets, bound: Float[Tensor, " s"], doubt: str = ""
+) -> Certificate:
+    """The evidence for a batch that is to explain every layer's gradient, whose inputs' errors are under `bound`."""
+    off = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
+    if targets.error >= WHOLE_NUMBERS:
+        doubt = f"{off}: neither hard nor evenly smoothed labels of equal weight"
+    told = targets.whole or problem.outputs > 2
+    return Certificate(
+        copies=targets.copies.round().long() if targets.whole else torch.ones_like(bound).long(),
+        disclosed=problem.batch_size,
+        residual=max(final.layers),
+        limit=problem.accuracy.layer,
+        error_bound=torch.where(final.inputs.isfinite(), bound, torch.inf),
+        allowed=problem.accuracy.recovered,
+        doubt=doubt,
+        reserve="" if told else "with two classes a label cannot be told from a weight in the loss",
+    )
 
-    Two images closer than e and with equal masks look like two copies of their mean, up to e squared: copies are held
-    to that. Where the batch size is not known, pairs of such images look like one of each: then every layer is.
-    """
-    accuracy = problem.accuracy
-    copied = targets.copies > 1.5 if targets.whole else torch.zeros_like(final.inputs, dtype=torch.bool)
-    unsure = bool(copied.any()) or (problem.batch_size is None and problem.reduction == "mean")
-    layer = accuracy.copied if unsure else accuracy.layer
-    allowed = torch.where(copied, accuracy.copied, accuracy.recovered / 2)
-    return (final.inputs < allowed) & (max(final.layers) < layer) & (targets.error < 1e-4)
+
+def conclude(
+    problem: NetworkView,
+    evidence: Certificate,
+    inputs: Float[Tensor, "s n"],
+    targets: Targets,
+    final: Misfit,
+    reached: Reached,
+    whole: str,
+) -> Judged:
+    """What the evidence supports, certified or not; an image that it does not support is never returned."""
+    sound = evidence.explained.nonzero()[:, 0]
+    complete = evidence.holds and len(sound) == reached.rank
+    reason = whole if complete else evidence.why_not() or weak(reached, len(sound), problem.batch_size)
+    weights = None if targets.whole else targets.copies[sound] * targets.unit / problem.unit(1)
+    counts = claimed(problem, (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sound])
+    said = reason + multiple(problem, targets), reached
+    judged = final.inputs[sound], evidence.certified[sound], complete, *said, weights, evidence.error_bound[sound]
+    return Judged(inputs[sound], counts, *judged)
+
+
+def claimed(problem: NetworkView, counts: Float[Tensor, "s classes"]) -> Float[Tensor, "s classes"]:
+    """The copies that the update shows, if the client's count bears them out; else each image once with each label."""
+    whole = counts.round().long()
+    if bool(((counts - whole).abs() > WHOLE_NUMBERS).any()):  # smoothed labels
+        return counts
+    borne = int(whole.sum()) == problem.batch_size and math.gcd(*whole.flatten().tolist()) == 1
+    return counts if borne else (whole > 0).to(counts)
+
+
+def multiple(problem: NetworkView, targets: Targets) -> str:
+    """By how much the update is more than the mean, or the sum, of these samples, each once; in words."""
+    size, same = problem.batch_size or len(targets), problem.accuracy.weight
+    factor = targets.copies * targets.unit / problem.unit(size)
+    least, most = float(factor.min()), float(factor.max())
+    if most - least > same * most or abs(most - 1) < same:
+        return ""
+    return f"; the update is {most:.6g} times their {problem.reduction}"
 
 
 def best_check(
@@ -102,20 +146,10 @@ def best_check(
     return best, inputs
 
 
-def _why(final: Misfit, targets: Targets, certain: int) -> str:
-    """Why no sample is certain: labels that are none, or an unexplained rest; empty where some are."""
-    if targets.error >= 1e-4:
-        off = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
-        return f"{off}: neither hard nor evenly smoothed labels of equal weight"
-    layer, sample = max(final.layers), float(final.inputs.max())
-    rest = f"the samples' gradients leave {layer:.1e} of a layer's gradient, {sample:.1e} of an input, unexplained"
-    return "" if certain else rest
-
-
-def weak(reached: Reached, certain: int, copies: int, size: int) -> str:
-    """Why only some samples are certain: the others' gradients are weak, or lie under the noise floor altogether."""
-    visible, hidden = reached.rank - certain, max(size - copies - (reached.rank - certain), 0)
-    said = [f"{copies} of {size} samples are certain"]
+def weak(reached: Reached, found: int, size: int | None) -> str:
+    """Why not the whole batch was found: the others' gradients are weak, or lie under the noise floor altogether."""
+    visible, hidden = reached.rank - found, max((size or 0) - reached.rank, 0)
+    said = [f"{found} of {size or reached.rank} samples were found"]
     if visible:
         said.append(f"too weak for a certificate: {visible} of {reached.rank} gradient directions")
     if hidden:

@@ -17,6 +17,7 @@ ALONE = 1e3  # times the misfit of a label: that of the next, where only one can
 ROUNDING = 1e-9  # misfits under this are alike
 MOST_COPIES = 8  # of one image beyond the first, where neither a mean nor a batch size bounds them
 EVIDENCE = 4  # values off the label that agree: fewer may do so by chance
+EVEN = 1e-6  # relative difference of weights that are one
 
 
 def decode_weighted(
@@ -28,11 +29,12 @@ def decode_weighted(
     weights cannot be told from something else. With two classes any dLoss/dlogits fits some weight, and two images
     whose masks are equal are one with their mean, exactly; so too, nearly, where a network is sure of all but two
     classes: hence each sample of a batch of known size must be there. And layers without a bias do not tell the
-    scale of an input from its weight.
+    scale of an input from its weight. Where the size is not known, or there are two classes, all weights must be equal:
+    the gradient is a multiple of a mean.
     """
-    told = problem.batch_size == len(errors) and all(b is not None for b in problem.biases)
-    if not told or problem.outputs < (3 if problem.loss == "cross_entropy" else 2):
-        return Targets(errors.new_zeros(len(errors), problem.classes), unit, float("inf"), whole=False)
+    none = Targets(errors.new_zeros(len(errors), problem.classes), unit, float("inf"), whole=False)
+    if any(b is None for b in problem.biases):
+        return none
     labels = problem.one_hot(torch.arange(problem.classes, device=errors.device))
     own = activated[:, None] - labels
     weight = (own * errors[:, None]).sum(2) / own.pow(2).sum(2).clamp_min(1e-300)
@@ -43,7 +45,15 @@ def decode_weighted(
     best = order[:, :1]
     counts = torch.zeros_like(weight).scatter(1, best, weight.gather(1, best) / unit)
     error = torch.where(unique, ranked[:, 0], float("inf"))
-    return Targets(counts, unit, float(error.max()), whole=False)
+    targets = Targets(counts, unit, float(error.max()), whole=False)
+    told = problem.batch_size == len(errors) and problem.outputs >= (3 if problem.loss == "cross_entropy" else 2)
+    return targets if told or _even(targets) else none
+
+
+def _even(targets: Targets) -> bool:
+    """Whether all samples have one weight: the update is a multiple of their mean."""
+    copies = targets.copies
+    return targets.error < EVEN and float(copies.max() - copies.min()) < EVEN * float(copies.max())
 
 
 def bias_system(
@@ -73,9 +83,9 @@ def decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: 
     """Labels and copies of every sample from dLoss/dlogits: k a - errors / unit is a vector of k integer counts.
 
     Here a is `problem.activate` of the logits. One image may be in the batch several times, with different labels. The
-    batch size is the given one; or the smallest that makes all counts integers which add up to it, or else to less:
-    samples are missing where their gradients are below rounding. Where no whole numbers fit, labels may be smoothed, or
-    each sample has a weight of its own.
+    batch size is the given one; or the rank; or the smallest that makes all counts integers which add up to it, or else
+    to less: samples are missing where their gradients are below rounding. Where no whole numbers fit, labels may be
+    smoothed, or each sample has a weight of its own.
     """
     rank, known = len(errors), problem.batch_size
     sizes = [known or rank] if known or problem.reduction == "sum" else range(rank, 2 * rank + 2)
@@ -85,18 +95,19 @@ def decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: 
         counts, off = _counts(errors / problem.unit(size), activated, spare + 1)
         excess = float(counts.sum()) - (size if known or problem.reduction == "mean" else float(counts.sum()))
         targets = Targets(counts, problem.unit(size), off + max(excess, 0.0))
-        if targets.error < WHOLE_NUMBERS and excess == 0:
+        if targets.error < WHOLE_NUMBERS and excess == 0 and size == (known or rank):
             return targets
         partial = targets if partial is None and targets.error < WHOLE_NUMBERS else partial
         best = targets if best is None or targets.error < best.error else best
-    if partial is not None:
-        return partial
     unit = problem.unit(known or rank)
+    weighted = decode_weighted(problem, errors, activated, unit)
+    if partial is not None:  # equal copies of every image are the same as one of each, times a factor
+        return weighted if _even(weighted) and float(partial.copies.max()) > 1 else partial
     if problem.loss == "cross_entropy":
         best = min(best, _smoothed(errors, activated, unit), key=lambda t: t.error)
     if best.error < WHOLE_NUMBERS:
         return best
-    return min(best, decode_weighted(problem, errors, activated, unit), key=lambda t: t.error)
+    return min(best, weighted, key=lambda t: t.error)
 
 
 def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "s classes"], unit: float) -> Targets:
@@ -111,7 +122,7 @@ def _smoothed(errors: Float[Tensor, "s classes"], probabilities: Float[Tensor, "
     counts = torch.full_like(raw, raw[off].median().clamp_min(0))
     counts.scatter_(1, label, 1 - (raw.shape[1] - 1) * counts[:, :1])
     even = raw.shape[0] * (raw.shape[1] - 1) >= EVIDENCE
-    even &= bool((counts.amax(1) > counts.amin(1)).all() and (counts.argmax(1, keepdim=True) == label).all())
+    even &= bool((counts.amax(1) > counts.amin(1) + 1e-3).all() and (counts.argmax(1, keepdim=True) == label).all())
     return Targets(counts, unit, float((raw - counts).abs().max()) if even else float("inf"))
 
 

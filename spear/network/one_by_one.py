@@ -149,8 +149,9 @@ def conclude_partly(problem: NetworkView, run: PhaseSearch, reached: Reached, re
     if len(known.inputs) == rank:
         return judge(problem, known.inputs, Targets(known.counts, unit_weight(problem, rank), 0.0), reached)
     sine = witness(problem, lows, known.inputs, known.counts).sine
-    reason = f"{reason}; certain one by one: {number(len(known.inputs), 'sample')}"
-    return Judged(known.inputs, known.counts, sine, torch.ones_like(sine).bool(), False, reason, reached)
+    found = number(len(known.inputs), "sample")
+    reason = f"{reason}; found one by one: {found}, none certified while others are missing"
+    return Judged(known.inputs, known.counts, sine, torch.zeros_like(sine).bool(), False, reason, reached)
 
 
 def unit_weight(problem: NetworkView, rank: int) -> float:

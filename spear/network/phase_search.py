@@ -70,7 +70,7 @@ class PhaseSearch:
         """The solved directions and those of `found` that differ from them by more than noise."""
         if self.restricted:
             return self.solved.join(found, room=self.left, cosine=many_classes.SAME)
-        blur = BLUR * self.tolerances.noise / float(self.spaces.singular[-1])
+        blur = BLUR * self.tolerances.noise / max(float(self.spaces.singular[-1]), 1e-300)
         return self.solved.join(found, room=self.left, cosine=max(min(SAME, 1 - blur**2), 1 - MOST_BLURRED))
 
     def round(self) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spear.accuracy import Accuracy
-from spear.federated.received import check_count, check_gradients, compute_device, input_shape, rounding_unit
+from spear.federated import losses
+from spear.federated.received import check_count, check_gradients, coarsest, compute_device, input_shape, rounding_unit
 from spear.federated.update import SharedUpdate
 from spear.models.tracing import Layer, chain
 from spear.published.lowrank import LowRank, decompose
@@ -27,7 +27,8 @@ class NetworkView:
     `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
     `folded` says that a map between the model's layers is in their weights: gradients are then not the model's own.
     `precision` is the unit roundoff of the gradients as they were sent, relative to them (they are held in float64),
-    `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`.
+    `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`,
+    `dtype` the coarsest of model and update.
     """
 
     weights: tuple[Float[Tensor, "_out _in"], ...]
@@ -39,6 +40,7 @@ class NetworkView:
     precision: float = 2.0**-53
     input_shape: tuple[int, ...] | None = None
     loss: str = "cross_entropy"
+    dtype: torch.dtype | None = None
     folded: bool = False
 
     def __post_init__(self) -> None:
@@ -72,23 +74,20 @@ class NetworkView:
     @property
     def accuracy(self) -> Accuracy:
         """What the rounding of the gradients lets be asked of samples."""
-        return Accuracy.of(2 * self.precision)
+        return Accuracy.of(2 * self.precision, self.dtype)
 
     def unit(self, size: int) -> float:
         """dLoss/dlogits of one copy of a sample over (`activate(logits)` - one-hot label), in a batch of `size`."""
-        one = 2.0 if self.loss == "squared_error" else 1.0
-        outputs = 1 if self.loss == "cross_entropy" else self.outputs
-        return one if self.reduction == "sum" else one / (size * outputs)
+        one = losses.slope(self.loss, self.outputs, self.reduction)
+        return one if self.reduction == "sum" else one / size
 
     def activate(self, logits: Float[Tensor, "*s outputs"]) -> Float[Tensor, "*s outputs"]:
         """What the loss compares with the one-hot label: softmax, sigmoid, or the outputs themselves."""
-        if self.loss == "squared_error":
-            return logits
-        return logits.softmax(-1) if self.loss == "cross_entropy" else logits.sigmoid()
+        return losses.activate(self.loss, logits)
 
     def one_hot(self, labels: Int[Tensor, " s"]) -> Float[Tensor, "s outputs"]:
         """The outputs that the loss wants for these labels."""
-        return F.one_hot(labels, self.classes)[:, -self.outputs :].to(self.weights[-1])
+        return losses.one_hot(labels, self.weights[-1].T)
 
     def augmented(self, k: int) -> Float[Tensor, "out in1"]:
         """[dL/dW_k | dL/dbeta_k] = sum_i delta_i [input_i; 1]ᵀ, without the last column where there is no bias."""
@@ -229,6 +228,7 @@ def open_network(
         rounding_unit(model, update) / 2 * max(layer.growth(gradients) for layer in layers),
         input_shape(layers[0].name, layers[0].linear.in_features, update),
         _loss(layers[-1], update.loss),
+        coarsest(model, update),
         any(layer.folded for layer in layers),
     )
 

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import NetworkView
 from spear.reconstruction import Reconstruction, Stats
 
@@ -32,6 +35,7 @@ class Judged:
     """Distinct samples (k, n) held against the update: label counts (k, classes), residuals, certificates, the verdict.
 
     `weights` (k,) in the loss are given where they are not all alike; each sample then has one label, counted once.
+    `error_bound` (k,) is that of the certificate, infinite where none was tried.
     """
 
     inputs: Float[Tensor, "k n"]
@@ -42,11 +46,16 @@ class Judged:
     reason: str
     reached: Reached
     weights: Float[Tensor, " k"] | None = None
+    error_bound: Float[Tensor, " k"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.error_bound is None:
+            object.__setattr__(self, "error_bound", torch.full_like(self.residuals, torch.inf))
 
     def entries(self, problem: NetworkView, seconds: float, method: str) -> Reconstruction:
         """The batch entry by entry: a sample comes as often as it is in it, with a label each time."""
-        pairs = self.counts.round().nonzero()  # smoothed labels are near one-hot
-        times = self.counts[pairs[:, 0], pairs[:, 1]].round().long()
+        pairs = self._whole.nonzero()
+        times = self._whole[pairs[:, 0], pairs[:, 1]]
         sample, label = (column.repeat_interleave(times) for column in pairs.T)
         return Reconstruction(
             problem.shaped(self.inputs[sample]),
@@ -59,7 +68,15 @@ class Judged:
             Stats(seconds, self.reached.starts, self.reached.rounds),
             weights=None if self.weights is None else self.weights[sample],
             method=method,
+            error_bound=self.error_bound[sample],
+            limit=problem.accuracy.recovered,
         )
+
+    @property
+    def _whole(self) -> Int[Tensor, "k classes"]:
+        """The label counts as whole numbers; of smoothed labels, the largest one."""
+        whole = ((self.counts - self.counts.round()).abs() < WHOLE_NUMBERS).all(1, keepdim=True)
+        return torch.where(whole, self.counts.round().long(), F.one_hot(self.counts.argmax(1), self.counts.shape[1]))
 
 
 def nothing(problem: NetworkView, reason: str, reached: Reached) -> Judged:

@@ -26,7 +26,8 @@ IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 def recover(problem: NetworkView, terms: Terms) -> Reconstruction:
     """Recover the whole batch from the gradients of a fully connected ReLU network, entry by entry.
 
-    Nothing is returned unless it is certified: an exhausted budget gives an incomplete result and its reason.
+    Nothing is returned that the update does not support, and nothing is certified while samples are missing: an
+    exhausted budget gives an incomplete result and its reason.
 
     Raises `ValueError` for a gradient that is zero.
     """
@@ -109,17 +110,17 @@ def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
 
 
 def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reached) -> Judged:
-    """From all directions to samples: certified where they explain every layer's gradient."""
+    """From all directions to samples: held against every layer's gradient."""
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
     sane = plausible(problem, rows, solved)
     rows, solved, best = rows[sane], solved[sane], None
     for positive, spans in masks_by(problem) if len(solved) else ():
         inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
         result = judge(problem, inputs, targets, reached)
-        if not result.complete:
+        if len(result.inputs) < reached.rank:
             same = consistent(problem, spaces, solved, inputs, targets)
             result = _more(judge(problem, inputs[same], targets[same], reached), result) if same.any() else result
-        if result.complete:
+        if len(result.inputs) == reached.rank:
             return result
         best = _more(result, best) if best else result
     return best or nothing(problem, str(reached), reached)

@@ -4,129 +4,51 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear.accuracy import Accuracy
+from spear.certificate import Certificate, input_errors, length_slack, rms, spread_of_zeros
+from spear.federated.losses import activate, one_hot
 from spear.models.streaming import Outer, Streamed, pieces
 from spear.models.tracing import Layer
-from spear.published.filtering import determined, gram, zero_rows
+from spear.published.filtering import determined, zero_rows
 from spear.published.greedy import matching_coefficient, recover_scales
+from spear.published.lowrank import MIN_GAP
 from spear.published.view import LayerView, Observed
 
 LEAST_SPARE = 8  # zeros of a column beyond the b - 1 that fix it, for one layer's word to count
 SHARPEST = 1e-3  # of a column's largest entry: what one layer's zeros must be told from
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """The evidence for a recovered batch, from what the server knows alone.
-
-    `matching` is lambda. `samples` (b,) is, per sample, the relative distance between its column of G and the same
-    vector back-propagated from the recovered input and label. `gradients` is the largest relative residual over the
-    observed gradients that the recovered batch explains, and `error` (b,) a bound, to first order, on each input's
-    relative error. `limit` is the residual that rounding allows in the gradients and `limits` (b,) in the samples;
-    `allowed` is the error under which a sample counts as recovered.
-    """
-
-    matching: float
-    samples: Float[Tensor, " b"]
-    gradients: float
-    error: Float[Tensor, " b"]
-    limit: float
-    limits: Float[Tensor, " b"]
-    allowed: float
-
-    @property
-    def holds(self) -> bool:
-        """lambda = 1, every gradient and every sample's column reproduced to rounding, every input well determined."""
-        exact = self.matching == 1 and self.gradients <= self.limit and bool((self.samples <= self.limits).all())
-        return exact and bool((self.error <= self.allowed).all())
-
-    def why_not(self) -> str:
-        """The first condition that fails, in words; empty where the certificate holds."""
-        if self.matching < 1:
-            return f"matching coefficient {self.matching:.6f} instead of 1"
-        if not self.gradients <= self.limit:
-            return f"the batch reproduces the gradients to {self.gradients:.0e}, rounding allows {self.limit:.0e}"
-        worst = int((self.samples / self.limits).argmax())
-        if not self.samples[worst] <= self.limits[worst]:
-            off, allows = float(self.samples[worst]), float(self.limits[worst])
-            return f"a sample's own gradient is off by {off:.0e}, rounding allows {allows:.0e}"
-        if not self.holds:
-            bound = float(self.error.max())
-            return f"an input is determined to {bound:.0e} only, a certificate needs {self.allowed:.0e}"
-        return ""
-
-
-@dataclass(frozen=True)
-class LayerCertificate:
-    """The evidence of one layer alone: W, beta, dL/dW and dL/dbeta, whatever the layers after it and the loss are.
-
-    G and X multiply to the gradient, to the relative residual `gradients`, and agree in `matching` of the m b signs.
-    Where every column of G is fixed by its zeros, with `spare` ones left, no other G has this pattern, so that `error`
-    bounds the inputs to first order as in `Certificate`. Two things are out of its sight. Samples with one activation
-    pattern and parallel columns of G look like one, their mean: hence the `disclosed` number of samples must be the
-    `rank`. And the length of an input is that of dL/dW over dL/dbeta: both must come from one loss, which a full
-    certificate would notice.
-    """
-
-    matching: float
-    spare: int
-    gradients: float
-    error: Float[Tensor, " b"]
-    limit: float
-    allowed: float
-    tolerance: float
-    rank: int
-    disclosed: int | None
-
-    @property
-    def holds(self) -> bool:
-        """Every sign agrees, every zero is clear and to spare, and the batch has as many samples as directions."""
-        return not self.why_not()
-
-    def why_not(self) -> str:
-        """The first condition that fails, in words; empty where the certificate holds."""
-        if self.disclosed is None:
-            return "one layer cannot tell a sample from the mean of several, and the number of samples is not disclosed"
-        if self.disclosed != self.rank:
-            return f"the gradient shows {self.rank} directions for {self.disclosed} samples"
-        if self.matching < 1:
-            return f"matching coefficient {self.matching:.6f} instead of 1"
-        if self.tolerance > SHARPEST:
-            return f"zeros are told from entries of {self.tolerance:.0e} only, one layer alone needs {SHARPEST:.0e}"
-        if self.spare < LEAST_SPARE:
-            return f"a column has {self.spare} zeros to spare, one layer alone needs {LEAST_SPARE}"
-        if not self.gradients <= self.limit:
-            return f"the batch reproduces the gradients to {self.gradients:.0e}, rounding allows {self.limit:.0e}"
-        if not bool((self.error <= self.allowed).all()):
-            bound = float(self.error.max())
-            return f"an input is determined to {bound:.0e} only, a certificate needs {self.allowed:.0e}"
-        return ""
-
-
-def recover_labels(layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"], scale: float) -> Int[Tensor, " b"]:
+def recover_labels(
+    layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"], scale: float, loss: str = "cross_entropy"
+) -> Int[Tensor, " b"]:
     """The label of each sample from its column of G, by one directional derivative.
 
-    With J = d logits / d z, G = scale J^T (p - e_c), hence (p - e_c)^T J G = |G|^2 / scale for the right class c alone:
-    one product J G serves all classes. It is taken as the derivative of J^T u, linear in u, by u: reverse mode twice.
+    With J = d logits / d z and p what the loss compares with the label, G = scale J^T (p - e_c), hence
+    (p - e_c)^T J G = |G|^2 / scale for the right class c alone: one product J G serves all classes. It is taken as the
+    derivative of J^T u, linear in u, by u: reverse mode twice.
     """
     Z = Z.detach().requires_grad_(True)
     outputs = layer.tail(Z)
     u = torch.zeros_like(outputs, requires_grad=True)
     (back,) = torch.autograd.grad(outputs, Z, u, create_graph=True)
     (slope,) = torch.autograd.grad(back, u, G)
-    value = (outputs.detach().softmax(1) * slope).sum(1, keepdim=True) - slope
+    wanted = one_hot(torch.arange(max(outputs.shape[1], 2), device=Z.device), outputs)
+    value = (activate(loss, outputs.detach()) * slope).sum(1, keepdim=True) - slope @ wanted.mT
     return (value - (G**2).sum(1, keepdim=True) / scale).abs().argmin(1)
 
 
 def explain(
-    layer: Layer, X: Float[Tensor, "b n"], Z: Float[Tensor, "b m"], labels: Int[Tensor, " b"], scale: float
+    layer: Layer,
+    X: Float[Tensor, "b n"],
+    Z: Float[Tensor, "b m"],
+    labels: Int[Tensor, " b"],
+    scale: float,
+    loss: str = "cross_entropy",
 ) -> tuple[Float[Tensor, "b m"], dict[str, Tensor | Outer]]:
     """G, and the gradients of the layer and of everything after it, by name, that a batch would give.
 
@@ -136,12 +58,13 @@ def explain(
     linear = {name: part for name, part in layer.tail.named_modules() if isinstance(part, Streamed)}
     keep = lambda name: lambda _module, given, result: seen.setdefault(name, []).append((given[0], result))  # noqa: E731
     hooks = [part.register_forward_hook(keep(name)) for name, part in linear.items()]
-    loss = scale * F.cross_entropy(layer.tail(Z), labels, reduction="sum")
+    outputs = layer.tail(Z)
     for hook in hooks:
         hook.remove()
     calls = [(name, x.detach(), z) for name, pairs in seen.items() for x, z in pairs]
     wanted = [Z, *parameters.values(), *(z for _, _, z in calls)]
-    G, *rest = torch.autograd.grad(loss, wanted, materialize_grads=True)
+    slope = scale * (activate(loss, outputs.detach()) - one_hot(labels, outputs))
+    G, *rest = torch.autograd.grad(outputs, wanted, slope, materialize_grads=True)
     gradients = dict(zip(parameters, rest, strict=False))
     own = _linear(layer.name, [(G, X)])
     for name in seen:
@@ -156,66 +79,92 @@ def _linear(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor |
     return {f"{name}.weight": Outer(deltas, inputs), f"{name}.bias": deltas.sum(0)}
 
 
-def input_error(
-    observed: Observed, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"], noise: float
-) -> Float[Tensor, " b"]:
-    """Expected relative error of each input when every entry of the gradient carries an error of size `noise`.
-
-    First order in the noise E: X^T = Q^-1 L^T (G X^T + E), and the columns of Q, kernels of rows A of L, move by about
-    noise |S^-1 q| |L_A^+|, since L = J V S^-1. A safety factor of 10 covers what first order leaves out.
-    """
-    Q = q.mT * recover_scales(observed, q)
-    s = torch.linalg.vector_norm(observed.R, dim=1)
-    zero = zero_rows(observed.L, q, tolerance=observed.tolerance)
-    inverse = 1 / torch.linalg.eigvalsh(gram(observed.L, zero))[:, 1:].clamp_min(1e-300)
-    column = torch.linalg.vector_norm(Q / s[:, None], dim=0) * (1 + inverse.sum(1)).sqrt()
-    size = torch.linalg.vector_norm(X, dim=1)
-    spread = torch.sqrt(X.shape[1] + (column**2 * size**2).sum())
-    return 10 * noise * torch.linalg.vector_norm(torch.linalg.inv(Q), dim=1) * spread / size
-
-
 def certify(
     target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"], labels: Int[Tensor, " b"]
-) -> Certificate:
-    """The evidence for a batch X with its labels, recovered from the directions `q` of all columns."""
-    layer, observed = target.layer, target.observed
-    G = (observed.L @ (q.mT * recover_scales(observed, q))).mT
+) -> tuple[Certificate, Float[Tensor, " b"]]:
+    """The evidence for a batch X with its labels, recovered from the directions `q` of all columns.
+
+    Also returned is, per sample, the relative distance between its column of G and the same vector back-propagated from
+    input and label.
+    """
+    G, layer = _columns(target, q), target.layer
     with torch.no_grad():
         Z = layer.linear(X)
-        p = layer.tail(Z).softmax(1)
+        p = activate(target.loss, layer.tail(Z))
     # The client rounds p - e_c, which is small where the model is confident and right.
-    confidence = torch.linalg.vector_norm(p - F.one_hot(labels, p.shape[1]), dim=1).clamp_min(target.eps)
-    G_again, again = explain(layer, X, Z, labels, target.scale)
-    received = target.gradients.received  # as it came, and compared piece by piece: it may fill the memory
-    compared = {name: _compare(again.pop(name), received[name]) for name in list(again) if name in received}
+    confidence = torch.linalg.vector_norm(p - one_hot(labels, p), dim=1).clamp_min(target.eps)
+    G_again, again = explain(layer, X, Z, labels, target.unit(p.shape[1]), target.loss)
+    off = torch.linalg.vector_norm(G_again - G, dim=1) / torch.linalg.vector_norm(G, dim=1)
+    limits = target.eps**0.5 + 10 * target.eps / confidence
+    found = _certificate(target, q, G, X, again)
+    worst = int((off / limits).argmax())
+    if not found.doubt and not off[worst] <= limits[worst]:
+        allows = f"rounding allows {float(limits[worst]):.0e}"
+        found = replace(found, doubt=f"a sample's own gradient is off by {float(off[worst]):.0e}, {allows}")
+    return found, off
+
+
+def certify_layer(target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"]) -> Certificate:
+    """The evidence of one layer alone, for inputs X recovered from the directions `q`: whatever follows it, any loss.
+
+    Where every column of G is fixed by its zeros, with some to spare, no other G has this pattern. But the length of an
+    input is that of dL/dW over dL/dβ, which one layer takes on trust as far as the signs of Z let it.
+    """
+    name, bias = target.layer.name, target.layer.linear.bias
+    G = _columns(target, q)
+    found = _certificate(target, q, G, X, {f"{name}.weight": Outer(G, X), f"{name}.bias": G.sum(0)})
+    with torch.no_grad():
+        slack = length_slack(target.layer.linear(X) - bias, bias)
+    doubt = found.doubt or _unclear(target, q)
+    if not doubt and not bool((slack <= found.allowed).all()):
+        doubt = f"each image up to its length, of which the signs of Z leave {float(slack.max()):.0e} open"
+    return replace(found, error_bound=found.error_bound + slack, doubt=doubt)
+
+
+def _columns(target: LayerView, q: Float[Tensor, "b b"]) -> Float[Tensor, "b m"]:
+    """The columns of G, as rows, that the directions q make."""
+    return (target.observed.L @ (q.mT * recover_scales(target.observed, q))).mT
+
+
+def _unclear(target: LayerView, q: Float[Tensor, "b b"]) -> str:
+    """Why one layer's zeros do not tell its columns of G, in words; empty where they do."""
+    tolerance, spare = target.observed.tolerance, spare_zeros(target.observed, q)
+    if tolerance > SHARPEST:
+        return f"zeros are told from entries of {tolerance:.0e} only, one layer alone needs {SHARPEST:.0e}"
+    return f"a column has {spare} zeros to spare, one layer alone needs {LEAST_SPARE}" if spare < LEAST_SPARE else ""
+
+
+def _certificate(
+    target: LayerView,
+    q: Float[Tensor, "b b"],
+    G: Float[Tensor, "b m"],
+    X: Float[Tensor, "b n"],
+    again: dict[str, Tensor | Outer],
+) -> Certificate:
+    """The evidence for columns G and inputs X that give the gradients `again`, F_i known from the inactive units."""
+    observed, name, received = target.observed, target.layer.name, target.gradients.received
+    compared = {key: _compare(again.pop(key), received[key]) for key in list(again) if key in received}
+    spread = spread_of_zeros(observed.L, G, zero_rows(observed.L, q, tolerance=observed.tolerance))
+    bias = target.gradients[f"{name}.bias"]
+    entries = _entry_error(target, compared[f"{name}.weight"][0]), compared[f"{name}.bias"][0] / len(bias) ** 0.5
+    entries = entries[0], max(entries[1], target.eps * rms(bias))
     return Certificate(
-        matching=float(matching_coefficient(observed, q)),
-        samples=torch.linalg.vector_norm(G_again - G, dim=1) / torch.linalg.vector_norm(G, dim=1),
-        gradients=max(relative for _, relative in compared.values()),
-        error=input_error(observed, q, X, _entry_error(target, compared[f"{layer.name}.weight"][0])),
-        limit=target.eps**0.5,
-        limits=target.eps**0.5 + 10 * target.eps / confidence,
-        allowed=Accuracy.of(target.eps).recovered,
-    )
-
-
-def certify_layer(target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"]) -> LayerCertificate:
-    """The evidence for inputs X, recovered from the directions `q` of all columns, from this layer alone."""
-    name, observed, received = target.layer.name, target.observed, target.gradients.received
-    G = observed.L @ (q.mT * recover_scales(observed, q))
-    again = {f"{name}.weight": Outer(G.mT, X), f"{name}.bias": G.sum(1)}
-    compared = {key: _compare(value, received[key]) for key, value in again.items()}
-    return LayerCertificate(
-        matching=float(matching_coefficient(observed, q)),
-        spare=spare_zeros(observed, q),
-        gradients=max(relative for _, relative in compared.values()),
-        error=input_error(observed, q, X, _entry_error(target, compared[f"{name}.weight"][0])),
-        limit=target.eps**0.5,
-        allowed=Accuracy.of(target.eps).recovered,
-        tolerance=observed.tolerance,
-        rank=target.low.rank,
+        copies=torch.ones_like(spread, dtype=torch.long),
         disclosed=target.disclosed,
+        residual=max(relative for _, relative in compared.values()),
+        limit=target.eps**0.5,
+        error_bound=input_errors(G, torch.cat([X, torch.ones_like(X[:, :1])], 1), spread, entries=entries),
+        allowed=target.accuracy.recovered,
+        doubt=_doubt(target, q),
     )
+
+
+def _doubt(target: LayerView, q: Float[Tensor, "b b"]) -> str:
+    """What the zero pattern or the spectrum holds against a batch, in words."""
+    matching = float(matching_coefficient(target.observed, q))
+    if matching < 1:
+        return f"matching coefficient {matching:.6f} instead of 1"
+    return "the gradient carries noise" if target.low.gap < MIN_GAP else ""
 
 
 def spare_zeros(observed: Observed, q: Float[Tensor, "b b"]) -> int:

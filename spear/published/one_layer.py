@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spear.certificate import Certificate
 from spear.models.streaming import weight_names
 from spear.published import theory
 from spear.published.certificate import certify, certify_layer, recover_labels
@@ -108,18 +109,13 @@ def _with_labels(
     """The batch with its labels, certified by the layer and all that follows it."""
     with torch.no_grad():
         Z = view.layer.linear(X.mT)
-    labels = recover_labels(view.layer, Z, G.mT, view.scale)
-    certificate = certify(view, q, X.mT, labels)
-    certain = certificate.holds and view.low.gap >= MIN_GAP
+        outputs = view.layer.tail(Z).shape[1]
+    labels = recover_labels(view.layer, Z, G.mT, view.unit(outputs), view.loss)
+    certificate, residuals = certify(view, q, X.mT, labels)
+    reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.residual:.0e}"
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}"
-    elif not certain:
-        reason = "recovered, but not certified: the gradient carries noise"
-    elif len(labels) < view.count:
-        reason = f"{len(labels)} of {view.count} samples: the others leave no trace above rounding"
-    else:
-        reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.gradients:.0e}"
-    return _result(view, X.mT, reason, stats, labels=labels, residuals=certificate.samples, certain=certain)
+    return _result(view, X.mT, reason, stats, certificate, labels=labels, residuals=residuals)
 
 
 def _by_one_layer(
@@ -127,21 +123,17 @@ def _by_one_layer(
 ) -> Reconstruction:
     """The inputs without labels, certified by the layer alone."""
     certificate = certify_layer(view, q, X.mT)
-    doubt = certificate.why_not() or ("" if view.low.gap >= MIN_GAP else "the gradient carries noise")
-    if doubt:
-        reason = f"recovered, but not certified: {doubt}; no labels: {unknown}"
-    else:
-        signs = f"{view.layer.name} alone, every sign of its pre-activations and every zero of its gradient"
-        reason = f"the whole batch of {len(q)}, certified by {signs}; no labels: {unknown}"
-    return _result(view, X.mT, reason, stats, certain=not doubt)
+    signs = f"{view.layer.name} alone, every sign of its pre-activations and every zero of its gradient"
+    reason = f"the whole batch of {len(q)}, certified by {signs}; no labels: {unknown}"
+    if not certificate.holds:
+        reason = f"recovered, but not certified: {certificate.why_not()}; no labels: {unknown}"
+    return _result(view, X.mT, reason, stats, certificate)
 
 
 def _unknown_rest(view: LayerView) -> str:
     """Why the server cannot compute what follows the layer, in words; empty where it can."""
     if view.layer.tail is None:
         return view.layer.unknown
-    if view.loss != "cross_entropy":
-        return f"one layer shows labels under cross-entropy alone; the client's loss is {view.loss}"
     return ""
 
 
@@ -155,16 +147,19 @@ def _result(
     X: Float[Tensor, "k n"],
     reason: str,
     stats: Stats,
+    certificate: Certificate | None = None,
     *,
     labels: Int[Tensor, " k"] | None = None,
     residuals: Float[Tensor, " k"] | None = None,
-    certain: bool = False,
 ) -> Reconstruction:
     inputs = X.unflatten(1, view.input_shape).contiguous()
     residuals = X.new_full((len(X),), math.inf) if residuals is None else residuals
-    certified = torch.full((len(X),), certain, device=X.device)
-    complete = certain and len(X) >= view.count
-    return Reconstruction(inputs, labels, view.low.rank, residuals, certified, complete, reason, stats)
+    verdict = {"certified": torch.zeros_like(residuals, dtype=torch.bool), "complete": False}
+    if certificate is not None:
+        verdict = {"certified": certificate.certified, "complete": certificate.holds}
+        verdict["error_bound"] = certificate.error_bound
+    told = {"reason": reason, "stats": stats, "limit": view.accuracy.recovered}
+    return Reconstruction(inputs, labels, view.low.rank, residuals, **verdict, **told)
 
 
 def nothing(view: LayerView, reason: str, stats: Stats, method: str) -> Reconstruction:

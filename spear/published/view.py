@@ -8,11 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spear.accuracy import Accuracy
+from spear.federated.losses import slope
 from spear.federated.received import (
     Widened,
     check_count,
     check_gradients,
     check_room,
+    coarsest,
     compute_device,
     input_shape,
     rounding_unit,
@@ -53,7 +56,7 @@ class LayerView:
     """One layer prepared for an attack: the server's copy of it and the gradients by name, in float64 on one device.
 
     `disclosed` is the number of samples in the loss, where it is known, `eps` the rounding unit of the update as it
-    came, `input_shape` the shape of one input of the layer.
+    came, `input_shape` the shape of one input of the layer, `dtype` the coarsest of model and update.
     """
 
     layer: Layer
@@ -65,6 +68,17 @@ class LayerView:
     scale: float
     input_shape: tuple[int, ...]
     loss: str = "cross_entropy"
+    reduction: str = "mean"
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Thresholds for this update."""
+        return Accuracy.of(self.eps, self.dtype)
+
+    def unit(self, outputs: int) -> float:
+        """dLoss/dlogits of a sample over what its loss compares with the label, less the label."""
+        return self.scale * slope(self.loss, outputs, self.reduction)
 
     @property
     def count(self) -> int:
@@ -89,8 +103,8 @@ def open_layer(
     found = find_layer(model, layer, update.input_shape)
     received = _received(found, check_gradients(model, update))
     m, n = found.linear.weight.shape
-    told, disclosed = _times(batch_size, found.rows), _times(update.count, found.rows)
-    disclosed = disclosed if told is None else told
+    rank, disclosed = (None if count is None else count * found.rows for count in (batch_size, update.count))
+    disclosed = disclosed if rank is None else rank
     check_count(disclosed)
     check_room(disclosed, m, n, found.name)
     device = compute_device(device)
@@ -98,11 +112,11 @@ def open_layer(
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)
     eps = rounding_unit(model, update)
     gradients = Widened(received, device)
-    low, observed = observe(found, gradients, told, eps)
+    low, observed = observe(found, gradients, rank, eps)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
-    loss = _loss(found, update.loss, gradients.device)
-    return LayerView(found, gradients, low, observed, disclosed, eps, scale, _input_shape(found, update), loss)
+    told = _loss(found, update.loss, gradients.device), update.reduction, coarsest(model, update)
+    return LayerView(found, gradients, low, observed, disclosed, eps, scale, _input_shape(found, update), *told)
 
 
 def _received(layer: Layer, gradients: Mapping[str, Tensor]) -> Lazy:
@@ -113,17 +127,13 @@ def _received(layer: Layer, gradients: Mapping[str, Tensor]) -> Lazy:
     return Lazy(layer.names(gradients), lambda name: layer.gradient(name, gradients))
 
 
-def _times(count: int | None, rows: int) -> int | None:
-    return None if count is None else count * rows
-
-
 def _loss(layer: Layer, told: str, device: torch.device) -> str:
     """The loss that was told, or binary cross-entropy where that cannot be: of one output cross-entropy is zero."""
     if told != "cross_entropy" or layer.tail is None:
         return told
     with torch.no_grad():
         outputs = layer.tail(torch.zeros(1, layer.linear.out_features, dtype=torch.float64, device=device))
-    return told if outputs.ndim == 2 and outputs.shape[1] > 1 else "binary_cross_entropy"
+    return told if outputs.shape[1] > 1 else "binary_cross_entropy"
 
 
 def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:
@@ -132,7 +142,7 @@ def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> t
     low = decompose(_jacobian(layer, gradients), rank, eps=eps)
     B = Blocks(linear.weight, linear.bias, low.R).times(low.R.mT)
     d = None if linear.bias is None else low.R[:, n]
-    tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / low.smallest), 1e-2)
+    tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / max(low.smallest, 1e-300)), 1e-2)
     return low, Observed(low.L, low.R[:, :n], B, d, tolerance)
 
 

@@ -68,7 +68,7 @@ def test_the_hook_sees_every_client(client, grid: Grid, caplog: pytest.LogCaptur
     for finding in seen:
         assert finding.leaks
         assert metrics.evaluate(finding.result, *client.private(int(finding.client))).recall == 1
-    warned = [record.getMessage() for record in caplog.records if record.name == "spear.audit.monitor"]
+    warned = [record.getMessage() for record in caplog.records if record.name == "spear.monitor"]
     assert warned == [finding.words for finding in seen]
     plain, again = FedAvg(fraction_evaluate=0.0).aggregate_train(1, answers)
     assert numbers == again

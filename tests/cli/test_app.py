@@ -7,29 +7,35 @@ from pathlib import Path
 import pytest
 from command_line import run
 
-ATTACK = ["attack", "factories:model", "update.safetensors"]
+ATTACK = ["attack", "--run-code", "factories:model", "update.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["attack", "factories:model", "none.safetensors"], "none.safetensors: no such file"),
+        (["attack", "--run-code", "factories:model", "none.safetensors"], "none.safetensors: no such file"),
         (
-            ["attack", "factories:model", "truncated.safetensors"],
+            ["attack", "--run-code", "factories:model", "truncated.safetensors"],
             "truncated.safetensors: not a complete",
         ),
-        (["attack", "factories:model", "foreign.safetensors"], "foreign.safetensors: not a complete"),
-        (["attack", "factories:model", "wider.safetensors"], "has shape (61"),
+        (["attack", "--run-code", "factories:model", "foreign.safetensors"], "foreign.safetensors: not a complete"),
+        (["attack", "--run-code", "factories:model", "wider.safetensors"], "has shape (61"),
         (["attack", "factories", "update.safetensors"], "factories: no such file, nor of the form package.module:"),
-        (["attack", "nowhere:model", "update.safetensors"], "nowhere:model: ModuleNotFoundError"),
-        (["attack", "factories:none", "update.safetensors"], "factories:none: AttributeError"),
-        (["attack", "factories:broken", "update.safetensors"], "factories:broken: ZeroDivisionError: division by zero"),
-        (["attack", "factories:number", "update.safetensors"], "factories:number: returned int, not a torch.nn.Module"),
+        (["attack", "--run-code", "nowhere:model", "update.safetensors"], "nowhere:model: ModuleNotFoundError"),
+        (["attack", "--run-code", "factories:none", "update.safetensors"], "factories:none: AttributeError"),
+        (
+            ["attack", "--run-code", "factories:broken", "update.safetensors"],
+            "factories:broken: ZeroDivisionError: division by zero",
+        ),
+        (
+            ["attack", "--run-code", "factories:number", "update.safetensors"],
+            "factories:number: returned int, not a torch.nn.Module",
+        ),
         ([*ATTACK, "--weights", "wider.safetensors"], "wider.safetensors: Error(s) in loading state_dict"),
         ([*ATTACK, "--weights", "none.safetensors"], "none.safetensors: no such file"),
         ([*ATTACK, "--method", "magic"], "unknown method 'magic'"),
         ([*ATTACK, "--layer", "fc9"], "fc9"),
-        ([*ATTACK, "--batch-size", "60"], "needs a layer wider than 60; fc1 has 60"),
+        ([*ATTACK, "--method", "sampling", "--batch-size", "60"], "needs a layer wider than 60; fc1 has 60"),
         ([*ATTACK, "--device", "abacus"], "device 'abacus' is not available here"),
         ([*ATTACK, "--output", "none/found.safetensors"], "none/found.safetensors: no such folder"),
         (["figures"], "runs.yaml: not a list of runs"),

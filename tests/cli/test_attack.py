@@ -13,7 +13,9 @@ from spear import inversion
 
 def test_attack_finds_the_batch(folder: Path, case: tuple, capsys: pytest.CaptureFixture) -> None:
     files = ["--output", "found.safetensors", "--picture", "found.png"]
-    status = run("attack", "factories:narrow", "update.safetensors", "--weights", "weights.safetensors", *files)
+    status = run(
+        "attack", "--run-code", "factories:narrow", "update.safetensors", "--weights", "weights.safetensors", *files
+    )
     output, told = (words.splitlines() for words in capsys.readouterr())
     begun = ["loading update.safetensors", "loading factories:narrow", "method auto", "method network"]
     assert told == [f"spear attack: {words}" for words in begun]
@@ -27,7 +29,7 @@ def test_attack_finds_the_batch(folder: Path, case: tuple, capsys: pytest.Captur
 
 
 def test_nothing_recovered_is_status_0(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run("attack", "factories:model", "update.safetensors", "--time-limit", "0") == 0
+    assert run("attack", "--run-code", "factories:model", "update.safetensors", "--time-limit", "0") == 0
     output = capsys.readouterr().out
     assert "recovered  0" in output
     assert "time limit" in output

@@ -54,7 +54,16 @@ def test_an_update(folder: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_difference_of_weights(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    files = ["--before", "before.safetensors", "--after", "after.safetensors", "--learning-rate", "0.1"]
+    files = [
+        "--before",
+        "before.safetensors",
+        "--after",
+        "after.safetensors",
+        "--learning-rate",
+        "0.1",
+        "--samples",
+        "3",
+    ]
     assert run("model.pt2", *files, *QUICK) == 1
     assert "3 of them are certified" in capsys.readouterr().out
 
@@ -87,9 +96,9 @@ def test_nothing_recovered_is_status_0(folder: Path, capsys: pytest.CaptureFixtu
     ("arguments", "message"),
     [
         (["pickled.pt"], "pickled.pt: a pickle, which could run code when it is loaded"),
-        (["truncated.pt2"], "truncated.pt2: neither a TorchScript archive nor an exported program"),
+        (["truncated.pt2"], "truncated.pt2: no exported program"),
         (["none.pt2"], "none.pt2: no such file"),
-        (["nowhere:model"], "model nowhere:model: ModuleNotFoundError"),
+        (["nowhere:model", "--run-code"], "model nowhere:model: ModuleNotFoundError"),
         (["model.pt2", "truncated.safetensors"], "truncated.safetensors: not a complete safetensors file"),
         (["model.pt2", "pickled.pt"], "pickled.pt: not a complete safetensors file"),
         (["model.pt2", "update.safetensors", "--after", "after.safetensors"], "give UPDATE, or --before, --after"),
@@ -97,14 +106,17 @@ def test_nothing_recovered_is_status_0(folder: Path, capsys: pytest.CaptureFixtu
         (["model.pt2", "--local-steps", "2"], "what a client disclosed needs its update"),
         (["model.pt2", "update.safetensors", "--local-steps", "2"], "its learning rate is needed"),
         (["model.pt2", "update.safetensors", "--samples", "7"], "the update says count 3, not 7"),
-        (["model.pt2", "update.safetensors", "--learning-rate", "-1"], "a learning rate is positive, not -1.0"),
+        (
+            ["model.pt2", "update.safetensors", "--learning-rate", "-1"],
+            "learning_rate is a number from 1e-30 to 1e+30, not '-1.0'",
+        ),
         (
             ["model.pt2", "update.safetensors", "--learning-rate", "1", "--mini-batch", "4"],
             "a mini-batch of 4 does not come from 3 samples",
         ),
         (
             ["model.pt2", "update.safetensors", "--learning-rate", "1", "--momentum", "1"],
-            "a momentum is at least 0 and under 1, not 1.0",
+            "momentum is a number from 0 to 0.999999, not '1.0'",
         ),
         (["model.pt2", "--input-shape", "8x8"], "--input-shape '8x8' is not of the form 3,32,32"),
         (["model.pt2", "--data", "photos"], "samples of photos have shape (3, 32, 32); the model takes (1, 8, 8)"),

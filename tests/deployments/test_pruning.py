@@ -25,11 +25,15 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def _whole(model, update: SharedUpdate, inputs, labels, **options: object) -> None:
+    """All samples and labels come back, certified where as many were disclosed, and no two are copies."""
     result = attack(model, update, **options)
     seen = metrics.evaluate(result, inputs, labels)
-    assert result.complete, result.reason
-    assert (seen.recall, seen.precision, seen.label_accuracy) == (1, 1, 1)
-    assert "every entry that arrived" in result.reason
+    certain = update.count == len(inputs.unique(dim=0))
+    assert (seen.recall, seen.precision, seen.label_accuracy) == (1, 1, 1), result.reason
+    assert result.complete == certain
+    assert (result.certified == certain).all()
+    assert (seen.relative_error <= result.error_bound[seen.match]).all()
+    assert ("every entry that arrived" in result.reason) == certain
 
 
 @pytest.mark.parametrize("method", ["auto", "network"])

@@ -59,7 +59,7 @@ def test_losses_against_one_hot_labels(loss, reduction, outputs):
 
 def test_an_unknown_loss_lists_the_known_ones():
     inputs, labels = batch(5, 12)
-    with pytest.raises(ValueError, match="unknown loss 'hinge': use one of cross_entropy, binary_cross_entropy"):
+    with pytest.raises(ValueError, match="unknown loss 'hinge': use 'cross_entropy', 'binary_cross_entropy'"):
         gradient(models.fcnn((12,), 9, 2, 10), inputs, labels, loss="hinge")
     with pytest.raises(ValueError, match="unknown loss 'hinge'"):
         SharedUpdate({"a": torch.ones(2)}, loss="hinge")
@@ -140,13 +140,48 @@ def test_foreign_files(tmp_path):
     torch.save({"w": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         SharedUpdate.load(path)
-    save_file({"w": torch.zeros(3)}, path, {"format": "other"})
-    with pytest.raises(ValueError, match="format 'other' is not"):
+    save_file({"w": torch.zeros(3)}, path, {"format": "spear.SharedUpdate/2"})
+    with pytest.raises(ValueError, match="format 'spear.SharedUpdate/2' is not"):
         SharedUpdate.load(path)
-    for disclosed in ("{", "[1]", json.dumps({"surprise": 1}), json.dumps({"reduction": "max"})):
-        save_file({"w": torch.zeros(3)}, path, {"disclosed": disclosed})
-        with pytest.raises(ValueError, match="x.safetensors: not an update"):
-            SharedUpdate.load(path)
+    save_file({"w": torch.zeros(3)}, path, {"format": "pt"})  # as most others write it
+    assert SharedUpdate.load(path).count is None
+
+
+HOSTILE = {
+    "count": ("x", 2.5, [3], {}, True, 0, -1, 2**60),
+    "input_shape": ("abc", [64.0], [-1, -64], [], 64, [1] * 70_000),
+    "clients": ({"a": 1}, [0], [True]),
+    "local_steps": ("x", None, 0, -3),
+    "mini_batch": ("x", 0),
+    "learning_rate": ("a", [1], -0.1, 0, True),
+    "momentum": ("x", None, 1, -0.5),
+    "noise": ("x", [1], True, -1),
+    "bits": (99, -1, 2.5),
+    "clip": ("x", 0),
+    "delta": (2, "x"),
+    "loss_scale": (None, 0, "x"),
+    "reduction": ("max", None, [], 3),
+    "loss": ("hinge", None),
+    "pruning": ("half", 3),
+    "surprise": (1,),
+}
+RAW = ("{", "[1]", '"x"', '{"count": NaN}', '{"noise": Infinity}', '{"learning_rate": -Infinity}', "[" * 10**5)
+
+
+@pytest.mark.parametrize("words", [*RAW, *(json.dumps({name: v}) for name, vs in HOSTILE.items() for v in vs)])
+def test_what_a_client_discloses_is_checked(tmp_path, words):
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.zeros(3)}, path, {"disclosed": words})
+    with pytest.raises(ValueError, match="x.safetensors: not an update: ") as caught:
+        SharedUpdate.load(path)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "noise", "clip", "loss_scale"])
+def test_no_number_of_an_update_is_nan_or_infinite(name):
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{name} is a number from"):
+            SharedUpdate({"w": torch.ones(2)}, **{name: value})
 
 
 def test_bare_safetensors_file_of_gradients(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,7 @@ every_saver = pytest.mark.parametrize("saver", SAVERS.values(), ids=SAVERS)
 def test_the_rebuilt_model_is_the_saved_one(tmp_path: Path, make: Callable, saver: Callable) -> None:
     model = make().eval()
     saver(model, tmp_path / "model.pt2")
-    loaded = files.load(str(tmp_path / "model.pt2"))
+    loaded = files.load(str(tmp_path / "model.pt2"), run_code=True)
     inputs, labels = batch(7, model), torch.arange(7) % 4
     assert torch.equal(loaded.module(inputs), model(inputs))
     expected = federated.gradient(model, inputs, labels).gradients
@@ -114,11 +115,11 @@ def test_weights_of_another_file(tmp_path: Path, saver: Callable) -> None:
     model, other = (models.fcnn(SHAPE, 12, 3, 4, seed=seed).eval() for seed in (0, 1))
     saver(model, tmp_path / "model.pt2")
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    loaded = files.load(str(tmp_path / "model.pt2"), tmp_path / "other.safetensors")
+    loaded = files.load(str(tmp_path / "model.pt2"), tmp_path / "other.safetensors", run_code=True)
     assert torch.equal(loaded.module(batch(2, other)), other(batch(2, other)))
     save_file(models.fcnn(SHAPE, 13, 3, 4).state_dict(), tmp_path / "wide.safetensors")
     with pytest.raises(ValueError, match=r"wide.safetensors: Error\(s\) in loading state_dict"):
-        files.load(str(tmp_path / "model.pt2"), tmp_path / "wide.safetensors")
+        files.load(str(tmp_path / "model.pt2"), tmp_path / "wide.safetensors", run_code=True)
 
 
 class Hostile:
@@ -131,9 +132,9 @@ class Hostile:
         return Path.touch, (self.mark,)
 
 
-def refused(path: Path, message: str) -> None:
+def refused(path: Path, message: str, *, run_code: bool = False) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        files.load(str(path))
+        files.load(str(path), run_code=run_code)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
@@ -143,9 +144,9 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     torch.save(Hostile(mark), path)
     refused(path, "a pickle, which could run code when it is loaded; save the model by torch.export.save")
     torch.save(Hostile(mark), path, _use_new_zipfile_serialization=False)
-    refused(path, "neither a TorchScript archive nor an exported program; save the model by torch.export.save")
+    refused(path, "no exported program; save the model by torch.export.save")
     path.write_bytes(pickle.dumps(Hostile(mark)))
-    refused(path, "neither a TorchScript archive nor an exported program")
+    refused(path, "no exported program")
     assert not mark.exists()
 
 
@@ -207,7 +208,7 @@ def _node(program: dict, target: str) -> dict:
         (
             "weights_config.json",
             lambda c: c["config"]["fc1.weight"]["tensor_meta"].update(sizes=[{"as_int": 10**6}, {"as_int": 64}]),
-            "damaged",
+            "a weight of shape (1000000, 64) from 768 numbers",
         ),
     ],
 )
@@ -225,25 +226,6 @@ def test_a_model_in_training_mode(tmp_path: Path) -> None:
         tracing.find_layer(model)
 
 
-class Restored(nn.Module):
-    """TorchScript runs `__setstate__` while it loads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 4)
-
-    @torch.jit.export
-    def __getstate__(self) -> tuple[Tensor, bool]:
-        return self.fc.weight, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[Tensor, bool]) -> None:
-        self.training = state[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.flatten(1))
-
-
 class Writing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) + torch.from_file("mark", shared=True, size=64)
@@ -259,7 +241,6 @@ class Deciding(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Restored(), "its classes run code of their own when they are loaded"),
         (Writing(), "the model uses aten::from_file, which is not rebuilt from files"),
         (Deciding(), "the model uses prim::If, which is not rebuilt from files"),
     ],
@@ -269,14 +250,73 @@ def test_torchscript_that_is_not_rebuilt(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     script(model, Path("model.ts"))
-    refused(Path("model.ts"), message)
+    refused(Path("model.ts"), message, run_code=True)
     assert not Path("mark").exists()
 
 
-def test_an_archive_that_unpacks_to_far_more(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "bomb.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("model/models/model.json", b" " * 10**7)
-    refused(tmp_path / "bomb.pt2", "unpacks to more than 20 times its size")
+def test_code_runs_only_where_the_caller_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harmless archive and a harmless factory: without `run_code` neither is handed to what would run it."""
+    script(models.fcnn(SHAPE, 12, 2, 4), tmp_path / "model.ts")
+    (tmp_path / "harmless_factory.py").write_text("import torch\nmodel = lambda: torch.nn.Linear(2, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("the loader was called"))
+    refused(
+        tmp_path / "model.ts", "a TorchScript archive is a program, which is not run; save the model by torch.export"
+    )
+    with pytest.raises(ValueError, match="harmless_factory:model: a factory is code, which is not run; .*--run-code"):
+        files.load("harmless_factory:model")
+    assert "harmless_factory" not in sys.modules
+    assert isinstance(files.load("harmless_factory:model", run_code=True).module, nn.Linear)
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "packed.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/models/model.json", b" " * 1000)
+    refused(tmp_path / "packed.pt2", "its entries are compressed, which torch does not do")
+
+
+def test_weights_larger_than_their_file(exported: Path) -> None:
+    """A weight of stride 0, or one entry under many names, would be as large as its shape says."""
+
+    def repeat(config: dict) -> None:
+        meta = config["config"]["fc1.weight"]["tensor_meta"]
+        meta["strides"] = [{"as_int": 0}, {"as_int": 0}]
+        meta["sizes"][0] = {"as_int": 10**4}
+
+    def share(config: dict) -> None:
+        weight = config["config"]["fc1.weight"]
+        config["config"] |= {f"more{k}": weight for k in range(10**3)}
+
+    whole = exported.read_bytes()
+    rewritten(exported, in_json("weights_config.json", repeat))
+    refused(exported, "a weight of shape (10000, 64) from 768 numbers")
+    exported.write_bytes(whole)
+    rewritten(exported, in_json("weights_config.json", share))
+    refused(exported, "its weights are more than 16 times as large as the file")
+
+
+class Expanding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.relu(self.first(x.flatten(1)))
+        return self.last(z + z[:, :, None].expand(-1, 8, 1000).sum(2))
+
+
+def test_a_model_that_expands_its_input_beyond_measure(tmp_path: Path) -> None:
+    """The size of an expansion, changed in the file: it is seen from the shapes, before anything is computed."""
+    path = tmp_path / "model.pt2"
+    export(Expanding().eval(), path)
+    assert files.load(str(path)).input_shape == SHAPE
+
+    def enlarge(program: dict) -> None:
+        sizes = next(a["arg"] for a in _node(program, "expand")["inputs"] if "as_ints" in a["arg"])
+        sizes["as_ints"][-1] = 10**9
+
+    rewritten(path, in_json("model.json", enlarge))
+    refused(path, "numbers of a sample or two")
 
 
 def test_other_archives(tmp_path: Path) -> None:
@@ -304,7 +344,7 @@ def test_damaged_files_are_one_clear_line(tmp_path: Path, saver: Callable) -> No
                 damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
         try:
-            files.load(str(path))  # what was hit was padding, or an entry that is not read
+            files.load(str(path), run_code=saver is script)  # what was hit was padding, or an entry that is not read
         except ValueError as error:
             lines.append(str(error))
     assert len(lines) > 10

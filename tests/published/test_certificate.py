@@ -122,17 +122,21 @@ def test_a_wrong_direction_among_right_ones_is_noticed(seed):
     q[2] = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q[2] /= q[2].norm()
     _, X = disaggregate(problem.observed, q)
-    certificate = certify(problem.target, q, X.mT, problem.labels)
+    certificate, _ = certify(problem.target, q, X.mT, problem.labels)
     assert not certificate.holds
     assert "matching coefficient" in certificate.why_not()
     _, X = disaggregate(problem.observed, problem.q)
     order = evaluate_order(X.mT, problem.inputs)
-    right = certify(problem.target, problem.q, X.mT, problem.labels[order])
+    right, off = certify(problem.target, problem.q, X.mT, problem.labels[order])
     assert right.holds
+    assert float(off.max()) < 1e-9
     assert right.why_not() == ""
     wrong = problem.labels[order].clone()
     wrong[0] = (wrong[0] + 1) % 10
-    assert "reproduces the gradients to" in certify(problem.target, problem.q, X.mT, wrong).why_not()
+    certificate, off = certify(problem.target, problem.q, X.mT, wrong)
+    assert not certificate.holds
+    assert "a sample's own gradient is off by" in certificate.why_not()
+    assert float(off[0]) > 0.1
 
 
 def evaluate_order(found, truth):

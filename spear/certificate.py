@@ -1,0 +1,189 @@
+"""When a recovered batch is beyond doubt, and how far each image can be from the truth: one rule for every method.
+
+**Theorem.** The update of a linear layer is U = [dL/dW | dL/dβ] = G X: column i of G (m, b) is ∂L/∂z of sample i, row i
+of X (b, n + 1) its input [x; 1]. Let a batch be found, G' X' = U, both of rank b, and let F_i be a linear space that
+holds ∂L/∂z of *every* sample that activates the units which the found sample i activates. If span(G') meets each F_i in
+the line of its own column g'_i alone, no other batch of b samples with these activation patterns gives U, whatever its
+labels and weights in the loss.
+
+*Proof.* U has rank b, so every batch of b samples that gives U has span(G) = span(G'). Its g_i lies there and in F_i:
+g_i = a_i g'_i. G' has a left inverse, so diag(a) X = X', and the last columns, ones on both sides, say a = 1.
+
+Two such spaces are known. From the layer alone: what vanishes on the inactive units; the condition is then that the
+inactive rows of G' have rank b - 1, SPEAR's own. From a chain of linear layers and ReLU:
+D_1 W_2ᵀ D_2 ... W_outᵀ times any vector of dLoss/dlogits, D_l the found sample's masks.
+
+*Error.* Let G' X' = U + N, and let T_k be the inverse of what span(G') leaves of F_k beside g'_k. To first order in N,
+
+    x'_i - x_i = (G'⁺N)_i - (G'⁺N)_{i,bias} x_i + sum_k (G'⁺ T_k N X'⁺)_{ik} (x_k - x_i)
+
+The map from batch to update is thus inverted for each sample by itself: rows of G'⁺, columns of X'⁺, angles between
+span(G') and F_k. `input_errors` takes the entries of N for independent, each as large as rounding or what the batch
+leaves of U makes them, whichever is more, times `SAFETY`. That is assumed; all before it is proven.
+
+**Limits.** Samples that share an activation pattern and have parallel vectors in F_i look like fewer: where A, the
+Jacobian of the logits in their linear region, has A h = 0, x + h and x - h leave exactly the gradient of twice x. So
+the number of samples must be disclosed, is taken on trust, and must be that of the images found, each once. And the
+batch is the only one in its linear region: one with other activation patterns is not excluded.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spear.directions import unit_rows
+
+SAFETY = 10.0  # what first order, and noise that is not quite independent, leave out
+NO_ANGLE = 1e-12  # squared sine of two spaces that meet
+DEPENDENT = 1e-12  # share of a vector beside others under which it is made of them
+LEAST_NORM = 1e-6  # of the batch's root mean square norm: what an error is relative to where an image is black
+AT_ONCE = 64  # samples whose Gram matrices are held together
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The evidence for k distinct recovered samples, from what the server knows alone.
+
+    `copies` (k,) says how often each is in the batch, `disclosed` how many samples the client says there are.
+    `residual` is the largest relative residual over the observed gradients, `limit` what rounding allows of it;
+    `error_bound` (k,) bounds each input's relative error, `allowed` is the largest bound that is certified. `doubt` is
+    what the method itself holds against the batch, in words; `reserve` what leaves it explained, but not certain.
+    """
+
+    copies: Int[Tensor, " k"]
+    disclosed: int | None
+    residual: float
+    limit: float
+    error_bound: Float[Tensor, " k"]
+    allowed: float
+    doubt: str = ""
+    reserve: str = ""
+
+    @property
+    def explained(self) -> Bool[Tensor, " k"]:
+        """Which samples the update supports: exact, if the number of samples is that of the images found."""
+        return (self.error_bound <= self.allowed) & (not self.doubt and self.residual <= self.limit)
+
+    @property
+    def certified(self) -> Bool[Tensor, " k"]:
+        """Which samples the theorem holds of: explained, and of as many as were disclosed, each once."""
+        once = bool((self.copies == 1).all()) and len(self.copies) == self.disclosed
+        return self.explained & (once and not self.reserve)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there are samples, and every one is certified."""
+        return len(self.copies) > 0 and bool(self.certified.all())
+
+    def why_not(self) -> str:
+        """The first condition that fails, in words; empty where the certificate holds."""
+        if self.doubt:
+            return self.doubt
+        if not self.residual <= self.limit:
+            return f"the batch reproduces the gradients to {self.residual:.0e}, rounding allows {self.limit:.0e}"
+        if not bool(self.explained.all()):
+            bound = float(self.error_bound.max())
+            return f"an input is determined to {bound:.0e} only, a certificate needs {self.allowed:.0e}"
+        return self.reserve or self._miscounted()
+
+    def _miscounted(self) -> str:
+        found, entries = len(self.copies), int(self.copies.sum())
+        if self.disclosed is None:
+            alike = "exact if no two samples share an activation pattern and a label"
+            return f"{alike}: the number of samples is not disclosed"
+        if entries > found:
+            several = int((self.copies > 1).sum())
+            mean = "copies, or images that this model cannot tell apart: their mean"
+            return f"{several} of {found} images stand for several samples each: {mean}"
+        return f"{found} samples were found, {self.disclosed} disclosed" if found != self.disclosed else ""
+
+
+def norms(inputs: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
+    """What an input's error is relative to: its norm, or `LEAST_NORM` of the batch's, as a black image has none."""
+    size = torch.linalg.vector_norm(inputs, dim=1)
+    return size.clamp_min(max(LEAST_NORM * rms(size), 1e-300))
+
+
+def rms(x: Tensor) -> float:
+    """The root mean square of the entries."""
+    return float(torch.linalg.vector_norm(x)) / max(x.numel(), 1) ** 0.5
+
+
+def input_errors(
+    G: Float[Tensor, "b m"],
+    X: Float[Tensor, "b n1"],
+    spread: Float[Tensor, " b"],
+    *,
+    entries: tuple[float, float],
+    lengths: Float[Tensor, " b"] | None = None,
+) -> Float[Tensor, " b"]:
+    """A bound on each input's relative error, by the theorem, where entries of the update are off by `entries`.
+
+    `G` are the columns of ∂L/∂z, `X` the inputs as the gradient has them, [x; 1]; `spread` is that of each F_i;
+    `entries` the root mean square error of dL/dW's entries and of dL/dβ's. Without a bias, X = x, and `lengths` says
+    how many times more the length of each input may be off than that of its ∂L/∂z. Infinite for dependent samples.
+    """
+    inputs = X if lengths is not None else X[:, :-1]
+    size, row, column = norms(inputs), inverse_columns(G), inverse_columns(X)
+    if lengths is None:
+        away, length = torch.cdist(inputs, inputs), row * entries[1]
+    else:
+        away = size.expand(len(X), -1)
+        length = lengths * entries[0] * G.shape[1] ** 0.5 * column / torch.linalg.vector_norm(G, dim=1)
+    moved = row * entries[0] * torch.sqrt(X.shape[1] + (away * (column * spread)).pow(2).sum(1))
+    return (SAFETY * (moved / size + length)).nan_to_num(torch.inf, torch.inf)
+
+
+def inverse_columns(A: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
+    """The norm of each column of A⁺; infinite where the rows of A are dependent."""
+    triangle = torch.linalg.qr(A.mT, mode="r")[1]
+    if len(triangle) < len(A):
+        return A.new_full((len(A),), torch.inf)
+    return torch.linalg.vector_norm(torch.linalg.inv_ex(triangle)[0], dim=1).nan_to_num(torch.inf, torch.inf)
+
+
+def spread_of_zeros(
+    basis: Float[Tensor, "m b"], own: Float[Tensor, "s m"], inactive: Bool[Tensor, "s m"]
+) -> Float[Tensor, " s"]:
+    """sqrt(1 + sum 1 / sin²) over the angles between span(G) and F_i, what vanishes on the `inactive` units of i.
+
+    `basis` is an orthonormal one of span(G), `own` are the samples' columns of G, whose own angle, 0, is left out.
+    Infinite where the inactive rows have a rank below b - 1: more is in the intersection.
+    """
+    squared = []
+    for zero, line in zip(inactive.split(AT_ONCE), unit_rows(own @ basis).split(AT_ONCE), strict=True):
+        gram = basis.mT @ (zero[:, :, None] * basis) + line[:, :, None] * line[:, None, :]
+        squared.append(torch.linalg.eigvalsh(gram))
+    return _spread(torch.cat(squared))
+
+
+def spread_of_family(
+    basis: Float[Tensor, "m b"], own: Float[Tensor, "s m"], family: Float[Tensor, "s r m"]
+) -> Float[Tensor, " s"]:
+    """The same for spaces F_i that the rows of `family`[i] span; one that the others make counts as a right angle."""
+    vectors = torch.cat([own[:, None], family], 1)
+    Q, R = torch.linalg.qr(vectors.mT)
+    pivots, sizes = R.diagonal(dim1=1, dim2=2).abs(), torch.linalg.vector_norm(vectors, dim=2)
+    independent = (pivots > DEPENDENT * sizes[:, : pivots.shape[1]])[:, 1:]
+    cosines = (Q.mT[:, 1:] @ basis) * independent[:, :, None]
+    eye = torch.eye(cosines.shape[1], dtype=basis.dtype, device=basis.device)
+    return _spread(torch.linalg.eigvalsh(eye - cosines @ cosines.mT))
+
+
+def _spread(squared: Float[Tensor, "s r"]) -> Float[Tensor, " s"]:
+    """From squared sines, that of g_i itself set to 1."""
+    return torch.where(squared.amin(1) > NO_ANGLE, (1 / squared.clamp_min(1e-300)).sum(1).sqrt(), torch.inf)
+
+
+def length_slack(linear: Float[Tensor, "b m"], bias: Float[Tensor, " m"]) -> Float[Tensor, " b"]:
+    """By what share each input could be longer or shorter before the sign of a pre-activation W x + β changes.
+
+    `linear` is W x. One layer takes the length of an input from dL/dW over dL/dβ: a factor on the latter, from a rate
+    or a rounding of its own, shows nowhere else.
+    """
+    turn = -bias / linear  # the factor on x at which a pre-activation is zero
+    longer = torch.where(turn > 1, turn - 1, torch.inf).amin(1)
+    shorter = torch.where((turn > 0) & (turn < 1), 1 - turn, 1.0).amin(1)
+    return torch.maximum(longer, shorter)
