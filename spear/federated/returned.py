@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from spear.federated.update import SharedUpdate
-from spear.models.tracing import Layer, doubts, linear_layers, one_output
+from spear.models.tracing import Layer, Path, doubts, linear_layers, one_output
 from spear.reconstruction import Reconstruction
 
-WORST = 10  # times the relative error of what enters the layer: a sample that is known less well is not certified
 ZERO = 1e-6  # of a sample's largest entry: less than that is zero
 
 
@@ -43,25 +43,29 @@ def _as_entered(result: Reconstruction, found: Layer) -> Reconstruction:
 def _undone(result: Reconstruction, found: Layer, shape: tuple[int, ...] | None) -> Reconstruction:
     """Samples in the model's own order and units."""
     path, entered = found.path, result.inputs.flatten(1)
-    certified, said, errors = result.certified, [], result.expected_error
+    said = []
+    if not path.change.is_plain:
+        result = _in_units(result, path, shape)
+        if path.guessed and not path.change.keeps_order:
+            said.append(f"a sample is taken to have the shape {tuple(result.inputs.shape[1:])}")
+    certified = result.certified & (result.error_bound <= result.limit)
+    if not torch.equal(certified, result.certified):
+        said.append(f"what enters {found.name} is certain, the sample less so")
     if path.off:
         size = entered.abs()
         dropped = (size <= ZERO * size.amax(1, keepdim=True)).any(1)
         certified = certified & ~dropped
         said += [f"{path.off} stands before {found.name}: zeros may be what it dropped"] * bool(dropped.any())
-    if path.change.is_plain:
-        inputs = result.inputs
-    else:
-        shape = shape or (entered.shape[1:] if path.change.keeps_order else path.shape)
-        inputs = path.change.back(entered).unflatten(1, shape).contiguous()
-        growth = path.change.growth(entered)
-        certified = certified & (growth <= WORST)
-        errors = None if errors is None else errors * growth
-        if path.guessed and not path.change.keeps_order:
-            said.append(f"a sample is taken to have the shape {tuple(shape)}")
-        if bool((growth > WORST).any()):
-            said.append(f"what enters {found.name} is known better than the sample")
     complete = result.complete and bool(certified.all())
-    reason = "; ".join([result.reason, *said])
-    kept = {"expected_error": errors, "complete": complete, "reason": reason}
-    return replace(result, inputs=inputs, certified=certified, **kept)
+    return replace(result, certified=certified, complete=complete, reason="; ".join([result.reason, *said]))
+
+
+def _in_units(result: Reconstruction, path: Path, shape: tuple[int, ...] | None) -> Reconstruction:
+    """The samples behind what enters a layer, and how far off they may be."""
+    entered = result.inputs.flatten(1)
+    shape = shape or (entered.shape[1:] if path.change.keeps_order else path.shape)
+    growth = path.change.growth(entered)
+    errors = None if result.expected_error is None else result.expected_error * growth
+    inputs = path.change.back(entered).unflatten(1, shape).contiguous()
+    bound = (result.error_bound + path.change.error) * growth
+    return replace(result, inputs=inputs, error_bound=bound, expected_error=errors)

@@ -16,11 +16,15 @@ WIDEST = 1e4  # the random entries reach from one over it to it
 
 @dataclass(frozen=True)
 class Entrywise:
-    """The map v_i = factor_i u_j + shift_i with j = `entries`_i, each entry of u used once and no factor zero."""
+    """The map v_i = factor_i u_j + shift_i with j = `entries`_i, each entry of u used once and no factor zero.
+
+    `rounding` is the unit with which it was found.
+    """
 
     entries: Int[Tensor, " n"]
     factor: Float[Tensor, " n"]
     shift: Float[Tensor, " n"]
+    rounding: float = 0.0
 
     @classmethod
     def same(cls, n: int) -> "Entrywise":
@@ -40,7 +44,7 @@ class Entrywise:
         """This map, then another."""
         taken = other.entries
         factor, shift = other.factor * self.factor[taken], other.factor * self.shift[taken] + other.shift
-        return Entrywise(self.entries[taken], factor, shift)
+        return Entrywise(self.entries[taken], factor, shift, max(self.rounding, other.rounding))
 
     def back(self, v: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """The u of each v."""
@@ -49,9 +53,14 @@ class Entrywise:
         return u
 
     def growth(self, v: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
-        """How much larger an error of v, spread over its entries, is in u, each relative to what it is an error of."""
+        """How many times larger an error of v may be in u, each relative to what it is an error of."""
         size = torch.linalg.vector_norm(v, dim=1) / torch.linalg.vector_norm(self.back(v), dim=1)
-        return size * self.factor.to(v).pow(-2).mean().sqrt()
+        return size / self.factor.abs().min().to(v)
+
+    @property
+    def error(self) -> float:
+        """What the rounding with which the map was found leaves in v, relative to it."""
+        return 10 * self.rounding * float((1 + (self.shift / self.factor).abs()).max())
 
 
 class Piece:
@@ -60,6 +69,7 @@ class Piece:
     def __init__(self, module: fx.GraphModule) -> None:
         own = copy.deepcopy(module).cpu().eval()
         self.copies = (copy.deepcopy(own).double(), own)
+        self.last = 0  # size of what it gave
 
     def __call__(self, samples: Float[Tensor, "k *shape"]) -> Float[Tensor, "k n"] | None:
         """What it gives for samples, one row each, where that does not depend on the others; `None` where it fails."""
@@ -67,18 +77,18 @@ class Piece:
             given = like(samples, module)
             try:
                 with torch.no_grad():
-                    value, alone = module(given), module(given[-1:])
+                    value, alone = module.forward(given), module.forward(given[-1:])  # a call would print errors
             except Exception:  # another shape, or the model's own code: it may raise anything
                 continue
             if isinstance(value, Tensor) and value.is_floating_point() and value.numel() == len(given) * alone.numel():
-                rows = value.reshape(len(given), -1)
+                rows, self.last = value.reshape(len(given), -1), value.shape[-1]
                 return rows if torch.allclose(rows[-1], alone.flatten()) else None
         return None
 
-    def makes(self, shape: tuple[int, ...]) -> int:
-        """How many entries it gives for a sample of that shape; 0 where it fails."""
+    def feeds(self, shape: tuple[int, ...], n: int) -> bool:
+        """Whether it makes vectors of n entries of a sample of that shape."""
         value = self(torch.zeros(2, *shape, dtype=torch.float64))
-        return 0 if value is None else value.shape[1]
+        return value is not None and self.last == n
 
 
 def find(piece: Piece, shape: tuple[int, ...]) -> Entrywise | None:
@@ -89,7 +99,7 @@ def find(piece: Piece, shape: tuple[int, ...]) -> Entrywise | None:
     v = piece(torch.cat([known, chance]).unflatten(1, shape))
     if v is None or v.shape != (len(known) + ROWS, n):
         return None
-    fine = 1e-9 if v.dtype == torch.float64 else 1e-4
+    fine, rounding = (1e-9 if v.dtype == torch.float64 else 1e-4), torch.finfo(v.dtype).eps
     v = v.double()
     shift, factor = v[0], v[1] - v[0]
     if not bool(v.isfinite().all()) or bool((factor.abs() <= 1e-12 * shift.abs()).any()):
@@ -97,7 +107,7 @@ def find(piece: Piece, shape: tuple[int, ...]) -> Entrywise | None:
     entries = (n * (v[2] - shift) / factor).round()
     if not torch.equal(entries.sort().values, index):
         return None
-    found = Entrywise(entries.long(), factor, shift)
+    found = Entrywise(entries.long(), factor, shift, rounding)
     moved = factor * chance[:, found.entries]
     good = (v[3:] - moved - shift).abs() <= fine * (moved.abs() + shift.abs() + factor.abs())
     return found if bool(good.all()) else None

@@ -5,7 +5,6 @@ import inspect
 import math
 import operator
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,17 +64,25 @@ class Traced:
 
     def names(self) -> dict[str, str]:
         """The model's own name of every parameter of the graph that one module alone uses."""
-        known = {name: self.origin.get(name, name) for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        owners: dict[int, set[str]] = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), set()).add(known[name])
-        shared = {own for names in owners.values() if len(names) > 1 for own in names}
-        called = {f"{node.target}." for node in self.nodes if node.op == "call_module"}
+        owners: dict[int | str, set[str]] = {}
+        known = {}
+        for target, name, parameter in self._used():
+            own = self.origin.get(name, name)
+            known[name] = own
+            owners.setdefault(id(parameter), set()).add(target)
+            owners.setdefault(own, set()).add(target)
+        tensors = dict(self.module.named_parameters(remove_duplicate=False))
+        alone = lambda name, own: len(owners[own]) == 1 and len(owners[id(tensors[name])]) == 1  # noqa: E731
+        return {name: own for name, own in known.items() if alone(name, own)}
+
+    def _used(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Every use of a parameter: what uses it, its name in the graph, the parameter."""
         for node in self.nodes:
-            if node.op == "get_attr" and f"{node.target.rpartition('.')[0]}." in called:
-                shared.add(known.get(node.target, ""))
-        counts = Counter(known.values())
-        return {name: own for name, own in known.items() if own not in shared and counts[own] == 1}
+            if node.op == "call_module":
+                for name, parameter in self.part(node).named_parameters(remove_duplicate=False):
+                    yield node.target, f"{node.target}.{name}", parameter
+            elif node.op == "get_attr" and isinstance(self.value(node), nn.Parameter):
+                yield f"={node.target}", node.target, self.value(node)
 
 
 def trace(model: nn.Module, shapes: Sequence[tuple[int, ...]] = ()) -> Traced:

@@ -182,6 +182,11 @@ def doubts(model: nn.Module, shape: Shape = None) -> str:
     return words(modes(traced, traced.nodes, on=False))
 
 
+def count_inputs(model: nn.Module, shape: Shape = None) -> int:
+    """How many tensors the model takes, those that have a default left out."""
+    return len(_traced(model, shape).inputs)
+
+
 def one_output(model: nn.Module, shape: Shape = None) -> bool:
     """Whether the model ends with a linear layer of one output."""
     traced = _traced(model, shape)
@@ -280,7 +285,7 @@ def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
     piece = Piece(extract(traced, roots[0], _source(node)))
     shapes = [] if shape is None else [shape]
     likely = [guess for rows in range(1, MOST_ROWS + 1) for guess in guesses(n * rows)]
-    fitting = next((one for one in [*shapes, *likely] if piece.makes(one) and piece.makes(one) % n == 0), None)
+    fitting = next((one for one in [*shapes, *likely] if piece.feeds(one, n)), None)
     change = None if fitting is None else find(piece, fitting)
     if change is None:
         return None
