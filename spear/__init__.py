@@ -5,7 +5,8 @@ attacker   spear.attack               model, SharedUpdate -> Reconstruction; nev
 judge      spear.metrics.evaluate     Reconstruction, batch -> Evaluation
 
 Where to look: `published` SPEAR as published, in reading order; `descent` one layer beyond sampling; `network` every
-layer; `deployments` updates as real clients send them; `federated` what is sent, and defences; `audit` your own model.
+layer; `certificate` when a batch is beyond doubt; `deployments` updates as real clients send them; `federated` what is
+sent, and defences; `audit` your own model.
 Names are imported when they are first used: the command line must answer before torch has loaded.
 """
 

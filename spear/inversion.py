@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from spear.deployments import noise, pruning
+from spear.deployments import claims, noise, pruning
 from spear.deployments.local_training import retrace
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
@@ -92,10 +92,12 @@ def attack(
     check_number("batch_size", batch_size, 1, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
-    request = Request(model, update, layer, batch_size, device, terms)
+    doubted = claims.contradicted(model, update)
+    request = Request(model, update, layer, batch_size, device, terms, doubted)
     result = _strongest(request, chosen) if isinstance(chosen, Auto) else request.run(chosen)
     result = as_given(model, update, layer, result)
-    return replace(result, stats=replace(result.stats, seconds=terms.budget.elapsed))
+    note = request.denial if doubted else ""
+    return replace(result, reason=result.reason + note, stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 
 def _chosen(method: str | Method, layer: str | None) -> Method:
@@ -111,7 +113,10 @@ def _chosen(method: str | Method, layer: str | None) -> Method:
 
 @dataclass(frozen=True)
 class Request:
-    """What the server has: model and update, which layer and how many samples it was told, where to compute; terms."""
+    """What the server has: model and update, which layer and how many samples it was told, where to compute; terms.
+
+    `doubted` says that the update does not show what its client claims to have done to it.
+    """
 
     model: nn.Module
     update: SharedUpdate
@@ -119,6 +124,17 @@ class Request:
     batch_size: int | None
     device: str | torch.device | None
     terms: Terms
+    doubted: bool = False
+
+    @property
+    def believed(self) -> SharedUpdate:
+        """The update with what its client claims, unless that is contradicted."""
+        return claims.without(self.update) if self.doubted else self.update
+
+    @property
+    def denial(self) -> str:
+        """That the update does not show what its client claims, for a reason's end."""
+        return f"; the client claims {claims.words(self.update)}: the update does not show it"
 
     def run(self, method: Method) -> Reconstruction:
         """One method. Raises `Refusal` where it cannot begin."""
@@ -128,16 +144,36 @@ class Request:
 
     def _view(self, noise: bool) -> LayerView:
         """The one layer; for a method that stands noise also from a gradient that was rounded or has noise on it."""
-        update = as_gradient(self.update) if noise and is_perturbed(self.update) else self.update
+        update = as_gradient(self.believed) if noise and is_perturbed(self.believed) else self.believed
         return open_layer(self.model, update, layer=self.layer, batch_size=self.batch_size, device=self.device)
 
     def _every_layer(self) -> Reconstruction:
-        """Every layer, by what the client disclosed of the update: local steps, noise, pruning, or nothing of these."""
-        told, where = self.update, (self.batch_size, self.device)
+        """Every layer, by what the update shows; where that is not what the client claims, by the one and the other."""
+        told = self.update
         if told.local_steps > 1:
-            return retrace(self.model, told, *where, self.terms)
+            return retrace(self.model, told, self.batch_size, self.device, self.terms)
+        if not claims.words(told):
+            return self._as_disclosed(told)
+        plain, found, refusals = claims.without(told), None, []
+        for update in (plain, told) if self.doubted else (told, plain):
+            try:
+                new = self._as_disclosed(update)
+            except Refusal as refusal:
+                refusals.append(refusal)
+                continue
+            if update is plain and len(new.inputs) and not self.doubted:
+                new = replace(new, reason=new.reason + self.denial)
+            found = new if found is None or len(new.inputs) else found
+            if len(found.inputs) or self.terms.budget.spent(0):
+                break
+        if found is None:
+            raise refusals[0]
+        return found
+
+    def _as_disclosed(self, told: SharedUpdate) -> Reconstruction:
+        """Every layer, for what is disclosed: noise or rounding, pruning, or nothing of these."""
         if is_perturbed(told):
-            return noise.denoise(self.model, told, *where, self.terms)
+            return noise.denoise(self.model, told, self.batch_size, self.device, self.terms)
         network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
         if told.pruning is not None:
             return pruning.recover(unfolded(network), self.terms)
@@ -148,7 +184,7 @@ class Request:
         if self.layer is None:
             yield Network()
         yield Coupled()
-        if not is_perturbed(self.update):
+        if not is_perturbed(self.believed):
             yield auto.sampling
 
     def worth(self, method: Method) -> bool:

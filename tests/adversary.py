@@ -416,7 +416,7 @@ def clipped(d: Draft, update: SharedUpdate) -> SharedUpdate:
     """Per-sample clipping at the median norm, disclosed, without noise."""
     own = [gradient(d.model, d.x[i : i + 1], d.y[i : i + 1], loss=update.loss).gradients for i in range(len(d.x))]
     norms = torch.tensor([math.sqrt(sum(float(v.pow(2).sum()) for v in one.values())) for one in own])
-    clip = float(norms.median())
+    clip = max(float(norms.median()), 1e-30)  # where gradients vanish
     factors = (clip / norms.clamp_min(1e-300)).clamp_max(1).tolist()
     mean = {k: sum(f * one[k] for f, one in zip(factors, own, strict=True)) / len(own) for k in own[0]}
     return SharedUpdate(mean, count=len(d.x), loss=update.loss, clip=clip)
@@ -429,6 +429,7 @@ def disclosed(d: Draft, server: nn.Module, update: SharedUpdate) -> Problem:
         update = local_training(d.model, d.x, d.y, mini_batch=(true + 1) // 2, learning_rate=0.1)
     rank = int(torch.linalg.matrix_rank(update.gradients["fc1.weight"].double().nan_to_num(), rtol=1e-12))
     told = {"hidden": None, "one less": true - 1, "one more": true + 1, "rank": rank, "twice": 2 * true}.get(rule, true)
+    told = told if told is None else max(told, 1)  # fewer is no count: `SharedUpdate` refuses it
     merged = d.recipe.batch in COPIES or d.recipe.network in ("large biases", "huge column", "integer weights")
     trusted = told is None or told == true or not (merged and told < true)
     return Problem(server, replace(update, count=told), d.x, d.y, trusted)

@@ -1,5 +1,7 @@
 """Whatever the client did and whichever method runs: options mean something or are refused, and results say who ran."""
 
+import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -108,6 +110,64 @@ def test_auto_says_what_it_tried_where_the_update_is_inexact_and_the_model_no_ch
     assert "network: the network method needs one chain" in result.reason
     if how == "noise":
         assert spear.metrics.evaluate(result, *batch()).relative_error.max() < 0.1
+
+
+CLAIMS = ({"noise": 1.0}, {"noise": 1e-300}, {"bits": 4}, {"pruning": "top-k"}, {"pruning": "random", "bits": 8})
+
+
+@pytest.mark.parametrize("claimed", CLAIMS)
+@pytest.mark.parametrize("method", ["auto", "network", "layer", "sampling"])
+def test_what_a_client_claims_switches_no_attack_off(claimed, method):
+    """An exact gradient whose client claims noise, rounding or gaps comes back as if nothing were claimed."""
+    model = chain()
+    result = spear.attack(model, replace(send(model, "plain"), **claimed), method=method)
+    assert result.complete, result.reason
+    assert re.search("the client claims .*: the update does not show it", result.reason)
+
+
+def test_a_claim_that_cannot_be_seen_through_at_once_is_dropped_where_it_leads_nowhere():
+    """Noise there is, of another size than claimed."""
+    model = chain()
+    noisy = defences.noisy(send(model, "plain"), 1e-5, generator=Generator().manual_seed(1))
+    result = spear.attack(model, replace(noisy, noise=10.0), method="network")
+    assert len(result.inputs) == BATCH, result.reason
+    assert "the client claims noise of 10 per entry" in result.reason
+
+
+@pytest.mark.parametrize("claimed", [{"learning_rate": 0.1}, {"count": 9, "local_steps": 2**39, "learning_rate": 0.1}])
+def test_absurd_counts_take_no_memory_and_no_time(claimed):
+    model = chain()
+    update = replace(send(model, "plain"), **{"count": 2**39, "mini_batch": 3} | claimed)
+    started = time.monotonic()
+    with pytest.raises(Refusal, match="samples"):
+        spear.attack(model, update, time_limit=5)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"time_limit": float("nan")}, "time_limit is a finite number"),
+        ({"time_limit": float("inf")}, "time_limit is a finite number"),
+        ({"time_limit": -1}, "time_limit is a finite number of at least 0"),
+        ({"max_proposals": -1}, "max_proposals is a whole number of at least 0"),
+        ({"batch_size": 0}, "batch_size is a whole number of at least 1"),
+    ],
+)
+def test_limits_that_are_none(options, words):
+    model = chain()
+    with pytest.raises(ValueError, match=words):
+        spear.attack(model, send(model, "plain"), **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(value):
+    model = chain()
+    update = send(model, "plain")
+    with torch.no_grad():
+        model[3].weight[0, 0] = value
+    with pytest.raises(ValueError, match="weight of the model holds NaN or infinite values"):
+        spear.attack(model, update)
 
 
 def test_where_no_method_can_begin_each_says_why():

@@ -271,7 +271,7 @@ def test_batches_too_large_for_the_layer():
     problem = make()
     with pytest.raises(ValueError, match="a batch of rank 90 needs a layer wider than 90; fc1 has 80"):
         attack(problem.model, problem.update, batch_size=90)
-    with pytest.raises(ValueError, match="at least 1 sample, not 0"):
+    with pytest.raises(ValueError, match="batch_size is a whole number of at least 1, not 0"):
         attack(problem.model, problem.update, batch_size=0)
     result = attack(wide, replace(gradient(wide, x, y), count=None))
     assert not result.complete

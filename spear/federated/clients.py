@@ -42,7 +42,10 @@ def gradient(
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} inputs but {len(labels)} labels")
     _refuse_training_mode(model)
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    names, parameters = tuple(trained), tuple(trained.values())
     logits = model(inputs)
     most = 2 if logits.shape[1] == 1 and loss != "cross_entropy" else logits.shape[1]
     if int(labels.min()) < 0 or int(labels.max()) >= most:

@@ -13,6 +13,7 @@ from spear.reconstruction import Refusal
 
 PRECISIONS = (torch.float32, torch.float64)
 EXTREME = 1e100  # entries whose products are still numbers: up to this, and down to its inverse
+FREE, COPIES = 2**24, 16  # entries of a batch: so many whatever the update, and for each number that it holds
 COARSEST = 1e-3  # rounding, relative to a gradient, above which only noise is left to see
 
 
@@ -117,6 +118,13 @@ def check_count(count: int | None) -> None:
     """Raises `ValueError` for fewer than one sample."""
     if count is not None and count < 1:
         raise ValueError(f"a batch has at least 1 sample, not {count}")
+
+
+def check_size(count: int | None, n: int, update: SharedUpdate) -> None:
+    """Raises `Refusal` for more samples of n entries than could be returned in a multiple of the update's own size."""
+    held = sum(g.numel() for g in update.gradients.values())
+    if count is not None and count * n > FREE + COPIES * held:
+        raise Refusal(f"a batch of {count:,} samples is out of proportion to an update of {held:,} numbers")
 
 
 def check_room(count: int | None, m: int, n: int, name: str) -> None:

@@ -7,12 +7,15 @@ or a lost worker leaves no half-written figure, nothing is published twice, and 
 recorded.
 """
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -76,6 +79,27 @@ def execute(
             own.shutdown()
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold this checkout's runs for one process; the lock ends with the process, however that ends.
+
+    Raises `ValueError`, naming who holds them, where another process does.
+    """
+    path = paths.root() / "build" / "runs" / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{holder} runs the notebooks of {paths.root()}: wait for it, or end it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def is_current(run: Run) -> bool:
     """Whether the run finished with what it is made of now, and its figures are still as it wrote them."""
     return not reasons(run)
@@ -86,7 +110,7 @@ def reasons(run: Run) -> list[str]:
     try:
         record = json.loads(_record(run).read_text())
         made_of, figures = record["made of"], record["figures"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ["never run"]
     return [*ingredients.of(run).changes(made_of), *_altered(run, figures)]
 

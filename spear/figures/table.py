@@ -86,7 +86,11 @@ def parameters(notebook: Path) -> dict[str, object]:
     cells = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ValueError(f"{notebook.name}: {len(cells)} cells are tagged 'parameters', not one")
-    return dict(_assignment(statement, notebook) for statement in ast.parse(cells[0].source).body)
+    try:
+        statements = ast.parse(cells[0].source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
+        raise ValueError(f"{notebook.name}: the parameters cell is no Python: {error}") from error
+    return dict(_assignment(statement, notebook) for statement in statements)
 
 
 def _assignment(statement: ast.stmt, notebook: Path) -> tuple[str, object]:
@@ -94,7 +98,7 @@ def _assignment(statement: ast.stmt, notebook: Path) -> tuple[str, object]:
         case ast.Assign(targets=[ast.Name(id=name)], value=value):
             try:
                 return name, ast.literal_eval(value)
-            except ValueError:
+            except (ValueError, TypeError):
                 pass
     line = ast.unparse(statement)
     raise ValueError(f"{notebook.name}: {line!r} in the parameters cell is not a plain assignment of a literal")
@@ -115,7 +119,7 @@ def _read(table: Path) -> list:
         raise FileNotFoundError(f"{table}: no such file")
     try:
         entries = yaml.load(table.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{table}: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{table}: not a list of runs")
@@ -127,9 +131,10 @@ def _check_entry(entry: object, table: Path) -> None:
         raise ValueError(f"{table}: {entry!r} is not a run with the keys {', '.join(KEYS)}")
     where = f"{table}: run {entry.get('name', '?')!r}"
     _same_keys(entry, KEYS, "key", where)
-    if not re.fullmatch(r"\w[\w.-]*", str(entry["name"])):
-        raise ValueError(f"{where}: a name is made of letters, digits, dots, dashes and underscores")
-    notebook = table.parent / str(entry["notebook"])
+    _check_name(entry["name"], f"{where}: a name")
+    if not isinstance(entry["notebook"], str):
+        raise ValueError(f"{where}: notebook {entry['notebook']!r} is no file name")
+    notebook = table.parent / entry["notebook"]
     if not notebook.is_file():
         raise ValueError(f"{where}: unknown notebook {entry['notebook']!r}")
     _check_profiles(entry["profiles"], notebook, where)
@@ -157,8 +162,15 @@ def _check_figures(writes: object, notebook: Path, where: str) -> None:
     for stem, caption in writes.items():
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{where}: figure {stem!r} has no caption")
-        if not str(stem).startswith(f"{notebook.stem}-"):
+        _check_name(stem, f"{where}: the name of a figure")
+        if not stem.startswith(f"{notebook.stem}-"):
             raise ValueError(f"{where}: figure {stem!r} is not named '{notebook.stem}-...' after its notebook")
+
+
+def _check_name(name: object, what: str) -> None:
+    """Names become file names."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{what} is text made of letters, digits, dots, dashes and underscores, not {name!r}")
 
 
 def _same_keys(given: Iterable, known: tuple[str, ...], what: str, where: str) -> None:

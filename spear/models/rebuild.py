@@ -25,9 +25,9 @@ DECOMPOSED = {"_native_batch_norm_legit_no_training": False, "_native_batch_norm
 MADE = {"zeros", "ones", "full"}  # of a size that the graph names
 LARGEST = 2**20  # entries of what is made so
 OPERATORS = """
-    _convolution convolution conv1d conv2d conv3d conv_transpose2d linear matmul mm addmm bmm t transpose permute numpy_T
+    _convolution convolution conv1d conv2d conv3d conv_transpose2d linear matmul mm addmm bmm t transpose permute
     batch_norm instance_norm layer_norm group_norm native_layer_norm native_group_norm max_pool1d max_pool2d
-    max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d
+    numpy_T max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d
     adaptive_avg_pool2d adaptive_max_pool2d relu gelu silu elu leaky_relu prelu sigmoid tanh softplus hardtanh hardswish
     hardsigmoid mish relu6 softmax _softmax log_softmax _log_softmax add sub rsub mul div neg exp log abs sqrt rsqrt pow
     reciprocal mean sum pad constant_pad_nd cat stack squeeze unsqueeze select slice expand movedim

@@ -83,7 +83,7 @@ def activation_coordinates(
         zeros = activations[:, ~active]
         s = particular
         if free.shape[1] and zeros.shape[1] >= free.shape[1] + SPARE_ROWS:
-            s = particular - free @ torch.linalg.lstsq(zeros.T @ free, zeros.T @ particular, driver="gels").solution
+            s = particular - free @ (torch.linalg.pinv(zeros.T @ free) @ (zeros.T @ particular))
         y = s @ activations
         sure.append(bool((s @ zeros).norm() < tolerances.accept * y.norm() and y[active].min() > 0))
         answers.append(s)

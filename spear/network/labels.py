@@ -15,6 +15,7 @@ from spear.network.problem import NetworkView, Targets, passes
 WHOLE_NUMBERS = 1e-4  # distance of label counts from whole numbers from which they are none
 ALONE = 1e3  # times the misfit of a label: that of the next, where only one can be meant
 ROUNDING = 1e-9  # misfits under this are alike
+TRIED = 2**24  # counts that are held against integers together, in numbers: copies beyond are not looked for
 MOST_COPIES = 8  # of one image beyond the first, where neither a mean nor a batch size bounds them
 EVIDENCE = 4  # values off the label that agree: fewer may do so by chance
 EVEN = 1e-6  # relative difference of weights that are one
@@ -92,7 +93,8 @@ def decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: 
     best, partial = None, None
     for size in sizes:
         spare = MOST_COPIES if problem.reduction == "sum" and not known else max(size - rank, 0)
-        counts, off = _counts(errors / problem.unit(size), activated, spare + 1)
+        most = min(spare, max(MOST_COPIES, TRIED // max(1, errors.numel()))) + 1
+        counts, off = _counts(errors / problem.unit(size), activated, most)
         excess = float(counts.sum()) - (size if known or problem.reduction == "mean" else float(counts.sum()))
         targets = Targets(counts, problem.unit(size), off + max(excess, 0.0))
         if targets.error < WHOLE_NUMBERS and excess == 0 and size == (known or rank):

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from spear.accuracy import Accuracy
 from spear.federated import losses
-from spear.federated.received import check_count, check_gradients, coarsest, compute_device, input_shape, rounding_unit
+from spear.federated.received import (
+    check_count,
+    check_gradients,
+    check_size,
+    coarsest,
+    compute_device,
+    input_shape,
+    rounding_unit,
+)
 from spear.federated.update import SharedUpdate
 from spear.models.tracing import Layer, chain
 from spear.published.lowrank import LowRank, decompose
@@ -207,7 +215,9 @@ def open_network(
     """
     layers, gradients = chain(model, update.input_shape), check_gradients(model, update)
     device = compute_device(device)
-    check_count(update.count if batch_size is None else batch_size)
+    count = update.count if batch_size is None else batch_size
+    check_count(count)
+    check_size(count, layers[0].linear.in_features, update)
     for why in filter(None, (layer.missing(gradients) for layer in layers)):
         raise Refusal(f"the network method needs every layer's gradient; the update has none for {why}")
 

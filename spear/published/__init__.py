@@ -9,7 +9,7 @@ sampling                 rounds of proposals                                    
 filtering                false directions out                                          05_filtering
 greedy                   the right b of them, scales, disaggregation, matching         05_filtering
 algorithm                Algorithm 1: sample, filter, choose                           06_attack
-certificate              what makes a batch certain                                    06_attack
+certificate              evidence of one layer for the theorem of spear.certificate    05, 06_attack
 one_layer                from view to batch, whatever finds the columns                06_attack
 guided                   sampling where a prior points                                 07_prior_work
 """

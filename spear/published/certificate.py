@@ -117,7 +117,9 @@ def certify_layer(target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "
         slack = length_slack(target.layer.linear(X) - bias, bias)
     doubt = found.doubt or _unclear(target, q)
     if not doubt and not bool((slack <= found.allowed).all()):
-        doubt = f"each image up to its length, of which the signs of Z leave {float(slack.max()):.0e} open"
+        least = float(slack.max())
+        room = f"by {least:.0e}" if math.isfinite(least) else "by any factor"
+        doubt = f"each image up to its length: no sign of Z would change if one were off {room}"
     return replace(found, error_bound=found.error_bound + slack, doubt=doubt)
 
 

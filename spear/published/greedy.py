@@ -90,7 +90,7 @@ def recover_scales(observed: Observed, q: Float[Tensor, "b b"]) -> Float[Tensor,
 def disaggregate(observed: Observed, q: Float[Tensor, "b b"]) -> tuple[Float[Tensor, "m b"], Float[Tensor, "n b"]]:
     """G = L Q and X with X^T = Q^-1 R, from the directions of all columns (SPEAR, disaggregation)."""
     Q = q.mT * recover_scales(observed, q)
-    return observed.L @ Q, torch.linalg.solve(Q, observed.R).mT
+    return observed.L @ Q, torch.linalg.solve_ex(Q, observed.R)[0].mT
 
 
 def matching_coefficient(observed: Observed, q: Float[Tensor, "*p b b"]) -> Float[Tensor, "*p"]:

@@ -91,6 +91,8 @@ def reconstruct(view: LayerView, found: Candidates, stats: Stats) -> Reconstruct
     """The batch behind a full set of directions, with what certifies it: everything that is known of the model."""
     q, name = found.q[found.basis], view.layer.name
     G, X = disaggregate(view.observed, q)
+    if not bool(X.isfinite().all()):
+        return nothing(view, "a column of G whose samples' weights cancel has no input of its own", stats, "")
     if view.observed.d is None:
         why = f"{name} has no bias, so each input is known up to a positive factor only (here: unit length)"
         return _result(view, X.mT, f"recovered, but not certified: {why}", stats)

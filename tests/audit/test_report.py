@@ -13,7 +13,8 @@ def test_the_page_needs_nothing_else_and_escapes_names(attacked: tuple) -> None:
     assert "&lt;b&gt;mine&lt;/b&gt;" in page
     assert page.count("data:image/png;base64,") == 1
     assert re.findall(r"(?:src|href)=\"(?!data:)", page) == []
-    assert "5 samples were recovered from an update, the whole batch; 5 of them are certified." in page
+    assert "5 samples were recovered from an update, a batch of 5; 0 of them are certified." in page
+    assert "the number of samples is not disclosed" in page
 
 
 def test_the_simulated_page_shows_what_was_sent(simulated: assessment.Audit) -> None:
@@ -23,7 +24,8 @@ def test_the_simulated_page_shows_what_was_sent(simulated: assessment.Audit) -> 
 def test_json(attacked: tuple, simulated: assessment.Audit) -> None:
     content = json.loads(report.to_json(attacked[0]))
     assert (content["schema"], content["status"]) == ("spear.Audit/1", 1)
-    assert content["attack"]["recovered"] == content["attack"]["certified"] == 5
+    assert (content["attack"]["recovered"], content["attack"]["certified"]) == (5, 0)
+    assert "the number of samples is not disclosed" in content["attack"]["reason"]
     assert sorted(content["attack"]["labels"]) == sorted(attacked[2].tolist())
     assert [layer["name"] for layer in content["model"]["layers"]] == ["fc1", "fc2", "fc3"]
     assert {entry["name"] for entry in content["defences"]} >= {"none", "float16", "DP-SGD"}

@@ -1,5 +1,8 @@
 """The table of runs: read as it is meant, and every mistake named."""
 
+import datetime
+import json
+
 import pytest
 from tiny_project import Project, quick_profile
 
@@ -52,7 +55,13 @@ def test_no_notebook_with_a_data_set_to_choose_is_an_error(project: Project) -> 
         ({"writes": {"00_tiny-plot": " "}}, "figure '00_tiny-plot' has no caption"),
         ({"writes": {"00_tiny-plot": None}}, "figure '00_tiny-plot' has no caption"),
         ({"writes": {"plot": "A picture."}}, "figure 'plot' is not named '00_tiny-...' after its notebook"),
-        ({"name": "../tiny"}, "run '../tiny': a name is made of letters"),
+        ({"name": "../tiny"}, "run '../tiny': a name is text made of letters"),
+        ({"name": 12}, "run 12: a name is text made of letters"),
+        ({"name": datetime.date(2024, 1, 1)}, "a name is text made of letters"),
+        ({"name": None}, "run None: a name is text made of letters"),
+        ({"notebook": ["00_tiny.ipynb"]}, "notebook ['00_tiny.ipynb'] is no file name"),
+        ({"writes": {"00_tiny-/../../x": "A picture."}}, "the name of a figure is text made of letters"),
+        ({"writes": {7: "A picture."}}, "the name of a figure is text made of letters"),
     ],
 )
 def test_a_wrong_entry_is_named(project: Project, changes: dict, message: str) -> None:
@@ -98,6 +107,32 @@ def test_no_table_and_no_profile(project: Project) -> None:
         project.load()
     with pytest.raises(ValueError, match="unknown profile 'slow': use one of quick, paper, test"):
         load(project.table, "slow")
+
+
+CELL = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "seed = 0", "outputs": []}
+
+
+@pytest.mark.parametrize(
+    "notebook",
+    [
+        [],
+        {"nbformat": 3},
+        {"cells": 5},
+        {"cells": [7]},
+        {"cells": [CELL | {"metadata": []}]},
+        {"cells": [CELL | {"metadata": {"tags": 5}}]},
+        {"cells": [CELL | {"source": [1]}]},
+        {"cells": [CELL | {"outputs": None}]},
+        {"cells": [CELL | {"source": "seed ="}]},
+        {"cells": [CELL | {"source": "seed = {[]: 1}"}]},
+    ],
+)
+def test_a_notebook_that_is_none_is_named(project: Project, notebook: object) -> None:
+    project.add("00_tiny")
+    project.notebook("00_tiny").write_text(json.dumps(notebook))
+    with pytest.raises(ValueError, match="00_tiny.ipynb: ") as caught:
+        project.load()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("line", ["count: int = 3", "count = 2 * n", "count, n = 1, 2", "import os", "count = len([])"])

@@ -17,7 +17,9 @@ from spear.metrics import evaluate
 from spear.published import certificate, filtering, greedy
 from spear.published.certificate import certify_layer
 from spear.published.greedy import disaggregate
+from spear.published.one_layer import reconstruct
 from spear.published.view import open_layer
+from spear.reconstruction import Stats
 
 methods = st.sampled_from(["layer", "dictionary", "guided"])
 seeds = st.integers(0, 10**6)
@@ -90,7 +92,7 @@ def test_the_reasons(seed):
     target, q = problem.target, problem.q
     X = disaggregate(target.observed, q)[1].mT
     open_ = certify_layer(target, q, X)
-    assert "each image up to its length, of which the signs of Z leave" in open_.why_not()
+    assert "each image up to its length: no sign of Z would change" in open_.why_not()
     assert float(open_.error_bound.min()) > 1e-3
     pinned, q, X = pinned_lengths(problem)
     assert certify_layer(pinned, q, X).holds
@@ -305,3 +307,14 @@ def test_no_other_factorisation_has_the_pattern(b, m, depth, classes, correlated
         if abs(torch.linalg.det(own)) < 1e-9 or greedy.matching_coefficient(observed, own) < 1:
             continue
         assert ((own @ true).abs().amax(1) > 1 - 1e-7).all()
+
+
+def test_columns_whose_weights_cancel_are_no_inputs():
+    """Dependent samples: a direction that the bias gradient does not see has no length, and nothing is returned."""
+    problem = make()
+    view = replace(problem.target, observed=replace(problem.observed, d=torch.zeros_like(problem.observed.d)))
+    found = greedy.Candidates(problem.q, torch.arange(len(problem.q)), 1.0, 0, 0, "")
+    result = reconstruct(view, found, Stats(0.0))
+    assert not len(result.inputs)
+    assert not result.complete
+    assert "weights cancel" in result.reason
