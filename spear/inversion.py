@@ -11,8 +11,9 @@ from spear.deployments import claims, noise, pruning
 from spear.deployments.local_training import retrace
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
+from spear.federated.naming import unwrapped
 from spear.federated.returned import as_given
-from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
+from spear.federated.update import SharedUpdate, as_gradient, is_perturbed, under_names_of
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network, unfolded
 from spear.published.algorithm import Sampling
@@ -92,12 +93,14 @@ def attack(
     check_number("batch_size", batch_size, 1, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
-    doubted = claims.contradicted(model, update)
-    request = Request(model, update, layer, batch_size, device, terms, doubted)
+    model = unwrapped(model)
+    named, words = under_names_of(model, update)
+    doubted = claims.contradicted(model, named)
+    request = Request(model, named, layer, batch_size, device, terms, doubted)
     result = _strongest(request, chosen) if isinstance(chosen, Auto) else request.run(chosen)
-    result = as_given(model, update, layer, result)
-    note = request.denial if doubted else ""
-    return replace(result, reason=result.reason + note, stats=replace(result.stats, seconds=terms.budget.elapsed))
+    result = as_given(model, named, layer, result)
+    reason = "; ".join([result.reason + (request.denial if doubted else ""), *words])
+    return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 
 def _chosen(method: str | Method, layer: str | None) -> Method:

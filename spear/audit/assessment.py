@@ -22,7 +22,7 @@ from spear.federated.update import SharedUpdate
 from spear.models import tracing
 from spear.models.tracing import Layer
 from spear.published import theory
-from spear.reconstruction import Reconstruction, check_number
+from spear.reconstruction import Reconstruction, Refusal, check_number
 
 COUNT = 16  # samples of a simulated client, unless told
 
@@ -50,9 +50,9 @@ class Risk:
     def gives_away(self) -> str:
         """In words, what the layer's gradient gives away."""
         if not self.relu:
-            return "nothing by this attack: no ReLU follows"
+            return "not attacked by itself: no ReLU follows"
         if self.obstacle:
-            return f"nothing by this attack: {self.obstacle}"
+            return f"not attacked by itself: {self.obstacle}"
         what = "the samples themselves" if self.from_data else "the features that enter it"
         return what if self.bias else f"{what}, each up to a factor (no bias)"
 
@@ -62,7 +62,8 @@ class Audit:
     """The whole report.
 
     `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
-    attacked (None: the data), `count` the batch size of the simulations. `result` is what came back, `outcome` its
+    attacked (None: the data), `not_attacked` what else of the model no attack here read, and why; `count` is the batch
+    size of the simulations. `result` is what came back, `outcome` its
     comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
     `time_limit` and `trial_limit` are the seconds that the attack and each simulated one had, `seconds` is what the
     audit took, `memory` the largest that the process has been until then, in bytes.
@@ -75,6 +76,7 @@ class Audit:
     count: int
     layer: str | None
     layers: tuple[Risk, ...]
+    not_attacked: tuple[str, ...]
     result: Reconstruction
     truth: Tensor | None
     outcome: Comparison | None
@@ -148,6 +150,7 @@ def audit(
         count=count,
         layer=options.layer,
         layers=layers,
+        not_attacked=_not_attacked(model, layers, target, options),
         result=result,
         truth=truth,
         outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
@@ -205,6 +208,29 @@ def _target(layers: tuple[Risk, ...], name: str | None) -> Risk:
     if not chosen:
         raise ValueError(f"no ReLU follows {name or 'any linear layer'}: this attack has nothing to read ({known})")
     return max(chosen, key=lambda risk: risk.from_data)  # the first of those that read the data, or else the first
+
+
+def _not_attacked(model: nn.Module, layers: tuple[Risk, ...], target: Risk, options: Options) -> tuple[str, ...]:
+    """The parts of the model with weights of their own that no attack here reads, in words, and why."""
+    risks, whole = {risk.name: risk for risk in layers}, options.layer is None and _is_chain(model)
+    words = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if name not in risks:
+            words.append(f"{name or 'the model'} ({type(module).__name__}: no attack here reads it)")
+        elif name != target.name and not whole:
+            words.append(f"{name} ({f'only {target.name} was attacked' if risks[name].relu else 'no ReLU follows'})")
+    return tuple(words)
+
+
+def _is_chain(model: nn.Module) -> bool:
+    """Whether one attack reads every layer."""
+    try:
+        tracing.chain(model)
+    except Refusal:
+        return False
+    return True
 
 
 def _sample(

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from spear import inversion
+from spear.federated.naming import match
 from spear.federated.update import SharedUpdate, difference
 from spear.reconstruction import Reconstruction
 
@@ -20,11 +21,14 @@ log = logging.getLogger("spear.monitor")
 
 @dataclass(frozen=True)
 class Finding:
-    """What the monitor saw of one client in one round. `result` is None where the attack could not start: `reason`."""
+    """What the monitor saw of one client in one round. `result` is None where the attack could not start: `reason`.
+
+    So is `update` where the client's weights are none of the model's.
+    """
 
     client: str
     round: int
-    update: SharedUpdate
+    update: SharedUpdate | None
     result: Reconstruction | None
     reason: str
 
@@ -72,19 +76,37 @@ class Monitor:
     ) -> Finding:
         """Attack one update, given as the weights that the client received and those that it sent back.
 
-        `count` is the number of samples that the client says it used. Raises `ValueError` as `difference` does.
+        `count` is the number of samples that the client says it used. What a client sent that is no change of these
+        weights is a finding without an update.
         """
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(dict(before))
-        options = {"learning_rate": self.learning_rate, "count": count, "input_shape": self.input_shape}
-        update = difference(model, before, after, **options)
+        try:
+            model, update = self._received(before, after, count)
+        except ValueError as error:
+            return self._tell(Finding(client, round, None, None, str(error)))
         if self.folder is not None:
             update.save(self.folder / f"{round}-{client}.safetensors")
         try:
             result = inversion.attack(model, update, time_limit=self.time_limit)
-            finding = Finding(client, round, update, result, result.reason)
+            return self._tell(Finding(client, round, update, result, result.reason))
         except ValueError as error:  # a client may send anything
-            finding = Finding(client, round, update, None, str(error))
+            return self._tell(Finding(client, round, update, None, str(error)))
+
+    def _received(
+        self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], count: int | None
+    ) -> tuple[nn.Module, SharedUpdate]:
+        """The model with the weights that were sent, and their change. Buffers that were not sent are the monitor's."""
+        model = copy.deepcopy(self.model)
+        sent = {own: before[name] for own, name in match(model, before).names.items()}
+        sent |= {name: before[name] for name, _ in model.named_buffers() if name in before}
+        try:
+            model.load_state_dict(sent, strict=False)
+        except RuntimeError as error:  # another shape
+            raise ValueError(f"the weights are not the model's: {' '.join(str(error).split())}") from error
+        options = {"learning_rate": self.learning_rate, "count": count, "input_shape": self.input_shape}
+        return model, difference(model, before, after, **options)
+
+    def _tell(self, finding: Finding) -> Finding:
+        """The finding, in the log and to whoever listens."""
         log.log(logging.WARNING if finding.leaks else logging.INFO, finding.words)
         if self.on_finding is not None:
             self.on_finding(finding)

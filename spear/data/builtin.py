@@ -38,7 +38,7 @@ class Cut:
     quota: int
 
 
-EDGES = 7.5
+EDGES = 7.5  # grey levels of 255: crops under it show sky or blur
 CUTS = {
     32: Cut(32, heights=(64, 96, 128, 160), stride=20, quota=90),
     64: Cut(64, heights=(96, 128, 192, 256), stride=40, quota=56),

@@ -27,7 +27,7 @@ class Photographs:
 
     def take(self, index: Int64[Tensor, " k"]) -> Float64[Tensor, "k C H W"]:
         """The images at `index`, in [0, 1]. Raises `ValueError` naming a file that is no readable picture."""
-        return packs.unit_interval(np.stack([packs.decode(self.files[i], self.shape) for i in index.tolist()]))
+        return packs.unit_interval(packs.stacked([packs.decode(self.files[i], self.shape) for i in index.tolist()]))
 
 
 def photographs(folder: Path, shape: tuple[int, int, int]) -> Photographs:

@@ -41,9 +41,12 @@ def quantised(update: SharedUpdate, bits: int = 8, *, generator: Generator | Non
 def pruned_random(update: SharedUpdate, keep: float | int, *, generator: Generator | None = None) -> SharedUpdate:
     """Send each entry with probability `keep`; the others arrive as zero. Raises `ValueError` unless 0 < keep <= 1."""
     _check_share(keep)
-    device = generator.device if generator else None
-    kept = lambda g: torch.rand(g.shape, generator=generator, device=device or g.device).to(g.device) < keep  # noqa: E731
-    return replace(each(update, lambda g: g * kept(g)), pruning="random")
+
+    def pruned(g: Tensor) -> Tensor:
+        device = generator.device if generator else g.device
+        return g * (torch.rand(g.shape, generator=generator, device=device).to(g.device) < keep)
+
+    return replace(each(update, pruned), pruning="random")
 
 
 def pruned_top_k(update: SharedUpdate, keep: float | int) -> SharedUpdate:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spear.federated import naming
 from spear.models.tensors import read_tensors
 
 FORMAT = "spear.SharedUpdate/1"
@@ -69,7 +70,8 @@ class SharedUpdate:
     """The update that a client sends to the server, and what the client discloses beside it.
 
     `gradients` maps each parameter's name to the gradient of the loss, in the parameter's shape: tensors, or NumPy
-    arrays (a gradient computed in another framework), which become tensors. `reduction` is how the loss joins the
+    arrays (a gradient computed in another framework), which become tensors; or it lists them without names, in the
+    order of the model's parameters, and the names are then "0", "1", and so on. `reduction` is how the loss joins the
     samples (`"mean"` or `"sum"`); `loss` is one of `LOSSES`: all but the first compare the outputs (through
     a sigmoid, or as they are) with the one-hot label, or with the label 0 or 1 where there is one output. `count` is
     the number of samples and `input_shape` the shape of one sample, each `None` where it is not disclosed.
@@ -83,7 +85,7 @@ class SharedUpdate:
     or sent in a half-precision dtype as `loss_scale` times their value.
     """
 
-    gradients: Mapping[str, Tensor | np.ndarray]
+    gradients: Mapping[str, Tensor | np.ndarray] | Sequence[Tensor | np.ndarray]
     reduction: str = "mean"
     count: int | None = None
     input_shape: tuple[int, ...] | None = None
@@ -102,11 +104,12 @@ class SharedUpdate:
     loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
-        if not self.gradients:
+        if not len(self.gradients):
             raise ValueError("an update needs at least one gradient")
         check_told({f.name: getattr(self, f.name) for f in fields(self)[1:]})
         if not isinstance(self.gradients, Lazy):
-            tensors = {name: _tensor(name, value) for name, value in self.gradients.items()}
+            named = self.gradients if isinstance(self.gradients, Mapping) else dict(_numbered(self.gradients))
+            tensors = {name: _tensor(name, value) for name, value in named.items()}
             object.__setattr__(self, "gradients", tensors)
 
     def disclosing(self, **told: float | int | None) -> "SharedUpdate":
@@ -189,14 +192,34 @@ def _check_training(update: SharedUpdate) -> None:
         raise ValueError("local steps, mini-batch and momentum are of a change of weights: its learning rate is needed")
 
 
+def _numbered(values: Sequence[Tensor | np.ndarray]) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+    return ((str(number), value) for number, value in enumerate(values))
+
+
 def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())
     if not isinstance(value, Tensor):
         raise ValueError(f"the gradient of {name} is {type(value).__name__}, not a tensor or a NumPy array")
+    if isinstance(whole := getattr(value, "full_tensor", None), Callable):  # FSDP2: a DTensor, of which this is a part
+        value = whole()
     if value.is_complex():
         raise ValueError(f"the gradient of {name} holds complex numbers")
     return value.detach()
+
+
+def under_names_of(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate, tuple[str, ...]]:
+    """The update with its tensors under the names of the model's parameters, and what was done for that, in words.
+
+    Buffers and counters are left out. Raises `ValueError` as `naming.match` does, and for what belongs to nothing.
+    """
+    found, received = naming.match(model, update.gradients), update.gradients
+    if found.others:
+        raise ValueError(f"the update has a gradient for {min(found.others)!r}, which the model does not have")
+    if found.names.keys() == received.keys() or not found.names:
+        return update, ()
+    named = Lazy(tuple(found.names), lambda own: received[found.names[own]])
+    return replace(update, gradients=named), found.words
 
 
 def is_perturbed(update: SharedUpdate) -> bool:
@@ -225,15 +248,18 @@ def difference(
 ) -> SharedUpdate:
     """The change of a client's weights by name, before - after, by a step of SGD with `learning_rate`.
 
-    Each is computed when it is asked for. Entries that are no parameters of the model (running statistics) are left
-    out. `count` and `input_shape` are what the client discloses; of several steps, see `SharedUpdate.disclosing`.
+    Each is computed when it is asked for. The names may be those that wrappers make (`naming.match`); entries that are
+    no parameters of the model (running statistics) are left out. `count` and `input_shape` are what the client
+    discloses; of several steps, see `SharedUpdate.disclosing`.
     Raises `ValueError` for a learning rate that is not positive, and for a parameter that is missing or of another
     shape on one side.
     """
     names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    old, new = (naming.match(model, weights).names for weights in (before, after))
     for name in names:
-        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (before, after)]
+        sides = (before, old), (after, new)
+        shapes = [tuple(weights[own[name]].shape) if name in own else None for weights, own in sides]
         if None in shapes or shapes[0] != shapes[1]:
             raise ValueError(f"{name} has shape {shapes[0]} before the step and {shapes[1]} after it")
-    change = Lazy(names, lambda name: (before[name] - after[name]).detach())
+    change = Lazy(names, lambda name: (before[old[name]] - after[new[name]]).detach())
     return SharedUpdate(change, input_shape=input_shape).disclosing(learning_rate=learning_rate, count=count)

@@ -4,6 +4,7 @@
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from spear.certificate import Certificate, input_errors, length_slack, rms, spre
 from spear.federated.losses import activate, one_hot
 from spear.models.streaming import Outer, Streamed, pieces
 from spear.models.tracing import Layer
+from spear.models.watching import watched
 from spear.published.filtering import determined, zero_rows
 from spear.published.greedy import matching_coefficient, recover_scales
 from spear.published.lowrank import MIN_GAP
@@ -54,20 +56,18 @@ def explain(
 
     Those of linear layers come as the outer products that they are: each may be large.
     """
-    parameters, seen, Z = dict(layer.tail.named_parameters()), {}, Z.detach().requires_grad_(True)
+    parameters, Z = dict(layer.tail.named_parameters()), Z.detach().requires_grad_(True)
     linear = {name: part for name, part in layer.tail.named_modules() if isinstance(part, Streamed)}
-    keep = lambda name: lambda _module, given, result: seen.setdefault(name, []).append((given[0], result))  # noqa: E731
-    hooks = [part.register_forward_hook(keep(name)) for name, part in linear.items()]
-    outputs = layer.tail(Z)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as stack:
+        seen = {name: stack.enter_context(watched(part)) for name, part in linear.items()}
+        outputs = layer.tail(Z)
     calls = [(name, x.detach(), z) for name, pairs in seen.items() for x, z in pairs]
     wanted = [Z, *parameters.values(), *(z for _, _, z in calls)]
     slope = scale * (activate(loss, outputs.detach()) - one_hot(labels, outputs))
     G, *rest = torch.autograd.grad(outputs, wanted, slope, materialize_grads=True)
     gradients = dict(zip(parameters, rest, strict=False))
     own = _linear(layer.name, [(G, X)])
-    for name in seen:
+    for name in (name for name, uses in seen.items() if uses):
         pairs = [(delta, x) for (n, x, _), delta in zip(calls, rest[len(parameters) :], strict=True) if n == name]
         own |= _linear(name, pairs)
     return G, own | gradients

@@ -12,8 +12,8 @@ from spear.published import sparsity
 from spear.published.sparsity import zero_pattern
 from spear.published.view import Observed
 
-SAME_DIRECTION = 1 - 1e-6
-FULL_LEVERAGE = 1 - 1e-6
+SAME_DIRECTION = 1 - 1e-6  # |cosine| of two polished directions that are one; images apart differ by far more
+FULL_LEVERAGE = 1 - 1e-6  # share of the rank that only a row carries without which it is lost
 MOST_ENTRIES = 2**24  # of the copies of L that are held at once
 CROWD = 8  # candidates for each column that are kept: noise lets false ones through in numbers
 FEWEST_ZEROS = 0.15  # share of a layer's rows: networks that were trained leave down to 0.21 of them zero

@@ -14,7 +14,7 @@ from spear.published import filtering, kernels
 from spear.published.filtering import gram, merge, zero_rows
 from spear.published.view import Observed
 
-CHUNK = 256
+CHUNK = 256  # alternatives that are inverted at once
 
 
 @dataclass(frozen=True)

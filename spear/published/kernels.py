@@ -13,7 +13,7 @@ from torch import Tensor
 from spear import directions
 from spear.directions import unit_rows, zero_entries
 
-SAME_DIRECTION = 1 - 1e-7
+SAME_DIRECTION = 1 - 1e-7  # |cosine| of two directions that are one kernel, met twice
 LOOSE = 30  # times the tolerance: the zeros that a direction may have before it is polished
 MOST = 4096  # directions that a round keeps
 CANDIDATES = 64  # directions that are polished or compared at once

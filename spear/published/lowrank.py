@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spear.models.streaming import Blocks
 
-MIN_GAP = 1e3
-OVERSAMPLING = 8
+MIN_GAP = 1e3  # ratio of successive singular values that counts as a gap: those of noise fall by far less
+OVERSAMPLING = 8  # directions beyond the rank that a random range is given (Halko, Martinsson, Tropp 2011: 5 to 10)
 VISIBLE = 1e2  # singular values above this many roundings of the largest belong to the batch
 
 

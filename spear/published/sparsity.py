@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spear.directions import zero_entries
 from spear.models.watching import linear_layer, watched
 
-FALSE_REJECTION = 1e-9
+FALSE_REJECTION = 1e-9  # chance at which the filter may reject a true direction: never in a life of attacks
 
 
 @dataclass(frozen=True)

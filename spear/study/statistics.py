@@ -11,7 +11,7 @@ from scipy import stats
 SHARES = ("recall", "precision", "complete", "label_accuracy")
 MEANS = ("psnr", "proposals", "rank", "zero_share", "agreeing")
 MAGNITUDES = ("error", "seconds", "condition", "spread")
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # of the intervals
 FINITE = (1e-17, 1e17)  # magnitudes are held within: 0 and infinity have no logarithm
 
 

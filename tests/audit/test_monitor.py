@@ -93,3 +93,25 @@ def test_a_client_that_sends_rubbish_stops_nothing(model: nn.Module) -> None:
     finding = Monitor(model, RATE).look(model.state_dict(), rubbish, client="a")
     assert (finding.leaks, finding.result) == (False, None)
     assert "holds NaN or infinite values" in finding.reason
+
+
+def test_weights_without_running_statistics_do_not_end_the_round() -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(20, 60), nn.BatchNorm1d(60), nn.ReLU(), nn.Linear(60, 5)
+    model = nn.Sequential(*layers).double().eval()
+    before = {name: p.detach() for name, p in model.named_parameters()}
+    finding = Monitor(model, RATE, time_limit=1).look(before, before, client="7")
+    assert finding.update is not None
+    assert "zero" in finding.reason
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_a_tensor_that_is_cut_is_a_finding(model: nn.Module, side: str) -> None:
+    sent = {"before": model.state_dict(), "after": stepped(model, 3)}
+    sent[side] = sent[side] | {"fc1.bias": torch.zeros(3)}
+    seen: list[Finding] = []
+    finding = Monitor(model, RATE, on_finding=seen.append).look(**sent, client="7", round=2)
+    assert seen == [finding]
+    assert finding.update is None
+    assert not finding.leaks
+    assert "fc1.bias" in finding.reason
