@@ -42,7 +42,7 @@ def html(audit: Audit) -> str:
         caption=_caption(audit),
         picture=_picture(audit),
         expected=_expected(audit),
-        widest=max(1, *(reach.largest for reach in audit.reaches)),
+        widest=max([1, *(reach.largest for reach in audit.reaches)]),
         colours=COLOURS,
         recognised=f"{simulation.RECOGNISED:g}",
     )
