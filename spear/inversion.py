@@ -13,9 +13,10 @@ from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
 from spear.federated import decoding
 from spear.federated.naming import unwrapped
+from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
 from spear.network import whole_batch
-from spear.network.problem import NetworkView, open_network
+from spear.network.problem import NetworkView, open_network, unfolded
 from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
 from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
@@ -97,7 +98,7 @@ def attack(
     read = decoding.read(model, update)
     doubted = claims.contradicted(model, read.update)
     request = Request(model, read.update, layer, batch_size, device, terms, doubted)
-    result = _by_loss(request, chosen)
+    result = as_given(model, read.update, layer, _by_loss(request, chosen))
     reason = "; ".join([result.reason + (request.denial if doubted else ""), *read.words])
     return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
 
@@ -196,7 +197,7 @@ class Request:
             return noise.denoise(self.model, told, self.batch_size, self.device, self.terms)
         network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
         if told.pruning is not None:
-            return pruning.recover(network, self.terms)
+            return pruning.recover(unfolded(network), self.terms)
         return _exact_or_not(network, told.clip is not None, self.terms)
 
     def following(self, auto: Auto) -> Iterator[Method]:
@@ -242,7 +243,7 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
 def _exact_or_not(network: NetworkView, clipped: bool, terms: Terms) -> Reconstruction:
     """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
     exact = whole_batch.recover(network, terms)
-    if len(exact.inputs):
+    if len(exact.inputs) or network.folded:
         return exact
     if pruning.is_pruned(network):
         return pruning.recover(network, terms)

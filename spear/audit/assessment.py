@@ -22,7 +22,7 @@ from spear.federated.update import SharedUpdate
 from spear.models import tracing
 from spear.models.tracing import Layer
 from spear.published import theory
-from spear.reconstruction import Reconstruction, check_number
+from spear.reconstruction import Reconstruction, Refusal, check_number
 
 COUNT = 16  # samples of a simulated client, unless told
 
@@ -31,7 +31,8 @@ COUNT = 16  # samples of a simulated client, unless told
 class Risk:
     """What a linear layer gives away of a batch. `inputs` n, `width` m; `from_data`: it reads the data itself.
 
-    `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows.
+    `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows, or where
+    training leaves an `obstacle`.
     `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals.
     """
 
@@ -41,6 +42,7 @@ class Risk:
     bias: bool
     relu: bool
     from_data: bool
+    obstacle: str
     limit: int
     sampling: int
 
@@ -48,7 +50,9 @@ class Risk:
     def gives_away(self) -> str:
         """In words, what the layer's gradient gives away."""
         if not self.relu:
-            return "nothing by this attack: no ReLU follows"
+            return "not attacked by itself: no ReLU follows"
+        if self.obstacle:
+            return f"not attacked by itself: {self.obstacle}"
         what = "the samples themselves" if self.from_data else "the features that enter it"
         return what if self.bias else f"{what}, each up to a factor (no bias)"
 
@@ -58,7 +62,8 @@ class Audit:
     """The whole report.
 
     `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
-    attacked (None: the data), `count` the batch size of the simulations. `result` is what came back, `outcome` its
+    attacked (None: the data), `not_attacked` what else of the model no attack here read, and why; `count` is the batch
+    size of the simulations. `result` is what came back, `outcome` its
     comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
     `time_limit` and `trial_limit` are the seconds that the attack and each simulated one had, `seconds` is what the
     audit took, `memory` the largest that the process has been until then, in bytes.
@@ -71,6 +76,7 @@ class Audit:
     count: int
     layer: str | None
     layers: tuple[Risk, ...]
+    not_attacked: tuple[str, ...]
     result: Reconstruction
     truth: Tensor | None
     outcome: Comparison | None
@@ -116,6 +122,8 @@ def audit(
     `time_limit` bounds the attack on the update and `trial_limit` each simulated one (seconds). `progress` is called
     with a few words before each part.
 
+    Where an update is given but no client can be simulated (a model of two inputs), only the update is attacked.
+
     Raises `ValueError` for a model that cannot be traced or has no linear layer that a ReLU follows, and as
     `spear.attack` and `spear.audit.sample.choose` do.
     """
@@ -123,11 +131,12 @@ def audit(
     check_number("trial_limit", trial_limit, 0)
     check_number("count", count, 1, whole=True)
     started, say = time.monotonic(), progress or (lambda words: None)
-    layers = assess(model)
+    shape = input_shape or (update.input_shape if update else None)
+    layers = assess(model, shape)
     target = _target(layers, layer)
     options = Options(None if target.from_data and layer is None else target.name, trial_limit, seed, device)
     most = max(target.limit, protection.AGGREGATED * (count or COUNT))
-    sample = _sample(model, update, data, input_shape, most, seed)
+    sample, words = _sample(model, update, data, shape, most, seed)
     say("attack on the update" if update else "attack on a simulated update")
     attacked = update or gradient(model, *sample.take(count or COUNT))
     result = replace(options, time_limit=time_limit).attack(model, attacked)
@@ -137,16 +146,17 @@ def audit(
         model=name,
         parameters=sum(p.numel() for p in model.parameters()),
         source="an update" if update else "a simulated update",
-        sample=sample.words,
+        sample=words,
         count=count,
         layer=options.layer,
         layers=layers,
+        not_attacked=_not_attacked(model, layers, target, options),
         result=result,
         truth=truth,
         outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
         reaches=_reaches(model, sample, target, options, say),
         defences=_defences(model, result, sample, count, options, say),
-        picture=sample.picture if options.layer is None else (target.inputs,),
+        picture=sample.picture if sample and options.layer is None else (target.inputs,),
         time_limit=time_limit,
         trial_limit=trial_limit,
         seconds=time.monotonic() - started,
@@ -160,14 +170,15 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def assess(model: nn.Module) -> tuple[Risk, ...]:
-    """Every linear layer of the model and what it gives away. Raises `ValueError` where `torch.fx` cannot trace it."""
-    return tuple(_risk(layer) for layer in tracing.linear_layers(model))
+def assess(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Risk, ...]:
+    """Every linear layer of the model and what it gives away; `shape` is that of a sample. Raises `ValueError` where
+    the model cannot be traced."""
+    return tuple(_risk(layer) for layer in tracing.linear_layers(model, shape))
 
 
 def _risk(layer: Layer) -> Risk:
     m, n = layer.linear.weight.shape
-    limit = min(m - 1, n) if layer.relu else 0
+    limit = min(m - 1, n) if layer.relu and not layer.obstacle else 0
     affordable = 0
     while affordable < limit and _proposals(m, affordable + 1) <= inversion.AFFORDABLE:
         affordable += 1
@@ -178,6 +189,7 @@ def _risk(layer: Layer) -> Risk:
         bias=layer.linear.bias is not None,
         relu=layer.relu,
         from_data=layer.from_data,
+        obstacle=layer.obstacle,
         limit=limit,
         sampling=affordable,
     )
@@ -198,6 +210,29 @@ def _target(layers: tuple[Risk, ...], name: str | None) -> Risk:
     return max(chosen, key=lambda risk: risk.from_data)  # the first of those that read the data, or else the first
 
 
+def _not_attacked(model: nn.Module, layers: tuple[Risk, ...], target: Risk, options: Options) -> tuple[str, ...]:
+    """The parts of the model with weights of their own that no attack here reads, in words, and why."""
+    risks, whole = {risk.name: risk for risk in layers}, options.layer is None and _is_chain(model)
+    words = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if name not in risks:
+            words.append(f"{name or 'the model'} ({type(module).__name__}: no attack here reads it)")
+        elif name != target.name and not whole:
+            words.append(f"{name} ({f'only {target.name} was attacked' if risks[name].relu else 'no ReLU follows'})")
+    return tuple(words)
+
+
+def _is_chain(model: nn.Module) -> bool:
+    """Whether one attack reads every layer."""
+    try:
+        tracing.chain(model)
+    except Refusal:
+        return False
+    return True
+
+
 def _sample(
     model: nn.Module,
     update: SharedUpdate | None,
@@ -205,16 +240,25 @@ def _sample(
     shape: tuple[int, ...] | None,
     most: int,
     seed: int,
-) -> Sample:
-    """What simulated clients hold, in the model's precision."""
-    shape = input_shape(model, shape or (update.input_shape if update else None))
-    sample = choose(data, shape, outputs(model, shape), most=most, seed=seed)
-    return replace(sample, inputs=sample.inputs.to(next(model.parameters())))
+) -> tuple[Sample | None, str]:
+    """What simulated clients hold, in the model's precision, in words; with an update, none where there are none."""
+    try:
+        shape = input_shape(model, shape)
+        sample = choose(data, shape, outputs(model, shape), most=most, seed=seed)
+        sample = replace(sample, inputs=sample.inputs.to(next(model.parameters())))
+        gradient(model, *sample.take(1))
+    except ValueError as error:
+        if update is None:
+            raise
+        return None, f"nothing: {error}"
+    return sample, sample.words
 
 
 def _reaches(
-    model: nn.Module, sample: Sample, target: Risk, options: Options, say: Callable[[str], None]
+    model: nn.Module, sample: Sample | None, target: Risk, options: Options, say: Callable[[str], None]
 ) -> tuple[Reach, ...]:
+    if sample is None:
+        return ()
     most, found = min(target.limit, len(sample.labels)), []
     for method in inversion.METHODS:
         if method != "auto":
@@ -224,9 +268,16 @@ def _reaches(
 
 
 def _defences(
-    model: nn.Module, result: Reconstruction, sample: Sample, count: int, options: Options, say: Callable[[str], None]
+    model: nn.Module,
+    result: Reconstruction,
+    sample: Sample | None,
+    count: int,
+    options: Options,
+    say: Callable[[str], None],
 ) -> tuple[Tested, ...]:
     """Defences on the recovered batch where it came back whole, else on the sample."""
+    if sample is None:
+        return ()
     own = sample
     if result.complete and options.layer is None:
         inputs = result.inputs.reshape(-1, *sample.inputs.shape[1:]).to(sample.inputs)

@@ -19,7 +19,7 @@ from spear.audit.assessment import Audit, Risk
 from spear.metrics import evaluation
 
 SCHEMA = "spear.Audit/1"
-SHOWN = 32  # pictures
+SHOWN, LISTED = 32, 8  # pictures, and layers that were not attacked
 COLOURS = {
     "stops this attack": "good",
     "not in the time given": "open",
@@ -42,7 +42,7 @@ def html(audit: Audit) -> str:
         caption=_caption(audit),
         picture=_picture(audit),
         expected=_expected(audit),
-        widest=max(1, *(reach.largest for reach in audit.reaches)),
+        widest=max([1, *(reach.largest for reach in audit.reaches)]),
         colours=COLOURS,
         recognised=f"{simulation.RECOGNISED:g}",
     )
@@ -58,6 +58,7 @@ def to_json(audit: Audit) -> str:
         "attack": {
             "source": audit.source,
             "layer": audit.layer,
+            "not_attacked": list(audit.not_attacked),
             "rank": audit.result.rank,
             "recovered": len(audit.result.inputs),
             "certified": int(audit.result.certified.sum()),
@@ -84,9 +85,17 @@ def verdict(audit: Audit) -> str:
     found, certified = len(audit.result.inputs), int(audit.result.certified.sum())
     if not found:
         time = "" if audit.in_time else f" in the {audit.time_limit:g} s given: more time may find more"
-        return f"Nothing was recovered from {audit.source} of {audit.count} samples{time}."
+        return f"Nothing was recovered from {audit.source} of {audit.count} samples{time}.{_untried(audit)}"
     whole = "the whole batch" if audit.result.complete else f"a batch of {audit.result.rank}"
     return f"{found} samples were recovered from {audit.source}, {whole}; {certified} of them are certified."
+
+
+def _untried(audit: Audit) -> str:
+    """What of the model was not attacked, for the end of a verdict that nothing was recovered."""
+    if not audit.not_attacked:
+        return ""
+    more = len(audit.not_attacked) - LISTED
+    return f" Not attacked: {', '.join(audit.not_attacked[:LISTED])}{f' and {more} more' if more > 0 else ''}."
 
 
 def certificate(audit: Audit) -> str:

@@ -35,11 +35,13 @@ def input_shape(model: nn.Module, hint: tuple[int, ...] | None = None) -> tuple[
     Tried are the shapes of the built-in images and the vectors that a linear layer takes which reads the data. Raises
     `ValueError` where the model takes none of them.
     """
-    vectors = [(layer.linear.in_features,) for layer in tracing.linear_layers(model) if layer.from_data]
+    vectors = [layer.path.shape for layer in tracing.linear_layers(model, hint) if layer.from_data]
     shapes = [hint] if hint is not None else [*(catalog.shape(name) for name in BUILT_IN), *vectors]
     for shape in shapes:
         if outputs(model, shape):
             return shape
+    if (given := tracing.count_inputs(model, hint)) != 1:
+        raise ValueError(f"the model takes {given} inputs: no client of it is simulated; give an update")
     tried = ", ".join(map(str, shapes))
     raise ValueError(f"the model gives no logits for samples of shape {tried}: say which shape one sample has")
 

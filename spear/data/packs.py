@@ -1,24 +1,30 @@
 """Labelled images: the sample pack (one npz file), and folders of pictures."""
 
 import io
+import math
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Float64, Int64, UInt, UInt16
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from spear import paths
 
+LEVELS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's names for pictures of more than 8 bits, which it clips
+FREE, EXPANSION = 2**26, 100  # bytes that a pack may unpack to: so many however small it is, and for each of its own
+CHUNK, MOST_HEADER = 2**20, 2**17  # bytes read at a time, and in the header of an array
 PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Images (N, H, W, C) of 0..255, labels (N,) from 0, and what each label means (K,).
+    """Images (N, H, W, C) of 0..255, or of 0..65535 in 16 bits, labels (N,) from 0, and what each label means (K,).
 
     Raises `ValueError` for another type or shape, channels neither 1 nor 3, no images, or a label not in 0..K-1.
     """
@@ -29,8 +35,8 @@ class Pack:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-            raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 (N, H, W, 1 or 3)")
+        if images.dtype not in LEVELS or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+            raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 or uint16 (N, H, W, 1 or 3)")
         if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
             raise ValueError(f"labels are {labels.dtype} {labels.shape}, not int64 ({len(images)},)")
         if labels.min() < 0 or labels.max() >= len(self.classes):
@@ -48,7 +54,7 @@ class Pack:
 
 
 def read(path: Path) -> Pack:
-    """The sample pack at `path`, checked. Nothing is ever unpickled.
+    """The sample pack at `path`, checked. Nothing is ever unpickled, nor more memory taken than its size justifies.
 
     Raises `ValueError` naming the file for a truncated or foreign file, a missing array, or one that `Pack` refuses.
     """
@@ -70,6 +76,7 @@ def from_folder(folder: Path, shape: tuple[int, int, int] | None = None) -> Pack
     """A pack of the pictures in `folder`'s sub-folders, one sub-folder a class, both in alphabetical order.
 
     Pictures are scaled and cropped about their centre to `shape` (C, H, W); without it they are RGB, all of one size.
+    Where one has more than 8 bits, the pack has 16.
     Raises `ValueError` for no pictures, sizes that differ, or a file that is no readable picture.
     """
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -80,16 +87,27 @@ def from_folder(folder: Path, shape: tuple[int, int, int] | None = None) -> Pack
     for (path, _), image in zip(found, images, strict=True):
         if image.shape != images[0].shape:
             raise ValueError(f"{path} has shape {image.shape}, {found[0][0]} has {images[0].shape}")
-    return Pack(np.stack(images), np.array([label for _, label in found], dtype=np.int64), tuple(classes))
+    return Pack(stacked(images), np.array([label for _, label in found], dtype=np.int64), tuple(classes))
 
 
-def decode(source: Path | zipfile.ZipExtFile, shape: tuple[int, int, int] | None = None) -> UInt8[np.ndarray, "H W C"]:
+def stacked(images: Sequence[UInt[np.ndarray, "H W C"]]) -> UInt[np.ndarray, "N H W C"]:
+    """Pictures as one array: in 8 bits, or all in 16 where one is."""
+    if all(image.dtype == np.uint8 for image in images):
+        return np.stack(images)
+    wide = (image if image.dtype == np.uint16 else image.astype(np.uint16) * np.uint16(257) for image in images)
+    return np.stack(tuple(wide))
+
+
+def decode(source: Path | zipfile.ZipExtFile, shape: tuple[int, int, int] | None = None) -> UInt[np.ndarray, "H W C"]:
     """The picture in a file: its own size in RGB, or scaled and cropped about its centre to `shape` (C, H, W).
 
-    Raises `ValueError` naming the file where it is no readable picture.
+    A grey picture of more than 8 bits keeps 16 of them; one of floating-point numbers runs from 0 to 1. Raises
+    `ValueError` naming the file where it is no readable picture, or has values beyond these.
     """
     try:
         with Image.open(source) as image:
+            if image.mode in DEEP:
+                return _deep(image, shape)
             if shape is None:
                 return np.asarray(image.convert("RGB"))
             channels, height, width = shape
@@ -101,15 +119,57 @@ def decode(source: Path | zipfile.ZipExtFile, shape: tuple[int, int, int] | None
         raise ValueError(f"{name} is no readable picture: {error}") from error
 
 
+def _deep(image: Image.Image, shape: tuple[int, int, int] | None) -> UInt16[np.ndarray, "H W C"]:
+    """A grey picture of more than 8 bits, its range kept."""
+    values, top = np.asarray(image).astype(np.float32), 1 if image.mode == "F" else 65535
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+        raise ValueError(f"values from {values.min():g} to {values.max():g} are not within 0 and {top}: scale them")
+    channels, height, width = shape or (3, *values.shape)
+    if shape is not None:
+        values = np.asarray(ImageOps.fit(Image.fromarray(values), (width, height), Image.Resampling.LANCZOS))
+    levels = np.rint(np.clip(values, 0, top) * (65535 / top)).astype(np.uint16)  # resampling overshoots at edges
+    return np.repeat(levels[..., None], channels, axis=2)
+
+
 def _unpacked(file: io.BufferedReader) -> Pack:
     if not zipfile.is_zipfile(file):
         raise ValueError("truncated, or no npz file")
     file.seek(0)
-    with np.load(file, allow_pickle=False) as archive:
-        images, labels, classes = (archive[key] for key in ("images", "labels", "classes"))
+    with zipfile.ZipFile(file) as archive:
+        entries = [_entry(archive, key) for key in ("images", "labels", "classes")]
+        size = sum(entry.file_size for entry in archive.infolist())
+        if size > FREE + EXPANSION * file.seek(0, io.SEEK_END):
+            raise ValueError(f"it unpacks to {size:,} bytes, more than {EXPANSION} times its size")
+        images, labels, classes = (_array(archive, entry) for entry in entries)
     if classes.dtype.kind != "U" or classes.ndim != 1:
         raise ValueError(f"classes are {classes.dtype} {classes.shape}, not strings (K,)")
     return Pack(images, labels, tuple(classes.tolist()))
+
+
+def _entry(archive: zipfile.ZipFile, key: str) -> zipfile.ZipInfo:
+    if f"{key}.npy" not in archive.namelist():
+        raise ValueError(f"{key} is not a file in the archive")
+    entry = archive.getinfo(f"{key}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{key} is compressed in another way than NumPy does it")
+    return entry
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """The array in an entry, which has to be as large as it says, in its own header and in the archive's."""
+    content, done = bytearray(entry.file_size), 0
+    with archive.open(entry) as member, memoryview(content) as view:
+        while read := member.readinto(view[done : done + CHUNK]):
+            done += read
+    stream = io.BytesIO(content[:MOST_HEADER])
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = header(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{entry.filename} holds Python objects, which are not unpickled")
+    if stream.tell() + math.prod(shape) * dtype.itemsize != done:
+        raise ValueError(f"{entry.filename} says {dtype} {shape}, which are not its {done:,} bytes")
+    return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape, order="F" if by_columns else "C")
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -117,6 +177,6 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
 
 
-def unit_interval(images: UInt8[np.ndarray, "k H W C"]) -> Float64[Tensor, "k C H W"]:
-    """Bytes as numbers from 0 to 1, channels first."""
-    return torch.from_numpy(images).movedim(-1, 1).to(torch.float64).contiguous() / 255
+def unit_interval(images: UInt[np.ndarray, "k H W C"]) -> Float64[Tensor, "k C H W"]:
+    """Levels of 8 or 16 bits as numbers from 0 to 1, channels first."""
+    return torch.from_numpy(images).movedim(-1, 1).to(torch.float64).contiguous() / LEVELS[images.dtype]

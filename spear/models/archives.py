@@ -19,9 +19,11 @@ from torch import Tensor, fx
 from spear.models.rebuild import Rebuilt, Stored, Unknown
 
 # Numbers of `torch._export.serde.schema.ScalarType`, as exported programs hold them.
-DTYPES = {4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32, 8: torch.float64, 13: torch.bfloat16}
+DTYPES = {1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16}
+DTYPES |= {7: torch.float32, 8: torch.float64, 12: torch.bool, 13: torch.bfloat16}
 SCHEMA = 8  # major version of the exported programs that are read
-PLAIN = ("as_int", "as_float", "as_bool", "as_string", "as_ints", "as_floats", "as_bools", "as_none")
+PLAIN = ("as_int", "as_float", "as_bool", "as_string", "as_ints", "as_floats", "as_bools")
+USUAL = ("as_none", "as_device", "as_layout", "as_memory_format")  # the model is rebuilt as torch would by default
 ONE_BATCH = "a model takes one batch and gives its logits"
 CONVERSIONS = {"prim::NumToTensor", "aten::Int", "prim::unchecked_cast"}
 # Between what the file fixes: flags, and whether a buffer is there.
@@ -36,30 +38,50 @@ def exported(path: Path) -> Rebuilt:
         major = program["schema_version"]["major"]
         if major != SCHEMA:
             raise ValueError(f"an exported program of schema {major}; schema {SCHEMA} is read: export it again")
-        config = json.loads(archive.read(f"{top}/data/weights/model_weights_config.json"))["config"]
-        stored = _contents(archive, f"{top}/data/weights/", config)
-        tensors = {name: _tensor(stored[entry["path_name"]], entry) for name, entry in config.items()}
-    return _rebuild(program["graph_module"], tensors, frozenset(n for n, entry in config.items() if entry["is_param"]))
+        weights, names = _tensors(archive, f"{top}/data/weights/", "model_weights_config.json")
+        constants, _ = _tensors(archive, f"{top}/data/constants/", "model_constants_config.json")
+    return _rebuild(program["graph_module"], constants | weights, names)
+
+
+def _tensors(archive: zipfile.ZipFile, folder: str, index: str) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """The tensors of a folder by name, those that share their content one tensor; and which are parameters."""
+    config = json.loads(archive.read(f"{folder}{index}"))["config"]
+    stored = _contents(archive, folder, config)
+    read: dict[str, Tensor] = {}
+    for entry in config.values():
+        read.setdefault(json.dumps(entry), _tensor(stored[entry["path_name"]], entry))
+    tensors = {name: read[json.dumps(entry)] for name, entry in config.items()}
+    return tensors, frozenset(name for name, entry in config.items() if entry["is_param"])
 
 
 def _rebuild(program: dict, tensors: dict[str, Tensor], parameters: frozenset[str]) -> Rebuilt:
     graph, specs = program["graph"], program["signature"]["input_specs"]
-    users = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
-    if len(users) != 1 or len(graph["outputs"]) != 1:
+    given = [spec["user_input"]["arg"] for spec in specs if "user_input" in spec]
+    users = [arg["as_tensor"]["name"] for arg in given if "as_none" not in arg]
+    results = program["signature"]["output_specs"]
+    if len(users) != 1 or len(graph["outputs"]) != len(results):
         raise ValueError(f"{len(users)} inputs and {len(graph['outputs'])} outputs: {ONE_BATCH}")
     sizes = tuple(size.get("as_int") for size in graph["tensor_values"][users[0]]["sizes"])
     rebuilt = Rebuilt(tensors, parameters, sizes)
     values: dict[str, Any] = {users[0]: rebuilt.input}
     for spec in specs:
-        for kind in ("parameter", "buffer"):
+        for kind in ("parameter", "buffer", "tensor_constant"):
             if kind in spec:
                 values[spec[kind]["arg"]["name"]] = Stored(spec[kind][f"{kind}_name"])
     for node in graph["nodes"]:
-        value = _call(rebuilt, node, values)
-        for output in node["outputs"]:
-            values[_name(output)] = value
-    rebuilt.finish(values[_name(graph["outputs"][0])])
+        values.update(_named(node["outputs"], _call(rebuilt, node, values), rebuilt))
+    returned = [values[_name(o)] for o, spec in zip(graph["outputs"], results, strict=True) if "user_output" in spec]
+    rebuilt.finish(returned[0] if len(returned) == 1 else returned)
     return rebuilt
+
+
+def _named(outputs: list[dict], value: Any, rebuilt: Rebuilt) -> dict[str, Any]:
+    """A node's outputs by name: it has one, or several, or a list of them."""
+    if len(outputs) == 1 and "as_tensors" not in outputs[0]:
+        return {_name(outputs[0]): value[0] if isinstance(value, tuple) else value}
+    names = [_name({"as_tensor": content}) for output in outputs for content in output.get("as_tensors", [])]
+    names = names or [_name(output) for output in outputs]
+    return {name: rebuilt.part(value, k) for k, name in enumerate(names)}
 
 
 def _call(rebuilt: Rebuilt, node: dict, values: dict[str, Any]) -> Any:
@@ -75,7 +97,11 @@ def _call(rebuilt: Rebuilt, node: dict, values: dict[str, Any]) -> Any:
 def _argument(entry: dict, values: dict[str, Any]) -> Any:
     ((kind, content),) = entry.items()
     if kind in PLAIN:
-        return None if kind == "as_none" else content
+        return content
+    if kind in USUAL:
+        return None
+    if kind == "as_scalar_type":
+        return DTYPES[content]
     if kind in ("as_tensors", "as_sym_ints", "as_optional_tensors"):
         return [_argument({"as_tensor": c} if kind == "as_tensors" else c, values) for c in content]
     if kind == "as_sym_int":
@@ -115,7 +141,7 @@ def scripted(path: Path) -> Rebuilt:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecated, but archives remain
-        model = torch.jit.load(path, map_location="cpu").eval()
+        model = torch.jit.load(path, map_location="cpu")
     graph = model.inlined_graph
     this, *users = graph.inputs()
     if len(users) != 1 or len(list(graph.outputs())) != 1:
@@ -155,7 +181,7 @@ def _value(rebuilt: Rebuilt, node: torch._C.Node, given: list[Any]) -> Any:
     kind = node.kind()
     if kind == "prim::Constant":
         value = node.output().toIValue()
-        return Unknown("a tensor constant") if isinstance(value, Tensor) else value
+        return rebuilt.constant(value) if isinstance(value, Tensor) else value
     if kind == "prim::GetAttr" and isinstance(given[0], Place):
         return _attribute(given[0], node.s("name"))
     if kind == "prim::ListConstruct":

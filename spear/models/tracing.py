@@ -1,25 +1,63 @@
-"""Where a linear layer stands in a model: found by tracing the computation, never by a name."""
+"""Where a linear layer stands in a model: found by tracing the computation and trying its pieces, never by a name."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
+from spear.models.graphs import Traced, as_rows, extract, guesses, is_size, operation, trace
+from spear.models.modes import modes, words
 from spear.reconstruction import Refusal
 
-RESHAPES = {"flatten", "reshape", "view", "contiguous", "float", "double"}
-RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-SAME_AT_EVALUATION = (nn.Dropout, nn.Identity)
+LONGEST = 16  # cuts of the graph behind a layer within which its ReLU is looked for
+MOST_ROWS = 64  # parts of a sample that are tried where its shape is not known
+SPREADS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)  # before a layer: its inputs are features
+Shape = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Path:
+    """How the data reach a linear layer: each sample, of `shape`, becomes `rows` inputs by `change`.
+
+    `guessed`: nobody said which shape a sample has. `off` names dropout on the way that is off.
+    """
+
+    shape: tuple[int, ...]
+    rows: int
+    change: Entrywise
+    guessed: bool
+    off: str
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What follows a layer: a map of its entries, the node of its ReLU, another map.
+
+    `start` is the node whose value enters the ReLU, `end` the one behind the second map.
+    """
+
+    before: Entrywise
+    relu: fx.Node | None
+    after: Entrywise
+    start: fx.Node
+    end: fx.Node
 
 
 @dataclass(frozen=True)
 class Layer:
     """A linear layer Z = W X + beta of a traced model.
 
-    `name` is the module's qualified name; `from_data` says whether its input is the model's input up to reshaping;
-    `tail` computes the logits (b, C) from the layer's pre-activations z (b, m) and shares the model's parameters; it is
-    `None` where the logits depend on more than these (a branch around the layer).
+    `name` is the module's qualified name; `from_data` says whether its inputs are the samples, or parts of them, as
+    `path` says; `relu` whether ReLU alone reads Z. `tail` computes the logits (b, C) from the layer's pre-activations z
+    (b, m) and shares the model's parameters; it is `None` for the reason `unknown`. Where an affine map of each entry
+    stands between the layer and its ReLU (`before`), it is folded into `linear`, and z is what enters the ReLU;
+    `after` is such a map behind the ReLU, and `below` what is folded into the weights from the layer below (`chain`).
+    `own` is the model's own name of each parameter that no other layer shares, of those in `turned` its transpose.
+    `outer_bias`: its bias is what is added last before the ReLU, the layer having none.
+    `obstacle` says what the client did in training mode that leaves the gradient without ReLU's zeros.
     """
 
     name: str
@@ -27,114 +65,357 @@ class Layer:
     from_data: bool
     relu: bool
     tail: fx.GraphModule | None
+    unknown: str
+    path: Path | None
+    before: Entrywise
+    after: Entrywise
+    own: Mapping[str, str]
+    turned: frozenset[str]
+    outer_bias: bool = False
+    obstacle: str = ""
+    below: Entrywise | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many inputs of the layer a sample makes."""
+        return 1 if self.path is None else self.path.rows
+
+    @property
+    def folded(self) -> bool:
+        """Whether `linear` is another map than the model's own."""
+        return not self.before.is_plain or self.below is not None
+
+    def names(self, received: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """What the gradients of the layer and of its tail are called, of those received by the model's own names."""
+        return tuple(name for name, own in self.own.items() if own in received)
+
+    def missing(self, received: Mapping[str, Tensor]) -> str:
+        """Which of the layer's own gradients was not received, by the model's name, and why; empty where all were."""
+        for kind in ("weight", "bias") if self.linear.bias is not None else ("weight",):
+            own = self.own.get(f"{self.name}.{kind}")
+            if own is None:
+                shared = "it is shared with another layer" if kind == "weight" else "the model has no such parameter"
+                return f"{self.name}.{kind} ({shared})"
+            if own not in received:
+                return own if self.linear.weight.requires_grad else f"{own} (the layer is frozen)"
+        return ""
+
+    def gradient(self, name: str, received: Mapping[str, Tensor]) -> Tensor:
+        """One of these gradients: that of the loss by `linear`'s parameters, or by the tail's."""
+        g = received[self.own[name]]
+        g = g.T if name in self.turned else g
+        folded = (f"{self.name}.weight",) if self.outer_bias else (f"{self.name}.weight", f"{self.name}.bias")
+        if name in folded and not self.before.is_plain:
+            factor = self.before.factor.to(g)
+            g = g[self.before.entries.to(g.device)] / factor.reshape(-1, *[1] * (g.ndim - 1))
+        return self._of_below(g, received) if name == f"{self.name}.weight" and self.below is not None else g
+
+    def _of_below(self, g: Tensor, received: Mapping[str, Tensor]) -> Tensor:
+        """The gradient of weights into which a map of the layer's input is folded."""
+        if bool(self.below.shift.any()):
+            g = g - self._shifted(g, received)
+        made = torch.empty_like(g)
+        made[:, self.below.entries.to(g.device)] = g / self.below.factor.to(g)
+        return made
+
+    def _shifted(self, g: Tensor, received: Mapping[str, Tensor]) -> Tensor:
+        """What the shift of the layer's inputs adds to the gradient of its weights."""
+        return torch.outer(self.gradient(f"{self.name}.bias", received).to(g), self.below.shift.to(g))
+
+    def growth(self, received: Mapping[str, Tensor]) -> float:
+        """How much larger rounding is in the gradient of the weights, relative to it, than in what was received."""
+        if self.below is None:
+            return 1.0
+        name = f"{self.name}.weight"
+        g, made = (layer.gradient(name, received).double() for layer in (replace(self, below=None), self))
+        size = g.abs() + self._shifted(g, received).abs() if bool(self.below.shift.any()) else g.abs()
+        size = size / self.below.factor.abs().to(size)
+        return max(1.0, float(size.norm() / made.norm().clamp_min(1e-300)))
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """The computation graph of a model.
+def linear_layers(model: nn.Module, shape: Shape = None) -> list[Layer]:
+    """Every linear layer of a model in the order of computation; `shape` is that of one sample, where it is known.
 
-    Raises `Refusal` where `torch.fx` cannot trace it (control flow that depends on the data, for instance).
+    Raises as `spear.models.graphs.trace` does.
     """
-    try:
-        return fx.symbolic_trace(model)
-    except Exception as error:  # torch.fx raises many kinds, whatever the model's own code raises among them
-        raise Refusal(f"torch.fx cannot trace {type(model).__name__}: {error}") from error
+    traced = _traced(model, shape)
+    return [_layer(traced, node, shape, _behind(traced, node)) for node in traced.nodes if traced.is_linear(node)]
 
 
-def linear_layers(model: nn.Module) -> list[Layer]:
-    """Every `nn.Linear` of a model in the order of computation. Raises as `trace` does."""
-    graph = trace(model)
-    modules = dict(graph.named_modules())
-    return [_layer(graph, node, modules) for node in graph.graph.nodes if _is_linear(node, modules)]
-
-
-def chain(model: nn.Module) -> list[Layer]:
+def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
     """The linear layers of a model that is data -> Linear -> ReLU -> ... -> Linear -> logits, in that order.
 
     Raises `Refusal` as `trace` does, and for a model of any other form, naming what is in the way.
     """
-    graph = trace(model)
-    modules = dict(graph.named_modules())
-    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    layers = [_layer(graph, n, modules) for n in graph.graph.nodes if _is_linear(n, modules)]
-    names = [layer.name for layer in layers]
-    node, wanted = inputs[0], []
-    while node.op != "output" and len(node.users) == 1:
-        node = next(iter(node.users))
-        if _is_linear(node, modules) or _is_relu(node, modules):
-            wanted.append("linear" if _is_linear(node, modules) else "relu")
-        elif node.op != "output" and not _is_reshape(node, modules):
-            raise Refusal(f"the network method needs linear layers with ReLU between them; {node.name} is neither")
-    plain = wanted == ["linear", "relu"] * (len(layers) - 1) + ["linear"]
-    if node.op != "output" or not plain or len(set(names)) < len(names):
-        raise Refusal(f"the network method needs one chain of linear layers with ReLU between them; found {wanted}")
-    return layers
+    traced = _traced(model, shape)
+    nodes = [node for node in traced.nodes if traced.is_linear(node)]
+    behind = [_behind(traced, node) for node in nodes]
+    layers = [_layer(traced, node, shape, what) for node, what in zip(nodes, behind, strict=True)]
+    _check_modes(traced)
+    _check_chain(traced, nodes, layers, behind)
+    return [layers[0], *(_above(low, high) for low, high in pairwise(layers))]
 
 
-def find_layer(model: nn.Module, name: str | None = None) -> Layer:
-    """The linear layer of that name; without a name, the first whose input is the data itself up to reshaping.
+def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -> Layer:
+    """The linear layer of that name; without a name, the first whose inputs are the samples themselves.
 
-    Raises `Refusal` for a layer that does not exist, and for one that no ReLU follows.
+    Raises `Refusal` for a layer that does not exist, for one that no ReLU follows, and for one whose gradient the
+    client's training left without ReLU's zeros.
     """
-    layers = linear_layers(model)
+    traced = _traced(model, shape)
+    layers = [_layer(traced, node, shape, _behind(traced, node)) for node in traced.nodes if traced.is_linear(node)]
     known = ", ".join(layer.name for layer in layers) or "none"
     chosen = [x for x in layers if (x.name == name if name is not None else x.from_data)]
     if not chosen:
-        wanted = f"no linear layer named {name!r}" if name is not None else "no linear layer reads the data directly"
+        wanted = f"no linear layer named {name!r}" if name is not None else _no_data(traced, shape)
         raise Refusal(f"{wanted}; the model's linear layers: {known}")
     if not chosen[0].relu:
         raise Refusal(f"no ReLU follows {chosen[0].name}: its gradient has no zeros to read the batch from")
+    if chosen[0].obstacle:
+        raise Refusal(chosen[0].obstacle)
     return chosen[0]
 
 
-def _layer(graph: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> Layer:
-    users = list(node.users)
-    relu = len(users) == 1 and _is_relu(_skip_identities(users[0], modules), modules)
-    source = node.args[0] if node.args else node.kwargs["input"]
-    return Layer(str(node.target), modules[node.target], _is_data(source, modules), relu, _tail(graph, node))
+def doubts(model: nn.Module, shape: Shape = None) -> str:
+    """Dropout and batch normalisation that are off here, in words; empty where there are none."""
+    traced = _traced(model, shape)
+    return words(modes(traced, traced.nodes, on=False))
 
 
-def _skip_identities(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
-    while node.op == "call_module" and isinstance(modules[node.target], SAME_AT_EVALUATION) and len(node.users) == 1:
-        node = next(iter(node.users))
-    return node
+def count_inputs(model: nn.Module, shape: Shape = None) -> int:
+    """How many tensors the model takes, those that have a default left out."""
+    return len(_traced(model, shape).inputs)
 
 
-def _is_linear(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return node.op == "call_module" and isinstance(modules[node.target], nn.Linear)
+def one_output(model: nn.Module, shape: Shape = None) -> bool:
+    """Whether the model ends with a linear layer of one output."""
+    traced = _traced(model, shape)
+    outputs = _outputs(traced)
+    while len(outputs) == 1 and not traced.is_linear(outputs[0]):
+        outputs = [node for node in outputs[0].all_input_nodes if not is_size(node)]
+    return len(outputs) == 1 and traced.part(outputs[0]).out_features == 1
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return type(modules[node.target]) is nn.ReLU
-    return node.op in ("call_function", "call_method") and node.target in RELUS
+def _traced(model: nn.Module, shape: Shape) -> Traced:
+    if shape is not None:
+        return trace(model, [shape])
+    sizes = [p.shape[1] for p in model.parameters() if p.ndim == 2]
+    return trace(model, guesses(sizes[0]) if sizes else [])
 
 
-def _is_data(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    while node.op != "placeholder":
-        if not _is_reshape(node, modules):
-            return False
-        node = node.args[0]
-    return True
+def _layer(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
+    linear, before = traced.part(node), behind.before
+    path = _path(traced, node, linear.in_features, shape)
+    tail, unknown = _tail(traced, node, behind.start, path)
+    own, outer = traced.names(), _added_last(traced, behind.start) if linear.bias is None else ""
+    if outer:
+        own[f"{node.target}.bias"] = outer
+    return Layer(
+        name=str(node.target),
+        linear=linear if before.is_plain else _folded(linear, before),
+        from_data=path is not None,
+        relu=behind.relu is not None,
+        tail=tail,
+        unknown=unknown,
+        path=path,
+        before=before,
+        after=behind.after,
+        own=own,
+        turned=frozenset(traced.turned),
+        outer_bias=bool(outer),
+        obstacle=_obstacle(traced, node, behind.relu),
+    )
 
 
-def _is_reshape(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules[node.target], (nn.Flatten, nn.Unflatten, *SAME_AT_EVALUATION))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in RESHAPES
+def _source(node: fx.Node) -> fx.Node:
+    return node.args[0] if node.args else node.kwargs["input"]
 
 
-def _tail(graph: fx.GraphModule, start: fx.Node) -> fx.GraphModule | None:
-    """The part of the graph that follows from the output of `start` alone; none where the model's output needs more."""
-    tail = fx.Graph()
-    copies = {start: tail.placeholder("z")}
-    for node in graph.graph.nodes:
-        needs = node.all_input_nodes
-        if node.op == "get_attr" or (needs and node not in copies and all(n in copies for n in needs)):
-            copies[node] = tail.node_copy(node, copies.__getitem__)
-    if not any(node.op == "output" for node in copies):
+def _behind(traced: Traced, node: fx.Node) -> Behind:
+    """What follows a layer, up to the first node that is neither ReLU nor a map of entries."""
+    m = traced.part(node).out_features
+    before = after = Entrywise.same(m)
+    relu, start, end = None, node, node
+    for cut, _ in zip(_cuts(node), range(LONGEST), strict=False):
+        piece = None if traced.is_linear(cut) else extract(traced, end, cut)
+        if piece is None:
+            break
+        piece = Piece(piece)
+        if (found := find(piece, (m,))) is not None:
+            before, after = (before.then(found), after) if relu is None else (before, after.then(found))
+            start, end = (cut if relu is None else start), cut
+        elif relu is None and (found := relu_then(piece, m)) is not None:
+            relu, after, end = cut, found, cut
+    return Behind(before, relu, after, start, end)
+
+
+def _cuts(start: fx.Node) -> Iterator[fx.Node]:
+    """The nodes through which alone the output depends on the value of `start`, from there on."""
+    order = {node: k for k, node in enumerate(start.graph.nodes)}
+    last_use = lambda node: max((order[user] for user in node.users if not is_size(user)), default=-1)  # noqa: E731
+    reached, last = {start}, last_use(start)
+    for node in list(start.graph.nodes)[order[start] + 1 :]:
+        if node.op == "output":
+            return
+        if is_size(node) or not any(given in reached for given in node.all_input_nodes):
+            continue
+        if last <= order[node]:
+            yield node
+        reached.add(node)
+        last = max(last, last_use(node))
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    """The node and all that its value depends on."""
+    seen, waiting = set(), [node]
+    while waiting:
+        one = waiting.pop()
+        if one not in seen:
+            seen.add(one)
+            waiting.extend(one.all_input_nodes)
+    return [one for one in node.graph.nodes if one in seen]
+
+
+def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
+    """How the data reach a layer; `None` where its inputs are no samples, nor parts of them."""
+    way = _ancestors(_source(node))
+    roots = [one for one in way if one.op == "placeholder"]
+    if len(roots) != 1 or any(isinstance(traced.part(one), SPREADS) for one in way) or modes(traced, way, on=True):
         return None
-    module = fx.GraphModule(graph, tail)
-    tail.eliminate_dead_code()
-    module.recompile()
-    return module
+    piece = Piece(extract(traced, roots[0], _source(node)))
+    shapes = [] if shape is None else [shape]
+    likely = [guess for rows in range(1, MOST_ROWS + 1) for guess in guesses(n * rows)]
+    fitting = next((one for one in [*shapes, *likely] if piece.feeds(one, n)), None)
+    change = None if fitting is None else find(piece, fitting)
+    if change is None:
+        return None
+    return Path(fitting, len(change.entries) // n, change, fitting != shape, words(modes(traced, way, on=False)))
+
+
+def _no_data(traced: Traced, shape: Shape) -> str:
+    """Why no layer reads the data, in words."""
+    first = next((node for node in traced.nodes if traced.is_linear(node)), None)
+    on = [] if first is None else modes(traced, _ancestors(_source(first)), on=True)
+    if on:
+        what = f"the client trained with {words(on)} on before {first.target}"
+        return f"no linear layer reads the data directly: {what}, so what enters that is not the samples"
+    if len(traced.inputs) > 1:
+        return f"no linear layer reads the data directly: the model takes {len(traced.inputs)} inputs"
+    return "no linear layer reads the data directly" + ("" if shape else " (the shape of a sample was not given)")
+
+
+def _outputs(traced: Traced) -> list[fx.Node]:
+    """What the model returns that nothing else that it returns is computed from."""
+    end = traced.nodes[-1]
+    given = [node for node in end.all_input_nodes if node.op != "placeholder"]
+    below = {inner for node in given for inner in _ancestors(node) if inner is not node}
+    return [node for node in given if node not in below]
+
+
+def _tail(traced: Traced, node: fx.Node, start: fx.Node, path: Path | None) -> tuple[fx.GraphModule | None, str]:
+    """The logits as a function of what enters the ReLU; or why there is none."""
+    outputs = _outputs(traced)
+    if path is not None and path.rows > 1:
+        return None, f"{node.target} reads {path.rows} parts of each sample, and each comes back by itself"
+    if len(outputs) != 1:
+        names = ", ".join(output.name for output in outputs)
+        return None, f"the model gives {len(outputs)} outputs ({names}): which of them the loss reads is not known"
+    rest = [one for one in _ancestors(outputs[0]) if node in _ancestors(one)]
+    if on := modes(traced, rest, on=True):
+        return None, f"the client trained with {words(on)} on: what follows {node.target} is not known"
+    tail = extract(traced, start, outputs[0], then=as_rows)
+    return tail, "" if tail is not None else f"the outputs depend on more than {node.target}, by a branch around it"
+
+
+def _obstacle(traced: Traced, node: fx.Node, relu: fx.Node | None) -> str:
+    """What the client did in training mode between a layer and the next that leaves its gradient without zeros of
+    ReLU alone; empty where that is nothing."""
+    near, waiting, order = [], list(node.users), {one: k for k, one in enumerate(traced.nodes)}
+    while waiting:
+        one = waiting.pop()
+        if one not in near and not traced.is_linear(one):
+            near.append(one)
+            waiting.extend(one.users)
+    for one in near:
+        for found in modes(traced, [one], on=True):
+            where = f"the client trained with {found.words} on behind {node.target}"
+            if not found.mixes:
+                return f"{where}: the zeros of its gradient are not those of ReLU alone"
+            if relu is None or order[one] < order[relu]:
+                return f"{where}: it mixes the samples of a batch, and the gradient of {node.target} has no zeros"
+    return ""
+
+
+def _added_last(traced: Traced, start: fx.Node) -> str:
+    """The parameter that a node adds to what it computes, one number for each entry; empty where there is none.
+
+    The loss' gradient by it is that by the node's value, summed over the samples.
+    """
+    part = traced.part(start)
+    if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.bias is not None:
+        return f"{start.target}.bias"
+    vectors = [one.target for one in start.all_input_nodes if traced.is_parameter(one, 1)]
+    return vectors[-1] if vectors and operation(start) in ("add", "batch_norm") else ""
+
+
+def _folded(linear: nn.Linear, before: Entrywise) -> nn.Linear:
+    """The layer and the map behind it as one layer."""
+    W = linear.weight.detach()
+    factor, shift, entries = before.factor.to(W), before.shift.to(W), before.entries.to(W.device)
+    bias = linear.bias is not None or bool(shift.any())
+    made = nn.Linear(W.shape[1], W.shape[0], bias, device="meta")
+    made.weight = nn.Parameter(factor[:, None] * W[entries], linear.weight.requires_grad)
+    if bias:
+        own = torch.zeros_like(shift) if linear.bias is None else linear.bias.detach()[entries]
+        made.bias = nn.Parameter(factor * own + shift, linear.weight.requires_grad)
+    return made
+
+
+def _above(low: Layer, high: Layer) -> Layer:
+    """A layer into whose weights the map between it and the ReLU below is folded."""
+    below = low.after
+    if below.is_plain:
+        return high
+    linear, W = high.linear, high.linear.weight.detach()
+    if linear.bias is None and bool(below.shift.any()):
+        raise Refusal(f"{high.name} has no bias, so what is added to its inputs cannot be undone")
+    made = nn.Linear(W.shape[1], W.shape[0], linear.bias is not None, device="meta")
+    columns = torch.empty_like(W)
+    columns[:, below.entries.to(W.device)] = W * below.factor.to(W)
+    made.weight = nn.Parameter(columns, linear.weight.requires_grad)
+    if linear.bias is not None:
+        made.bias = nn.Parameter(linear.bias.detach() + W @ below.shift.to(W), linear.weight.requires_grad)
+    return replace(high, linear=made, below=below)
+
+
+def _check_modes(traced: Traced) -> None:
+    if on := modes(traced, traced.nodes, on=True):
+        raise Refusal(f"the client trained with {words(on)} on: its gradient is not that of the network as it is")
+
+
+def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behind: list[Behind]) -> None:
+    """Raises `Refusal` where the layers are no chain from the data to the logits with ReLU between them."""
+    names, outputs = [layer.name for layer in layers], _outputs(traced)
+    wanted = "the network method needs one chain of linear layers with ReLU between them"
+    if not layers or layers[0].path is None or layers[0].rows > 1:
+        why = f"{names[0]} reads parts of a sample" if layers and layers[0].rows > 1 else _no_data(traced, None)
+        raise Refusal(f"{wanted}; {why}")
+    if len(outputs) != 1:
+        raise Refusal(f"{wanted}; the model gives {len(outputs)} outputs")
+    shared = [name for name in names if f"{name}.weight" not in layers[0].own]
+    if len(set(names)) < len(names) or shared:
+        raise Refusal(f"{wanted}; {', '.join(sorted(set(shared or names)))} shares its weights")
+    for k, layer in enumerate(layers[:-1]):
+        following = layers[k + 1].name
+        if not layer.relu or behind[k].end is not _source(nodes[k + 1]):
+            raise Refusal(f"{wanted}; between {layer.name} and {following} is something else")
+    if not _ends(traced, behind[-1].end, outputs[0], layers[-1]):
+        raise Refusal(f"{wanted}; something else follows {names[-1]}")
+
+
+def _ends(traced: Traced, end: fx.Node, output: fx.Node, last: Layer) -> bool:
+    """Whether a chain ends at the model's output, or at a log-softmax of it, which changes nothing for its loss."""
+    if last.relu:
+        return False
+    piece = None if end is output else extract(traced, end, output)
+    return end is output or (piece is not None and is_log_softmax(Piece(piece), last.linear.out_features))

@@ -22,7 +22,7 @@ from spear.federated.received import (
     rounding_unit,
 )
 from spear.federated.update import SharedUpdate
-from spear.models.tracing import chain
+from spear.models.tracing import Layer, chain
 from spear.published.lowrank import LowRank, decompose
 from spear.reconstruction import Refusal
 
@@ -33,6 +33,7 @@ class NetworkView:
 
     `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
     `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
+    `folded` says that a map between the model's layers is in their weights: gradients are then not the model's own.
     `precision` is the unit roundoff of the gradients as they were sent, relative to them (they are held in float64),
     `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`,
     `dtype` the coarsest of model and update.
@@ -48,6 +49,7 @@ class NetworkView:
     input_shape: tuple[int, ...] | None = None
     loss: str = "cross_entropy"
     dtype: torch.dtype | None = None
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if len(self.weights) < 2:
@@ -212,30 +214,43 @@ def open_network(
     Raises `Refusal` for a model that is not such a chain, and `ValueError` as `spear.attack` does for gradients that do
     not fit.
     """
-    layers, gradients, device = chain(model), check_gradients(model, update), compute_device(device)
-
-    def received(name: str) -> Tensor:
-        if name not in gradients:
-            raise Refusal(f"the network method needs every layer's gradient; the update has none for {name}")
-        return gradients[name].to(device, torch.float64)
-
+    layers, gradients = chain(model, update.input_shape), check_gradients(model, update)
+    device = compute_device(device)
     count = update.count if batch_size is None else batch_size
     check_count(count)
     check_size(count, layers[0].linear.in_features, update)
+    for why in filter(None, (layer.missing(gradients) for layer in layers)):
+        raise Refusal(f"the network method needs every layer's gradient; the update has none for {why}")
+
+    def received(layer: Layer, kind: str) -> Tensor:
+        return layer.gradient(f"{layer.name}.{kind}", gradients).to(device, torch.float64)
+
     biased = [layer.linear.bias is not None for layer in layers]
-    precision = rounding_unit(model, update) / 2
     return NetworkView(
         tuple(layer.linear.weight.detach().to(device, torch.float64) for layer in layers),
         tuple(
             layer.linear.bias.detach().to(device, torch.float64) if has else None
             for layer, has in zip(layers, biased, strict=True)
         ),
-        tuple(received(f"{layer.name}.weight") for layer in layers),
-        tuple(received(f"{layer.name}.bias") if has else None for layer, has in zip(layers, biased, strict=True)),
+        tuple(received(layer, "weight") for layer in layers),
+        tuple(received(layer, "bias") if has else None for layer, has in zip(layers, biased, strict=True)),
         batch_size or update.count,
         update.reduction,
-        precision,
+        rounding_unit(model, update) / 2 * max(layer.growth(gradients) for layer in layers),
         input_shape(layers[0].name, layers[0].linear.in_features, update),
-        update.loss,
+        _loss(layers[-1], update.loss),
         coarsest(model, update),
+        any(layer.folded for layer in layers),
     )
+
+
+def unfolded(problem: NetworkView) -> NetworkView:
+    """The problem itself. Raises `Refusal` where its gradients are not the model's own, entry by entry."""
+    if problem.folded:
+        raise Refusal("between the layers stands a normalisation: noise, missing entries or steps are not of this form")
+    return problem
+
+
+def _loss(last: Layer, told: str) -> str:
+    """The loss that was told, or binary cross-entropy where that cannot be: of one output cross-entropy is zero."""
+    return "binary_cross_entropy" if told == "cross_entropy" and last.linear.out_features == 1 else told

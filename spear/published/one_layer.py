@@ -145,7 +145,7 @@ def _by_one_layer(
 def _unknown_rest(view: LayerView) -> str:
     """Why the server cannot compute what follows the layer, in words; empty where it can."""
     if view.layer.tail is None:
-        return f"the outputs depend on more than {view.layer.name}, by a branch around it"
+        return view.layer.unknown
     return ""
 
 

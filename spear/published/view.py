@@ -20,7 +20,7 @@ from spear.federated.received import (
     input_shape,
     rounding_unit,
 )
-from spear.federated.update import SharedUpdate
+from spear.federated.update import Lazy, SharedUpdate
 from spear.models.streaming import Blocks, Streamed, streamed
 from spear.models.tracing import Layer, find_layer
 from spear.published.lowrank import LowRank, decompose, rank_under_noise
@@ -100,22 +100,40 @@ def open_layer(
 
     Raises `ValueError` as `spear.attack` does.
     """
-    found = find_layer(model, layer)
-    gradients = check_gradients(model, update)
+    found = find_layer(model, layer, update.input_shape)
+    received = _received(found, check_gradients(model, update))
     m, n = found.linear.weight.shape
-    disclosed = update.count if batch_size is None else batch_size
+    rank, disclosed = (None if count is None else count * found.rows for count in (batch_size, update.count))
+    disclosed = disclosed if rank is None else rank
     check_count(disclosed)
     check_room(disclosed, m, n, found.name)
     device = compute_device(device)
     tail = None if found.tail is None else streamed(found.tail, device)
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)
     eps = rounding_unit(model, update)
-    gradients = Widened(gradients, device)
-    low, observed = observe(found, gradients, batch_size, eps)
+    gradients = Widened(received, device)
+    low, observed = observe(found, gradients, rank, eps)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
-    told = update.loss, update.reduction, coarsest(model, update)
+    told = _loss(found, update.loss, gradients.device), update.reduction, coarsest(model, update)
     return LayerView(found, gradients, low, observed, disclosed, eps, scale, _input_shape(found, update), *told)
+
+
+def _received(layer: Layer, gradients: Mapping[str, Tensor]) -> Lazy:
+    """The gradients by the names of the layer and its tail, each made when it is asked for. Raises `Refusal` for a
+    layer whose own gradient is not among them."""
+    if why := layer.missing(gradients):
+        raise Refusal(f"the update has no gradient for {why}; it has {', '.join(gradients)}")
+    return Lazy(layer.names(gradients), lambda name: layer.gradient(name, gradients))
+
+
+def _loss(layer: Layer, told: str, device: torch.device) -> str:
+    """The loss that was told, or binary cross-entropy where that cannot be: of one output cross-entropy is zero."""
+    if told != "cross_entropy" or layer.tail is None:
+        return told
+    with torch.no_grad():
+        outputs = layer.tail(torch.zeros(1, layer.linear.out_features, dtype=torch.float64, device=device))
+    return told if outputs.shape[1] > 1 else "binary_cross_entropy"
 
 
 def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:
@@ -130,8 +148,8 @@ def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> t
 
 def _jacobian(layer: Layer, gradients: Widened) -> Blocks:
     """J = [dL/dW | dL/dbeta] as `augment` makes it, or dL/dW alone where the layer has no bias; read block by block."""
-    dW = _required(gradients.received, f"{layer.name}.weight")
-    dbeta = None if layer.linear.bias is None else _required(gradients, f"{layer.name}.bias")
+    dW = gradients.received[f"{layer.name}.weight"]
+    dbeta = None if layer.linear.bias is None else gradients[f"{layer.name}.bias"]
     return Blocks(dW, dbeta, torch.empty(0, dtype=torch.float64, device=gradients.device))
 
 
@@ -154,12 +172,6 @@ def under_noise(view: LayerView) -> LayerView | None:
     return replace(view, low=low, observed=replace(observed, tolerance=tolerance))
 
 
-def _required(gradients: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in gradients:
-        raise Refusal(f"the update has no gradient for {name}; it has {', '.join(gradients)}")
-    return gradients[name]
-
-
 def _input_shape(layer: Layer, update: SharedUpdate) -> tuple[int, ...]:
     n = layer.linear.in_features
-    return input_shape(layer.name, n, update) if layer.from_data else (n,)
+    return input_shape(layer.name, n, update) if layer.from_data and layer.rows == 1 else (n,)

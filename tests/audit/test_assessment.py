@@ -16,7 +16,7 @@ def test_layers(model: nn.Module) -> None:
     first, second, last = assessment.assess(model)
     assert (first.name, first.inputs, first.width, first.from_data, first.limit) == ("fc1", 64, WIDTH, True, WIDTH - 1)
     assert (second.from_data, second.limit, second.gives_away) == (False, WIDTH - 1, "the features that enter it")
-    assert (last.limit, last.sampling, last.gives_away) == (0, 0, "nothing by this attack: no ReLU follows")
+    assert (last.limit, last.sampling, last.gives_away) == (0, 0, "not attacked by itself: no ReLU follows")
     bare = assessment.assess(models.fcnn(SHAPE, 400, 2, CLASSES, bias=False))[0]
     assert (bare.limit, bare.gives_away) == (64, "the samples themselves, each up to a factor (no bias)")
 

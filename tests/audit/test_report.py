@@ -4,6 +4,10 @@ import json
 import re
 from dataclasses import replace
 
+import torch
+from audited import CLASSES, SHAPE
+from torch import Tensor, nn
+
 from spear.audit import assessment, report
 
 
@@ -19,6 +23,29 @@ def test_the_page_needs_nothing_else_and_escapes_names(attacked: tuple) -> None:
 
 def test_the_simulated_page_shows_what_was_sent(simulated: assessment.Audit) -> None:
     assert "4 of 4 exact, 4 recognisable" in report.html(simulated)
+
+
+class Mixed(nn.Module):
+    """A convolution that no attack reads, a layer that is attacked, one beside it, one without ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first = nn.Conv2d(1, 1, 1), nn.Linear(64, 40)
+        self.second, self.last = nn.Linear(40, 40), nn.Linear(40, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.second(torch.relu(self.first(self.conv(x).flatten(1))))))
+
+
+def test_nothing_recovered_says_what_was_not_attacked() -> None:
+    found = assessment.audit(Mixed(), count=4, input_shape=SHAPE, time_limit=0, trial_limit=0)
+    assert found.status == 0
+    words = report.verdict(found)
+    assert words.startswith("Nothing was recovered from a simulated update of 4 samples in the 0 s given")
+    expected = ["conv (Conv2d: no attack here reads it)", "second (only first was attacked)", "last (no ReLU follows)"]
+    assert words.endswith(f"Not attacked: {', '.join(expected)}.")
+    assert json.loads(report.to_json(found))["attack"]["not_attacked"] == expected
+    assert {risk.gives_away for risk in found.layers if not risk.relu} == {"not attacked by itself: no ReLU follows"}
 
 
 def test_json(attacked: tuple, simulated: assessment.Audit) -> None:

@@ -1,6 +1,8 @@
 """Sample packs come back as they were written; every kind of damage is refused."""
 
 import contextlib
+import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from data_files import SEEDS, random_pack, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from spear import data
 from spear.data import packs
@@ -40,8 +43,8 @@ BAD = {
     "negative label": ({"labels": np.array([0, 1, -1, 0])}, "labels from -1 to 1 with 2 classes"),
     "classes are numbers": ({"classes": np.array([1, 2])}, "classes are int64 (2,), not strings"),
     "classes in a square": ({"classes": np.array([["a"], ["b"]])}, "classes are <U1 (2, 1), not strings"),
-    "pickled classes": ({"classes": np.array(["a", "b"], object)}, "allow_pickle=False"),
-    "pickled images": ({"images": np.array([1, "x"], object)}, "allow_pickle=False"),
+    "pickled classes": ({"classes": np.array(["a", "b"], object)}, "holds Python objects"),
+    "pickled images": ({"images": np.array([1, "x"], object)}, "holds Python objects"),
 }
 
 
@@ -85,3 +88,82 @@ def test_a_pack_with_one_byte_changed_is_refused_or_unharmed(place, flip, writte
     (tmp_path / "changed.npz").write_bytes(content)
     with contextlib.suppress(ValueError):
         assert same(packs.read(tmp_path / "changed.npz"), random_pack())
+
+
+def declaring(array, shape):
+    """The bytes of an npy file whose header says another shape than that of its array."""
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, np.lib.format.header_data_from_array_1_0(array) | {"shape": shape})
+    return content.getvalue() + array.tobytes()
+
+
+def npz(path, compression=zipfile.ZIP_DEFLATED, **contents):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for key, content in contents.items():
+            archive.writestr(f"{key}.npy", content)
+
+
+def test_an_array_that_says_it_is_larger_than_its_entry_is_refused(tmp_path):
+    """What a header says is compared with what is there, before memory of that size is asked for."""
+    sizes = {key: array.shape for key, array in GOOD.items()} | {"images": (10**12, 2, 2, 3)}
+    npz(tmp_path / "large.npz", **{key: declaring(GOOD[key], shape) for key, shape in sizes.items()})
+    with pytest.raises(ValueError, match="images.npy says uint8 .1000000000000, 2, 2, 3., which are not its"):
+        packs.read(tmp_path / "large.npz")
+
+
+def test_a_pack_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(packs, "FREE", 0)
+    even = GOOD | {"images": np.zeros((4, 200, 200, 3), np.uint8)}
+    np.savez_compressed(tmp_path / "even.npz", **even)
+    with pytest.raises(ValueError, match="more than 100 times its size"):
+        packs.read(tmp_path / "even.npz")
+
+
+def test_an_entry_compressed_in_another_way_is_refused(tmp_path):
+    contents = {key: declaring(array, array.shape) for key, array in GOOD.items()}
+    npz(tmp_path / "usual.npz", **contents)
+    assert len(packs.read(tmp_path / "usual.npz").labels) == 4
+    npz(tmp_path / "other.npz", zipfile.ZIP_BZIP2, **contents)
+    with pytest.raises(ValueError, match="images is compressed in another way"):
+        packs.read(tmp_path / "other.npz")
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+DEEP = {
+    "sixteen.png": (RAMP * 65535).astype(np.uint16),
+    "sixteen.tif": (RAMP * 65535).astype(np.uint16),
+    "twelve.png": (RAMP * 4095).astype(np.uint16),
+    "real.tif": RAMP.astype(np.float32),
+}
+
+
+def picture(folder, name, values):
+    (folder / "pictures" / "scan").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(folder / "pictures" / "scan" / name)
+    return folder / "pictures"
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_pictures_of_more_than_8_bits_keep_their_range(name, tmp_path):
+    folder = picture(tmp_path, name, DEEP[name])
+    data.pack(folder, "scans", tmp_path)
+    inputs, _ = data.load("scans", count=1, root=tmp_path, normalize=False)
+    expected = DEEP[name] if name == "real.tif" else DEEP[name] / 65535
+    assert np.abs(inputs[0].numpy() - expected).max() < 1e-5
+    data.pack(folder, "mnist", tmp_path)
+    inputs, _ = data.load("mnist", count=1, root=tmp_path, normalize=False)
+    assert inputs.shape == (1, 1, 28, 28)
+    assert float(inputs.max()) == pytest.approx(expected.max(), rel=0.02)
+
+
+def test_a_folder_of_8_and_16_bits_has_one_range(tmp_path):
+    picture(tmp_path, "0.png", np.full((2, 2), 255, np.uint8))
+    pack = packs.from_folder(picture(tmp_path, "1.png", np.full((2, 2), 65535, np.uint16)))
+    assert (pack.images == 65535).all()
+
+
+@pytest.mark.parametrize("values", [RAMP * 3000 - 1000, RAMP * 255, RAMP * np.nan])
+def test_values_beyond_the_range_of_a_picture_are_refused_not_clipped(values, tmp_path):
+    folder = picture(tmp_path, "scan.tif", values.astype(np.float32))
+    with pytest.raises(ValueError, match="scan.tif is no readable picture: values from .* not within 0 and 1: scale"):
+        packs.from_folder(folder)

@@ -122,6 +122,65 @@ def test_weights_of_another_file(tmp_path: Path, saver: Callable) -> None:
         files.load(str(tmp_path / "model.pt2"), tmp_path / "wide.safetensors", run_code=True)
 
 
+class Constants(nn.Module):
+    """A buffer that is not saved with the weights, a constant, a cast, and ReLU as a statement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 9), nn.Linear(9, 4)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x.to(torch.float32).flatten(1) / self.scale)
+        z.relu_()
+        return self.last(z) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+class Tied(nn.Module):
+    """Two layers that share their weights, each with a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.out = nn.Linear(64, 9), nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, 4)
+        self.c.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.c(self.b(self.a(x.flatten(1)).relu()).relu()).relu())
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(9)
+        norm.running_mean += 0.5
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), norm, nn.ReLU(), nn.Dropout(0.5), nn.Linear(9, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def export_decomposed(model: nn.Module, path: Path) -> None:
+    torch.export.save(torch.export.export(model, (batch(3, model),)).run_decompositions(), path)
+
+
+@pytest.mark.parametrize("saver", [export, export_any_batch, export_decomposed])
+@pytest.mark.parametrize("make", [*MODELS.values(), Constants, Tied, Normed])
+def test_an_exported_program_in_every_form(tmp_path: Path, make: Callable, saver: Callable) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    saver(model, tmp_path / "model.pt2")
+    read = files.load(str(tmp_path / "model.pt2")).module
+    inputs, labels = batch(7, model), torch.arange(7) % 4
+    torch.testing.assert_close(read(inputs), model(inputs))
+    expected = federated.gradient(model, inputs, labels).gradients
+    found = federated.gradient(read, inputs, labels).gradients
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name])
+    wanted = [(layer.name, layer.relu, layer.from_data) for layer in tracing.linear_layers(model)]
+    assert [(layer.name, layer.relu, layer.from_data) for layer in tracing.linear_layers(read)] == wanted
+
+
 class Hostile:
     """Unpickling an instance leaves a file behind."""
 
@@ -219,7 +278,11 @@ def test_a_changed_program(exported: Path, ending: str, change: Callable, messag
 
 def test_a_model_in_training_mode(tmp_path: Path) -> None:
     export(Mixed().train(), tmp_path / "model.pt2")
-    refused(tmp_path / "model.pt2", "is in training mode: call model.eval() before saving the model")
+    model = files.load(str(tmp_path / "model.pt2")).module
+    with pytest.raises(ValueError, match=r"the client trained with dropout \(p = 0.3\) on behind body.0"):
+        tracing.find_layer(model, "body.0")
+    with pytest.raises(ValueError, match="the client trained with batch normalisation on before body.0"):
+        tracing.find_layer(model)
 
 
 class Writing(nn.Module):
