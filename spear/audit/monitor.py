@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class Finding:
     def words(self) -> str:
         """One line for a log: who, when, and how much."""
         who = f"round {self.round}, client {self.client}"
+        if self.result is None:
+            return f"{who}: the update could not be attacked ({self.reason})"
         if not self.leaks:
             return f"{who}: no sample could be read back ({self.reason})"
         found, certified = len(self.result.inputs), int(self.result.certified.sum())
@@ -53,9 +56,10 @@ class Finding:
 class Monitor:
     """Attacks updates of `model` that are one step of SGD with `learning_rate`, each for at most `time_limit` seconds.
 
-    An invertible update is a warning in the log `spear.monitor`. `on_finding` is called with every finding,
-    invertible or not; what it raises ends the round. With `folder`, every update is kept there as
-    ROUND-CLIENT.safetensors, for `spear audit`. `input_shape` is the shape of one sample, where it is known.
+    An invertible update is a warning in the log `spear.monitor`, and so is one that cannot be attacked. `on_finding` is
+    called with every finding, invertible or not; what it raises ends the round. With `folder`, every update is kept
+    there as ROUND-CLIENT.safetensors (the client's name percent-encoded), for `spear audit`. `input_shape` is the shape
+    of one sample, where it is known.
     """
 
     model: nn.Module
@@ -81,15 +85,16 @@ class Monitor:
         """
         try:
             model, update = self._received(before, after, count)
-        except ValueError as error:
-            return self._tell(Finding(client, round, None, None, str(error)))
+        except Exception as error:  # a client may send anything, which shall not end the round
+            return self._tell(Finding(client, round, None, None, _cause(error)))
         if self.folder is not None:
-            update.save(self.folder / f"{round}-{client}.safetensors")
+            update.save(self.folder / f"{round}-{quote(client, safe='')}.safetensors")
         try:
             result = inversion.attack(model, update, time_limit=self.time_limit)
-            return self._tell(Finding(client, round, update, result, result.reason))
-        except ValueError as error:  # a client may send anything
-            return self._tell(Finding(client, round, update, None, str(error)))
+            finding = Finding(client, round, update, result, result.reason)
+        except Exception as error:  # the same
+            finding = Finding(client, round, update, None, _cause(error))
+        return self._tell(finding)
 
     def _received(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], count: int | None
@@ -107,7 +112,13 @@ class Monitor:
 
     def _tell(self, finding: Finding) -> Finding:
         """The finding, in the log and to whoever listens."""
-        log.log(logging.WARNING if finding.leaks else logging.INFO, finding.words)
+        quiet = finding.result is not None and not finding.leaks
+        log.log(logging.INFO if quiet else logging.WARNING, finding.words)
         if self.on_finding is not None:
             self.on_finding(finding)
         return finding
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, in words; with its type where it was not foreseen."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -76,13 +76,22 @@ def read_idx(folder: Path, suffix: str = ".gz") -> Pack:
 def _idx(path: Path) -> UInt8[np.ndarray, "..."]:
     # two zero bytes, 8 for unsigned bytes, the number of dimensions, each as a big-endian integer, the entries
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
         if content[:3] != b"\0\0\x08":
             raise ValueError("it does not begin as one")
         shape = np.frombuffer(content, ">i4", content[3], 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
     except (ValueError, IndexError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is no idx file of bytes: {error}") from error
+
+
+def _unpacked(path: Path) -> bytes:
+    most = packs.FREE + packs.EXPANSION * path.stat().st_size
+    with gzip.open(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it unpacks to more than {packs.EXPANSION} times its size")
+    return content
 
 
 def _synset(path: Path) -> str:

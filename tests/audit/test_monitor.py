@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spear import federated, metrics, models
+from spear import federated, inversion, metrics, models
 from spear.audit.monitor import Finding, Monitor
 from spear.federated.update import difference
 
@@ -88,11 +88,29 @@ def test_what_cannot_be_read_is_no_warning(model: nn.Module, caplog: pytest.LogC
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
-def test_a_client_that_sends_rubbish_stops_nothing(model: nn.Module) -> None:
+def test_a_client_that_sends_rubbish_stops_nothing(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     rubbish = {name: torch.full_like(weight, torch.nan) for name, weight in model.state_dict().items()}
     finding = Monitor(model, RATE).look(model.state_dict(), rubbish, client="a")
     assert (finding.leaks, finding.result) == (False, None)
     assert "holds NaN or infinite values" in finding.reason
+    assert finding.words.startswith("round 1, client a: the update could not be attacked (")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_a_fault_of_the_attack_ends_no_round(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(inversion, "attack", fails)
+    finding = Monitor(model, RATE).look(model.state_dict(), stepped(model, 3), client="a")
+    assert (finding.result, finding.reason) == (None, "ZeroDivisionError: division by zero")
+
+
+def test_a_clients_name_leads_nowhere_else(model: nn.Module, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    Monitor(model, RATE, time_limit=0, folder=kept).look(model.state_dict(), stepped(model, 3), client="../b/c")
+    assert [entry.name for entry in kept.iterdir()] == ["1-..%2Fb%2Fc.safetensors"]
 
 
 def test_weights_without_running_statistics_do_not_end_the_round() -> None:

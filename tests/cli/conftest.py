@@ -11,11 +11,27 @@ from spear import federated, models
 
 SHAPE, BATCH = (1, 8, 8), 4
 FACTORIES = """\
-import torch, spear.models
+import sys, torch, spear.models
 model = lambda: spear.models.fcnn((1, 8, 8), 60, 2, 5, seed=0)
 narrow = lambda: spear.models.fcnn((1, 8, 8), 60, 2, 5, seed=0, dtype=torch.float32)
 broken = lambda: 1 / 0
 number = lambda: 3
+quits = lambda: sys.exit(0)
+frozen = lambda: model().requires_grad_(False)
+
+
+def nan():
+    made = model()
+    made.fc2.weight.data[0, 0] = float("nan")
+    return made
+
+
+class Ending(torch.nn.Module):
+    def named_parameters(self, *_, **__):
+        sys.exit(0)
+
+
+ends = Ending
 """
 
 
@@ -33,10 +49,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple) -> Path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "factories", raising=False)
+    monkeypatch.delitem(sys.modules, "script", raising=False)
     monkeypatch.delenv("SPEAR_DATA", raising=False)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "runs.yaml").touch()
     (tmp_path / "factories.py").write_text(FACTORIES)
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     case[1].save("update.safetensors")
     save_file(models.fcnn(SHAPE, 60, 2, 5, seed=0).state_dict(), "weights.safetensors")
     save_file(models.fcnn(SHAPE, 61, 2, 5, seed=0).state_dict(), "wider.safetensors")

@@ -38,6 +38,28 @@ ATTACK = ["attack", "--run-code", "factories:model", "update.safetensors"]
         ([*ATTACK, "--method", "sampling", "--batch-size", "60"], "needs a layer wider than 60; fc1 has 60"),
         ([*ATTACK, "--device", "abacus"], "device 'abacus' is not available here"),
         ([*ATTACK, "--output", "none/found.safetensors"], "none/found.safetensors: no such folder"),
+        ([*ATTACK, "--output", "notebooks"], "notebooks: a folder: it cannot be written to"),
+        ([*ATTACK, "--output", "found", "--picture", "found"], "found: given twice"),
+        ([*ATTACK, "--output", "update.safetensors"], "update.safetensors: given twice"),
+        ([*ATTACK, "--time-limit", "nan"], "time_limit is a finite number of at least 0, not nan"),
+        ([*ATTACK, "--time-limit", "-1"], "time_limit is a finite number of at least 0, not -1.0"),
+        ([*ATTACK, "--batch-size", "0"], "batch_size is a whole number of at least 1, not 0"),
+        ([*ATTACK, "--learning-rate", "nan"], "learning_rate is a number from 1e-30 to 1e+30, not 'nan'"),
+        (
+            ["attack", "factories:model", "update.safetensors"],
+            "a factory is code, which is not run; where you trust it, --run",
+        ),
+        (["attack", "--run-code", "factories:quits", "update.safetensors"], "factories:quits: SystemExit: 0"),
+        (["attack", "--run-code", "script:model", "update.safetensors"], "script:model: SystemExit: 0"),
+        (
+            ["attack", "--run-code", "factories:ends", "update.safetensors"],
+            "code of the model ended the process with status 0",
+        ),
+        (
+            ["attack", "--run-code", "factories:nan", "update.safetensors"],
+            "fc2.weight of the model holds NaN or infinite",
+        ),
+        (["audit", "--run-code", "factories:frozen"], "no parameter of the model requires a gradient"),
         (["figures"], "runs.yaml: not a list of runs"),
         (["figures", "--dataset", "unheard-of"], "unknown data set 'unheard-of'"),
         (["figures", "--dataset", "mnist"], "run `spear data fetch mnist`"),
@@ -50,9 +72,35 @@ def test_a_mistake_is_one_line_and_status_2(
 ) -> None:
     assert run(*arguments) == 2
     *parts, line = capsys.readouterr().err.splitlines()
-    assert all(part.startswith("spear attack: ") for part in parts)
+    assert all(part.startswith(f"spear {arguments[0]}: ") for part in parts)
     assert line.startswith("spear: error: ")
     assert message in line
+
+
+def test_a_fault_of_ours_is_one_line_that_says_so(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("spear.inversion.attack", fails)
+    assert run(*ATTACK) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "spear: error: a fault of spear, not of what it was given: ZeroDivisionError: division by zero"
+    )
+    assert line.endswith("please report the call and what it prints with SPEAR_TRACEBACK=1")
+    monkeypatch.setenv("SPEAR_TRACEBACK", "1")
+    assert run(*ATTACK) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interruption_is_no_finding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spear.inversion.attack", interrupted)
+    assert run(*ATTACK) == 130
 
 
 @pytest.mark.parametrize("arguments", [["attack"], ["figures", "--jobs", "0"], ["figures", "--nothing"], ["fly"]])
