@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from spear import paths
-from spear.cli.shared import MiniBatch, Momentum, Rate, RunCode, Samples, Steps, executor_of
+from spear.cli.shared import MiniBatch, Momentum, Rate, RunCode, Samples, Steps, executor_of, printable
 
 METHODS = "auto, the strongest that fits; or sampling, guided, dictionary, layer (one layer), network (every layer)."
 
@@ -63,7 +63,7 @@ def attack(
             device=device,
             progress=display.progress,
         )
-    print(recovered.words(result))
+    print(printable(recovered.words(result)))
     recovered.write(result, output, picture)
     raise typer.Exit(1 if len(result.inputs) else 0)
 
