@@ -1,7 +1,6 @@
 """Whatever the client did and whichever method runs: options mean something or are refused, and results say who ran."""
 
 import re
-import time
 from dataclasses import replace
 
 import pytest
