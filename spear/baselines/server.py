@@ -83,7 +83,7 @@ class Clock:
             yield step
             self.steps += 1
             if self.progress is not None:
-                self.progress(Progress(0, self.count, self.steps, self.seconds))
+                self.progress(Progress("gradient matching", 0, self.count, self.steps, self.seconds))
             if self.late:
                 return
 

@@ -11,10 +11,11 @@ from typing import NoReturn
 import click
 
 from spear.cli import attack, audit, data, figures
-from spear.cli.shared import app
+from spear.cli.shared import app, printable
 
 TRACEBACK = "SPEAR_TRACEBACK"  # environment variable that asks for the traceback of a fault of ours
 INTERRUPTED = 130
+LONGEST = 2000  # characters of a message
 
 for command in (figures.figures, attack.attack, audit.audit):
     app.command()(command)
@@ -46,8 +47,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def fail(message: str) -> NoReturn:
-    """Say in one line on stderr what is wrong, and exit with status 2."""
-    print(f"spear: error: {' '.join(message.split())}", file=sys.stderr)
+    """Say in one line on stderr what is wrong, and exit with status 2.
+
+    A message may quote a stranger's file, and is cut.
+    """
+    line = printable(" ".join(message.split()))
+    print(f"spear: error: {line[:LONGEST]}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from spear import paths
-from spear.cli.shared import Loss, MiniBatch, Momentum, Rate, RunCode, Samples, Steps, WeightDecay, executor_of
+from spear.cli.shared import (
+    Loss,
+    MiniBatch,
+    Momentum,
+    Rate,
+    RunCode,
+    Samples,
+    Steps,
+    WeightDecay,
+    executor_of,
+    printable,
+)
 
 METHODS = "auto, the strongest that fits; or sampling, guided, dictionary, layer (one layer), network (every layer)."
 
@@ -66,7 +77,7 @@ def attack(
             device=device,
             progress=display.progress,
         )
-    print(recovered.words(result))
+    print(printable(recovered.words(result)))
     recovered.write(result, output, picture)
     raise typer.Exit(1 if len(result.inputs) else 0)
 

@@ -45,9 +45,8 @@ def figures(
     if list_:
         _show_due(chosen)
         return
-    with schedule.alone():
-        with executor_of(scheduler) as executor:
-            outcomes = {} if pages else _execute(chosen, jobs, CELL_TIMEOUTS[profile], executor, force)
+    with executor_of(scheduler) as executor, schedule.alone():
+        outcomes = {} if pages else _execute(chosen, jobs, CELL_TIMEOUTS[profile], executor, force)
         _write_pages(table)
     failed = [outcome for outcome in outcomes.values() if outcome.status == "failed"]
     for outcome in failed:

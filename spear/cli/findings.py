@@ -6,14 +6,14 @@ from rich.table import Table
 from spear.audit import report
 from spear.audit.assessment import Audit
 from spear.audit.protection import Tested
-from spear.cli.shared import console
+from spear.cli.shared import console, printable
 
 
 def show(audit: Audit) -> None:
     """Print the verdict, and a table each of layers, methods and defences."""
-    print(report.verdict(audit))
-    print(f"certificate: {report.certificate(audit)}")
-    print(f"the attack ended: {audit.result.reason}")
+    print(printable(report.verdict(audit)))
+    print(printable(f"certificate: {report.certificate(audit)}"))
+    print(printable(f"the attack ended: {audit.result.reason}"))
     print(f"{audit.seconds:.0f} s, at most {audit.memory / 2**30:.1f} GiB; attacks below: {audit.trial_limit:g} s each")
     layers = [(x.name, f"{x.width}", x.gives_away, f"{x.limit or '-'}") for x in audit.layers]
     _table(("linear layer", "width", "its gradient gives away", "batches up to"), layers)
@@ -31,5 +31,5 @@ def _counts(tested: Tested) -> str:
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     table = Table(*columns)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console.print(table)

@@ -31,6 +31,11 @@ RunCode = Annotated[
 ]
 
 
+def printable(text: str) -> str:
+    """Text that may quote a stranger's file, without the characters that a terminal obeys."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def executor_of(scheduler: str | None) -> AbstractContextManager[Executor | None]:
     """An executor that works by the dask scheduler at this address; without one, none: work is done here."""
     if scheduler is None:

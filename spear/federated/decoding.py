@@ -147,10 +147,12 @@ def _outside(space: Float[Tensor, "m r"], g: Float[Tensor, " m"]) -> float:
 
 
 def _fits(model: nn.Module, update: SharedUpdate) -> bool:
-    """Whether all gradients are finite numbers in the shapes of parameters."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    gradients = update.gradients
-    return all(
-        gradients[name].shape == shapes.get(name) and gradients[name].is_floating_point() and is_finite(gradients[name])
-        for name in gradients
-    )
+    """Whether weights and gradients are finite numbers, in the same shapes."""
+    parameters = dict(model.named_parameters())
+    return all(_pair_fits(parameters.get(name), g) for name, g in update.gradients.items())
+
+
+def _pair_fits(parameter: nn.Parameter | None, g: Tensor) -> bool:
+    if parameter is None or parameter.is_meta or parameter.shape != g.shape:
+        return False
+    return all(x.is_floating_point() and is_finite(x) for x in (parameter, g))

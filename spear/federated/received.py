@@ -135,13 +135,15 @@ def check_size(count: int | None, n: int, update: SharedUpdate) -> None:
         raise Refusal(f"a batch of {count:,} samples is out of proportion to an update of {held:,} numbers")
 
 
-def check_room(count: int | None, m: int, n: int, name: str) -> None:
-    """Raises `Refusal` for more samples than one layer `name`, m x n, can tell apart; several layers may."""
-    if count is None:
-        return
-    if count >= m:
+def check_width(count: int | None, m: int, name: str) -> None:
+    """Raises `Refusal` for as many samples as layer `name` has neurons, m, or more: none can be told apart."""
+    if count is not None and count >= m:
         raise Refusal(f"a batch of rank {count} needs a layer wider than {count}; {name} has {m}")
-    if count > n:
+
+
+def check_inputs(count: int | None, n: int, name: str) -> None:
+    """Raises `Refusal` for more samples than one layer `name` has inputs, n; several layers may tell them apart."""
+    if count is not None and count > n:
         raise Refusal(f"a batch of rank {count} needs at least {count} inputs; {name} has {n}")
 
 

@@ -21,6 +21,7 @@ from spear.models.tensors import read_tensors
 
 FORMAT = "spear.SharedUpdate/1"
 LOSSES = ("cross_entropy", "binary_cross_entropy", "squared_error")
+LARGEST_SAMPLE = 2**24  # entries: samples of that size are made to try a model
 TINY, LARGE = 1e-30, 1e30  # of rates, norms and scales: beyond, no number of the update would be left
 OURS = "spear."  # what the format begins with where this package wrote the file
 TUPLES = {"input_shape", "clients"}  # lists, in a file's metadata
@@ -159,7 +160,7 @@ def _disclosed(words: str, known: Sequence[str]) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise ValueError(f"what it discloses is {type(told).__name__}, not named values")
     if unknown := told.keys() - set(known):
-        raise ValueError(f"it discloses {', '.join(map(repr, sorted(unknown)))}; known are {', '.join(known)}")
+        raise ValueError(f"it discloses {_brief(min(unknown))}; known are {', '.join(known)}")
     told = {name: tuple(v) if name in TUPLES and isinstance(v, list) else v for name, v in told.items()}
     check_told(told)
     return told
@@ -170,21 +171,28 @@ def check_told(told: Mapping[str, Any]) -> None:
     for name, value in told.items():
         if name in CHOICES and value not in CHOICES[name]:
             known = ", ".join(repr(choice) for choice in CHOICES[name] if choice)
-            raise ValueError(f"unknown {name} {value!r}: use {known}")
+            raise ValueError(f"unknown {name} {_brief(value)}: use {known}")
         if name in RANGES and not (value is None and name not in NEEDED):
             _check_range(name, value, *RANGES[name])
         if name in TUPLES and value is not None:
             if not isinstance(value, tuple) or not 0 < len(value) <= MOST_SIZES:
-                raise ValueError(f"{name} is a list of 1 to {MOST_SIZES:,} whole numbers, not {str(value)[:40]!r}")
+                raise ValueError(f"{name} is a list of 1 to {MOST_SIZES:,} whole numbers, not {_brief(value)}")
             for size in value:
                 _check_range(f"an entry of {name}", size, int, 1, MOST)
+            if name == "input_shape" and math.prod(value) > LARGEST_SAMPLE:
+                raise ValueError(f"input_shape {_brief(value)} has more than {LARGEST_SAMPLE:,} entries")
+
+
+def _brief(value: Any) -> str:
+    """What somebody else wrote, cut short."""
+    return repr(str(value)[:40])
 
 
 def _check_range(name: str, value: Any, kind: type, low: float | int, high: float | int) -> None:
     is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not (is_number and low <= value <= high):
         words = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} is {words} from {low:g} to {high:g}, not {str(value)[:40]!r}")
+        raise ValueError(f"{name} is {words} from {low:g} to {high:g}, not {_brief(value)}")
 
 
 def _check_training(update: SharedUpdate) -> None:

@@ -406,9 +406,9 @@ def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behi
     if len(set(names)) < len(names) or shared:
         raise Refusal(f"{wanted}; {', '.join(sorted(set(shared or names)))} shares its weights")
     for k, layer in enumerate(layers[:-1]):
-        following = layers[k + 1].name
         if not layer.relu or behind[k].end is not _source(nodes[k + 1]):
-            raise Refusal(f"{wanted}; between {layer.name} and {following} is something else")
+            found = ", ".join(user.name for user in behind[k].end.users)
+            raise Refusal(f"{wanted}; behind {layer.name} comes {found}")
     if not _ends(traced, behind[-1].end, outputs[0], layers[-1]):
         raise Refusal(f"{wanted}; something else follows {names[-1]}")
 

@@ -14,7 +14,8 @@ from spear.federated.received import (
     Widened,
     check_count,
     check_gradients,
-    check_room,
+    check_inputs,
+    check_width,
     coarsest,
     compute_device,
     input_shape,
@@ -106,7 +107,8 @@ def open_layer(
     rank, disclosed = (None if count is None else count * found.rows for count in (batch_size, update.count))
     disclosed = disclosed if rank is None else rank
     check_count(disclosed)
-    check_room(disclosed, m, n, found.name)
+    check_width(disclosed, m, found.name)
+    check_inputs(disclosed, n, found.name)
     device = compute_device(device)
     tail = None if found.tail is None else streamed(found.tail, device)
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import run
+from safetensors.torch import save_file
 
 ATTACK = ["attack", "--run-code", "factories:model", "update.safetensors"]
 
@@ -93,6 +95,16 @@ def test_a_fault_of_ours_is_one_line_that_says_so(
     monkeypatch.setenv("SPEAR_TRACEBACK", "1")
     assert run(*ATTACK) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_names_in_a_strangers_file_do_not_reach_the_terminal_as_commands(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_file({"\x1b[2J" + "n" * 5000: torch.ones(2)}, "named.safetensors")
+    assert run("attack", "--run-code", "factories:model", "named.safetensors") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.isprintable()
+    assert len(line) < 2100
 
 
 def test_an_interruption_is_no_finding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_foreign_files(tmp_path):
 
 HOSTILE = {
     "count": ("x", 2.5, [3], {}, True, 0, -1, 2**60),
-    "input_shape": ("abc", [64.0], [-1, -64], [], 64, [1] * 70_000),
+    "input_shape": ("abc", [2**13, 2**13], [64.0], [-1, -64], [], 64, [1] * 70_000),
     "clients": ({"a": 1}, [0], [True]),
     "local_steps": ("x", None, 0, -3),
     "mini_batch": ("x", 0),

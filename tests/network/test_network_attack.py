@@ -59,7 +59,10 @@ def test_any_traceable_chain():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([nn.Linear(64, 30), nn.Tanh(), nn.Linear(30, 5)], "needs linear layers with ReLU between them"),
+        (
+            [nn.Linear(64, 30), nn.Tanh(), nn.Linear(30, 5)],
+            "with ReLU between them; behind 1 comes _2",
+        ),
         ([nn.Linear(64, 30), nn.Linear(30, 5)], "needs one chain of linear layers with ReLU between them"),
         ([nn.Linear(64, 5)], "needs a hidden layer"),
     ],
