@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from spear.federated.update import SharedUpdate
-from spear.models.tracing import Layer, Path, doubts, linear_layers, one_output
+from spear.models.tracing import Layer, Path, doubts, each_layer, one_output
 from spear.reconstruction import Reconstruction
 
 ZERO = 1e-6  # of a sample's largest entry: less than that is zero
@@ -19,7 +19,7 @@ def as_given(model: nn.Module, update: SharedUpdate, layer: str | None, result: 
     names what the model does otherwise in training mode.
     """
     if len(result.inputs):
-        chosen = (x for x in linear_layers(model, update.input_shape) if (x.name == layer if layer else x.from_data))
+        chosen = (x for x in each_layer(model, update.input_shape) if (x.name == layer if layer else x.from_data))
         found = next(chosen, None)
         if found is not None and found.path is not None:
             result = _as_entered(result, found) if found.rows > 1 else _undone(result, found, update.input_shape)

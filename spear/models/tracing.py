@@ -138,8 +138,15 @@ def linear_layers(model: nn.Module, shape: Shape = None) -> list[Layer]:
 
     Raises as `spear.models.graphs.trace` does.
     """
+    return list(each_layer(model, shape))
+
+
+def each_layer(model: nn.Module, shape: Shape = None) -> Iterator[Layer]:
+    """The same one by one: to look at a layer takes a while, and the first is often enough."""
     traced = _traced(model, shape)
-    return [_layer(traced, node, shape, _behind(traced, node)) for node in traced.nodes if traced.is_linear(node)]
+    for node in traced.nodes:
+        if traced.is_linear(node):
+            yield _layer(traced, node, shape, _behind(traced, node))
 
 
 def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
@@ -162,18 +169,17 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
     Raises `Refusal` for a layer that does not exist, for one that no ReLU follows, and for one whose gradient the
     client's training left without ReLU's zeros.
     """
-    traced = _traced(model, shape)
-    layers = [_layer(traced, node, shape, _behind(traced, node)) for node in traced.nodes if traced.is_linear(node)]
-    known = ", ".join(layer.name for layer in layers) or "none"
-    chosen = [x for x in layers if (x.name == name if name is not None else x.from_data)]
-    if not chosen:
-        wanted = f"no linear layer named {name!r}" if name is not None else _no_data(traced, shape)
+    layers = each_layer(model, shape)
+    chosen = next((x for x in layers if (x.name == name if name is not None else x.from_data)), None)
+    if chosen is None:
+        known = ", ".join(layer.name for layer in linear_layers(model, shape)) or "none"
+        wanted = f"no linear layer named {name!r}" if name is not None else _no_data(_traced(model, shape), shape)
         raise Refusal(f"{wanted}; the model's linear layers: {known}")
-    if not chosen[0].relu:
-        raise Refusal(f"no ReLU follows {chosen[0].name}: its gradient has no zeros to read the batch from")
-    if chosen[0].obstacle:
-        raise Refusal(chosen[0].obstacle)
-    return chosen[0]
+    if not chosen.relu:
+        raise Refusal(f"no ReLU follows {chosen.name}: its gradient has no zeros to read the batch from")
+    if chosen.obstacle:
+        raise Refusal(chosen.obstacle)
+    return chosen
 
 
 def doubts(model: nn.Module, shape: Shape = None) -> str:

@@ -220,7 +220,7 @@ def open_network(
     count = update.count if batch_size is None else batch_size
     check_count(count)
     check_size(count, layers[0].linear.in_features, update)
-    check_width(count, layers[0].linear.out_features, layers[0].name)
+    check_width(batch_size, layers[0].linear.out_features, layers[0].name)
     for why in filter(None, (layer.missing(gradients) for layer in layers)):
         raise Refusal(f"the network method needs every layer's gradient; the update has none for {why}")
 
