@@ -20,7 +20,7 @@ from spear.audit.simulation import Comparison, Options, Reach
 from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate
 from spear.models import tracing
-from spear.models.tracing import Layer
+from spear.models.layers import Layer
 from spear.published import theory
 from spear.reconstruction import Reconstruction, Refusal, check_number
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from spear.federated.update import SharedUpdate
-from spear.models.tracing import Layer, Path, doubts, each_layer, one_output
+from spear.models.layers import Layer, Path
+from spear.models.tracing import doubts, each_layer, one_output
 from spear.reconstruction import Reconstruction
 
 ZERO = 1e-6  # of a sample's largest entry: less than that is zero

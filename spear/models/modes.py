@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from spear.models.graphs import Traced, operation
+from spear.models.traced import Traced, operation
 
 DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"}
 DROPOUTS |= {"feature_alpha_dropout", "native_dropout"}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from spear.models.graphs import name_layers
+from spear.models.linear_nodes import name_layers
 
 RESHAPES = {"flatten": "flatten", "view": "view", "reshape": "reshape", "unflatten": "unflatten", "sym_size": "size"}
 RESHAPES |= {"size": "size", "contiguous": "contiguous"}

@@ -23,7 +23,8 @@ from spear.federated.received import (
     rounding_unit,
 )
 from spear.federated.update import SharedUpdate
-from spear.models.tracing import Layer, chain
+from spear.models.layers import Layer
+from spear.models.tracing import chain
 from spear.published.lowrank import LowRank, decompose
 from spear.reconstruction import Refusal
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spear.certificate import Certificate, input_errors, length_slack, rms, spread_of_zeros
 from spear.federated.losses import activate, one_hot
+from spear.models.layers import Layer
 from spear.models.streaming import Outer, Streamed, pieces
-from spear.models.tracing import Layer
 from spear.models.watching import watched
 from spear.published.filtering import determined, zero_rows
 from spear.published.greedy import matching_coefficient, recover_scales

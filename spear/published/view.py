@@ -22,8 +22,9 @@ from spear.federated.received import (
     rounding_unit,
 )
 from spear.federated.update import Lazy, SharedUpdate
+from spear.models.layers import Layer
 from spear.models.streaming import Blocks, Streamed, streamed
-from spear.models.tracing import Layer, find_layer
+from spear.models.tracing import find_layer
 from spear.published.lowrank import LowRank, decompose, rank_under_noise
 from spear.reconstruction import Refusal
 
