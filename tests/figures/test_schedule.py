@@ -1,5 +1,6 @@
 """Runs executed, on tiny notebooks: what is due, side by side, figures all or none."""
 
+import functools
 import json
 import os
 import signal
@@ -105,7 +106,9 @@ def test_ctrl_c_keeps_what_is_finished_and_nothing_else(project: Project) -> Non
     project.add("01_tiny", **quick_profile(wait=True))
     half = project.folder / "build" / "runs" / "quick" / "01_tiny" / "1" / "figures" / "01_tiny-plot.csv"
     command = [sys.executable, "-m", "spear", "figures", "--jobs", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heard, **pipes) as process:
         try:
             _until(lambda: half.is_file() and half.read_text().count(" ") == 2)
         finally:
