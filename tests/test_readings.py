@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 import spear
 from spear.federated import SharedUpdate, gradient
+from spear.federated.received import coarsest, rounding_unit
 from spear.federated.update import computed_in, difference, each
 
 SHAPE, CLASSES = (40,), 6
@@ -101,7 +102,10 @@ def test_the_change_of_single_precision_weights_in_double() -> None:
     before = {name: p.detach() for name, p in model.named_parameters()}
     after = {name: (p - 0.1 * step[name]).double() for name, p in before.items()}
     before = {name: p.double() for name, p in before.items()}
-    assert computed_in(difference(model, before, after, learning_rate=0.1)) == torch.float32
+    change = difference(model, before, after, learning_rate=0.1)
+    assert coarsest(model, change) == torch.float32
+    assert rounding_unit(model, change) >= torch.finfo(torch.float32).eps
+    assert coarsest(model.double(), change) == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

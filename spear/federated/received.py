@@ -1,7 +1,7 @@
 """An update as the server received it: checked against the model, its rounding, where to compute with it."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,7 @@ def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
     The rounding of many weights is noise of a fifth of their spacing, and spreads over all singular values: far below
     `lowrank.VISIBLE` times what is returned.
     """
-    eps = torch.finfo(_single(update)).eps
+    eps = torch.finfo(_single(model, update)).eps
     if update.learning_rate is None:
         return eps
     parameters = dict(model.named_parameters())
@@ -106,13 +106,21 @@ def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
 
 def coarsest(model: nn.Module, update: SharedUpdate) -> torch.dtype:
     """The dtype of least precision among the weights and what the gradients were computed in."""
-    dtypes = {*(p.dtype for p in model.parameters()), _single(update)}
+    return _coarser({*(p.dtype for p in model.parameters()), _single(model, update)})
+
+
+def _coarser(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _single(update: SharedUpdate) -> torch.dtype:
-    """What the gradients were computed in; half precision, once it is widened, counts as single."""
+def _single(model: nn.Module, update: SharedUpdate) -> torch.dtype:
+    """What the gradients were computed in; half precision, once it is widened, counts as single.
+
+    A change of weights is as coarse as these, whatever it is stored in.
+    """
     stored = {g.dtype for g in update.gradients.values()}
+    if update.learning_rate is not None:
+        return _coarser(stored | {p.dtype for p in model.parameters()})
     found = computed_in(update)
     return found if found in stored or found in PRECISIONS else torch.float32
 

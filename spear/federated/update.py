@@ -237,11 +237,13 @@ def under_names_of(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate
 def computed_in(update: SharedUpdate) -> torch.dtype:
     """The coarsest type that holds nearly every value of the update: arrays, JSON and averages are wider than it.
 
-    A part of each tensor answers for the whole; an update of a few numbers is taken for what it is stored in. A change
-    of weights near zero may need a few digits more than the weights.
+    A part of each tensor answers for the whole; an update of a few numbers is taken for what it is stored in, and so is
+    a change of weights: the smaller the step, the fewer digits are left of it, whatever the weights are.
     """
     kinds = {g.dtype for g in update.gradients.values() if g.is_floating_point()}
     stored = max(kinds, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+    if update.learning_rate is not None:
+        return stored
     for dtype in (*HALVES[::-1], torch.float32):
         if torch.finfo(dtype).eps > torch.finfo(stored).eps and _fits(update, dtype):
             return dtype

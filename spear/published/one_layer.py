@@ -103,7 +103,8 @@ def reconstruct(view: LayerView, found: Candidates, stats: Stats) -> Reconstruct
         if whole.certified.any():
             return whole
         if _rest_is_sent(view):
-            return whole if bool((whole.residuals < LABELLED).all()) else _without_labels(view, whole)
+            explained = bool((whole.residuals < LABELLED).all()) or _shows_noise(view)
+            return whole if explained else _without_labels(view, whole)
         unknown = f"the update holds nothing of what follows {name}, and the model's own rest does not fit it"
     return _by_one_layer(view, q, X, unknown, stats)
 
