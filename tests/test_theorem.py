@@ -197,3 +197,10 @@ def test_an_input_that_is_poorly_determined_is_the_only_one_lost():
 def test_nothing_is_no_certificate():
     nobody = Certificate(torch.zeros(0, dtype=torch.long), 0, 0.0, 1e-9, torch.zeros(0, dtype=DTYPE), 1e-6)
     assert not nobody.holds
+
+
+def test_an_input_with_more_entries_than_active_units_is_not_determined_by_deeper_layers():
+    made = case((40, 50, 50, 5), 6)
+    run = passes(made.problem, made.inputs, targets(made))
+    assert bool((run.inputs[1] > 0).sum(1).max() < 40)
+    assert torch.equal(least_slopes(made.problem, run, 1), torch.zeros(6, dtype=made.inputs.dtype))

@@ -74,11 +74,19 @@ def family(problem: NetworkView, run: Passes, k: int, index: Int[Tensor, " s"]) 
 
 
 def least_slopes(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
-    """The smallest singular value of the linear map from each sample's input to that of layer k."""
-    rows = problem.weights[0] * (run.inputs[1] > 0)[:, :, None]
-    for below in range(1, k):
-        rows = (problem.weights[below] @ rows) * (run.inputs[below + 1] > 0)[:, :, None]
-    return torch.linalg.eigvalsh(rows.mT @ rows)[:, 0].clamp_min(0).sqrt()
+    """The smallest singular value of the linear map from each sample's input to that of layer k.
+
+    It is 0 where fewer units are active on the way than an input has entries: an image in a narrow layer.
+    """
+    masks = [run.inputs[layer] > 0 for layer in range(1, k + 1)]
+    wide = torch.stack([mask.sum(1) for mask in masks]).amin(0) >= run.inputs[0].shape[1]
+    slopes = run.inputs[0].new_zeros(len(wide))
+    for part in wide.nonzero()[:, 0].split(max(1, MOST_ENTRIES // problem.weights[0].numel())):
+        rows = problem.weights[0] * masks[0][part, :, None]
+        for below in range(1, k):
+            rows = (problem.weights[below] @ rows) * masks[below][part, :, None]
+        slopes[part] = torch.linalg.eigvalsh(rows.mT @ rows)[:, 0].clamp_min(0).sqrt()
+    return slopes
 
 
 def softness(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tensor, " s"]:
