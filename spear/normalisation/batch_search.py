@@ -5,7 +5,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear.directions import distinct
 from spear.network.exact_step import different_masks
 from spear.network.problem import NetworkView
 from spear.network.spaces import contrasts
@@ -17,6 +16,7 @@ from spear.normalisation.spaces import BatchSpaces, Found, Plane, plane
 WEIGHT = 0.4  # of y beside g, where both are about 1
 NEAR = 0.3  # residual under which a mask is worth an exact step
 RIDGES = (0.3, 0.1, 0.03)  # of the fits of d, in turn
+FIRM = (3.0, 1.0, 0.5)  # the same under squared error, where d is linear in y and no two samples' are alike
 SHRINK = (1.001, 0.3, 0.1, 0.03, 0.01)  # sizes of h of rounds that found nothing, in turn: confident samples' are small
 STARTS = (16, 64)  # of a round, at least and at most
 FEW_LEFT = 16  # samples left for which all classes take turns
@@ -77,7 +77,9 @@ class BatchSearch:
 
     def round(self) -> None:
         """One round of starts, of a smaller h where the last found nothing."""
-        before, size = self.left, SHRINK[self.idle % len(SHRINK)] if self.idle else 1.0
+        squared = self.problem.loss == "squared_error"
+        ridges = FIRM if squared else RIDGES
+        before, size = self.left, SHRINK[self.idle % len(SHRINK)] if self.idle and not squared else 1.0
         here = plane(self.spaces, self.found, self.size)
         if self.left == 1:  # the last one is what the others leave
             self._accept(here, (here.y0 > 0)[None])
@@ -91,7 +93,7 @@ class BatchSearch:
             pieces,
             d,
             targets=lambda y: (self.outputs(y) - wanted) @ space,
-            ridge=RIDGES[self.rounds % len(RIDGES)],
+            ridge=ridges[self.rounds % len(ridges)],
             generator=self.generator,
         )
         mask = mask[distance < NEAR][different_masks(mask[distance < NEAR], distance[distance < NEAR])]
@@ -126,8 +128,8 @@ class BatchSearch:
         if not len(mask):
             return
         unknowns = 2 * (self.spaces.batch - 1) + self.heads.shape[1]
-        whole = self.found[:0] if unknowns < ROOM * len(self.heads) else self.found
-        here = plane(self.spaces, whole, self.size) if len(whole) < len(self.found) else here
+        if len(self.found) and unknowns < ROOM * len(self.heads):
+            here = plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size)
         at = ExactStep.of(here, self.heads)(mask)
         good = at.residual < self.accept
         t, s = here.coordinates(at.x[good])

@@ -39,7 +39,7 @@ MARGIN = 8  # rows beyond the unknowns
 
 
 def difference_bounds(
-    view: NormalisedView, own: Run, deviations: Sequence[Deviation], misfit: float
+    view: NormalisedView, own: Run, lows: Sequence[LowRank], deviations: Sequence[Deviation], misfit: float
 ) -> Float[Tensor, " b"]:
     """A bound on the error of each input less the mean input, relative to it; infinite where the batch is not the only
     one.
@@ -49,7 +49,7 @@ def difference_bounds(
     network, size = view.network, len(own.inputs[0])
     eps, below = max(2 * network.precision, misfit), own.inputs[0].new_zeros(())
     for k in range(network.last, -1, -1):
-        low = network.factors(k)
+        low = lows[k]
         if low.rank != size - 1:
             return torch.full_like(own.inputs[0][:, 0], torch.inf)
         layer = _System.of(view, own, k, low, deviations[k], eps, below)
@@ -105,7 +105,11 @@ class _System:
         basis, triangle = torch.linalg.qr(columns / size)
         sound = len(columns) > columns.shape[1] and bool((triangle.diagonal().abs() > DEPENDENT).all())
         eye = torch.eye(len(triangle), dtype=columns.dtype, device=columns.device)
-        inverse = torch.linalg.solve_triangular(triangle, eye, upper=True) / size[:, None] if sound else torch.full_like(eye, torch.inf)
+        inverse = (
+            torch.linalg.solve_triangular(triangle, eye, upper=True) / size[:, None]
+            if sound
+            else torch.full_like(eye, torch.inf)
+        )
         n = own.inputs[k].shape[1]
         rows_off = entry * n**0.5 * (s / spaces.singular).norm(dim=1)
         return cls(basis, inverse, noise, live, turned * len(delta.mT) ** 0.5, rows_off)
@@ -127,7 +131,7 @@ class _System:
             masked = some[:, :, None] * heads
             inside = self.basis.mT @ masked
             size = masked.norm(dim=1, keepdim=True).clamp_min(1e-300)
-            Q, R = torch.linalg.qr((masked - self.basis @ inside) / size)
+            R = torch.linalg.qr((masked - self.basis @ inside) / size, mode="r")[1]
             sound = (R.diagonal(dim1=1, dim2=2).abs() > DEPENDENT).all(1) & (spare >= MARGIN)
             eye = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
             R = torch.where(sound[:, None, None], R, eye)

@@ -1,28 +1,33 @@
 """From all samples at the last hidden layer to inputs and labels: one least squares a layer."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spear.directions import unit_rows
 from spear.network.labels import decode
 from spear.network.problem import Targets
-from spear.normalisation.problem import Norm, NormalisedView, denormalise, normalise
+from spear.normalisation.problem import NormalisedView, denormalise, normalise
 from spear.normalisation.replay import solve_inputs
 from spear.normalisation.statistics import Deviation
+from spear.published.lowrank import LowRank
 
 NOISE = 8  # times the usual scatter of zeros: what is above that is active
 QUANTILE = 0.2  # of a unit's entries: among the zeros, for most units
 WHOLE = 1e-4  # relative distance of a variance from γ² under which ReLU took nothing away
 ROUNDING = 1e-14  # of the largest entry: no zero is known better
+ROUNDS, FINE = 6, 1e-13  # of σ by the samples, each of which halves its error; the error under which there is no need
 
 
 def descend(
     view: NormalisedView,
     inputs: Float[Tensor, "b n"],
     errors: Float[Tensor, "b outputs"],
-    deviations: list[Deviation | None],
+    lows: Sequence[LowRank],
+    deviations: Sequence[Deviation],
 ) -> tuple[Float[Tensor, "b n0"], Targets]:
     """Inputs of the network and targets, from the inputs of the last hidden layer and ∂L/∂logits.
 
@@ -37,7 +42,7 @@ def descend(
     x = solve_inputs(view, top, deltas)
     for k in range(top - 1, -1, -1):
         slopes = (deltas @ network.weights[k + 1]) * active(view, k, x)
-        deltas = _deltas(view, k, slopes, deviations[k])
+        deltas = _deltas(view, k, slopes, lows[k], deviations[k])
         x = solve_inputs(view, k, deltas)
     return x, targets
 
@@ -58,29 +63,23 @@ def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor
 
 
 def _deltas(
-    view: NormalisedView, k: int, slopes: Float[Tensor, "b m"], deviation: Deviation | None
+    view: NormalisedView, k: int, slopes: Float[Tensor, "b m"], low: LowRank, known: Deviation
 ) -> Float[Tensor, "b m"]:
-    """∂L/∂z of hidden layer k from ∂L/∂y: x̂ too follows, as its part in ∂L/∂z is of another space than ∂L/∂z."""
-    norm, network = view.norms[k], view.network
-    if norm is None:
-        return slopes
-    low = network.factors(k, len(slopes) - 1 if norm.mixes else len(slopes))
-    singular = low.R.norm(dim=1)
-    lift = network.affine(k) @ (low.R / singular[:, None]).mT
-    return _behind_batch(norm, slopes, low.L, lift, deviation) if norm.mixes else _behind_layer(norm, slopes, low.L, lift)
+    """∂L/∂z behind BatchNorm from ∂L/∂y: γ/σ (dY - a) = U t + γ c / σ x̂ with x̂ = (W Rᵀ / σ) s, by least squares.
 
-
-def _behind_batch(
-    norm: Norm, slopes: Float[Tensor, "b m"], basis: Float[Tensor, "m r"], lift: Float[Tensor, "m r"], known: Deviation
-) -> Float[Tensor, "b m"]:
-    """γ/σ (dY - a) = U t + γ c / σ x̂ with x̂ = (W Rᵀ / σ) s, by least squares."""
-    sigma, c = known.sigma, norm.scale_gradient / len(slopes)
-    place, ratio = lift / sigma[:, None], norm.scale / sigma
-    columns = torch.cat([basis, (ratio * c)[:, None] * place], 1)
-    wanted = ratio * (slopes - slopes.mean(0))
-    size = columns.norm(dim=0).clamp_min(1e-300)
-    rows = known.known
-    both = torch.linalg.lstsq((columns / size)[rows], wanted.mT[rows], driver="gels").solution.mT / size
-    s = both[:, basis.shape[1] :]
-    _, normal, deviation = normalise(norm, s @ lift.mT)
+    Where σ is known roughly, that of the samples themselves is nearer, and so on.
+    """
+    norm, c = view.norms[k], view.norms[k].scale_gradient / len(slopes)
+    lift = view.network.weights[k] @ unit_rows(low.R).mT
+    sigma, rows = known.sigma, known.known
+    for _ in range(ROUNDS):
+        ratio = norm.scale / sigma
+        columns = torch.cat([low.L, (ratio * c / sigma)[:, None] * lift], 1)[rows]
+        wanted = (ratio * (slopes - slopes.mean(0))).mT[rows]
+        size = columns.norm(dim=0).clamp_min(1e-300)
+        both = torch.linalg.lstsq(columns / size, wanted, driver="gels").solution.mT / size
+        _, normal, deviation = normalise(norm, both[:, low.L.shape[1] :] @ lift.mT)
+        if known.usual < FINE:
+            break
+        sigma, rows = deviation[0], torch.ones_like(rows)
     return denormalise(norm, slopes, normal, deviation)

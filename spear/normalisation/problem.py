@@ -4,7 +4,7 @@ Behind linear layer k, z = W x + β, stands y = γ x̂ + η and then ReLU: x̂ i
 the batch (BatchNorm), over the layer (LayerNorm, GroupNorm of one group), or z over its root mean square (RMSNorm).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -21,8 +21,9 @@ class Norm:
     """A normalisation: over what, its `scale` γ (m,), `shift` η (m,) and `eps`, and the gradients of γ and η.
 
     The gradients are `None` where the model has no such parameter, or the update no such gradient. Of BatchNorm, `mean`
-    and `variance` (m,) are the batch's own, biased, as far as the client's buffers tell, with the rounding of each
-    (`mean_error`, `variance_error`), and `offset` (m,) is the linear layer's β, of which nothing but these depends.
+    and `variance` (m,) are the batch's own, the latter over b - 1, as far as the client's buffers tell, with the
+    rounding of each (`mean_error`, `variance_error`), and `offset` (m,) is the linear layer's β, of which nothing but
+    these depends.
     """
 
     kind: Kind
@@ -41,6 +42,11 @@ class Norm:
     def mixes(self) -> bool:
         """Whether it mixes the samples of a batch."""
         return self.kind == "batch"
+
+    def to(self, device: torch.device) -> "Norm":
+        """The same on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,6 @@ class NormalisedView:
     def loses_mean(self) -> bool:
         """Whether the update does not depend on the mean input: BatchNorm follows the first layer."""
         return self.norms[0] is not None and self.norms[0].mixes
-
-    def sized(self, count: int) -> "NormalisedView":
-        """The same for a batch of that size."""
-        return replace(self, network=replace(self.network, batch_size=count))
 
 
 def normalise(

@@ -1,6 +1,5 @@
 """Whole batches of networks that normalise in training mode, from every layer of the update."""
 
-
 from spear.network.recovery import Reached, nothing
 from spear.normalisation.batch_search import MARGIN, BatchSearch
 from spear.normalisation.descent import descend
@@ -24,24 +23,24 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     Raises `Refusal` where no search can begin, `ValueError` for a gradient that is zero.
     """
     network = view.network
-    low = network.factors(network.last)
+    lows = [network.factors(k) for k in range(len(view.norms))]
+    low = lows[-1]
     _check_reach(view, low)
-    deviations = [_deviation(view, k) for k in range(len(view.norms))]
+    deviations = [_deviation(view, k, low.rank + 1) for k in range(len(view.norms))]
     run = _search(view, low, deviations[-1], terms)
     reached = Reached(low.rank + 1, low.noise / low.largest, len(run.found), run.starts, run.rounds)
-    seconds = terms.budget.elapsed
     if run.left:
-        return nothing(network, str(reached), reached).entries(network, seconds, "network")
+        return nothing(network, str(reached), reached).entries(network, terms.budget.elapsed, "network")
     found = run.found
     inputs = (found.s - found.s.mean(0)) @ run.spaces.rows
     errors = network.unit(run.spaces.batch) * found.d @ run.contrasts.mT
-    inputs, targets = descend(view, inputs, errors, deviations)
-    return judge(view, inputs, targets, deviations, reached, terms.budget.elapsed)
+    inputs, targets = descend(view, inputs, errors, lows, deviations)
+    return judge(view, inputs, targets, lows, deviations, reached, terms.budget)
 
 
-def _deviation(view: NormalisedView, k: int) -> Deviation:
-    network = view.network
-    return deviation(view.norms[k], network.weights[k], network.weight_gradients[k], 2 * network.precision)
+def _deviation(view: NormalisedView, k: int, size: int) -> Deviation:
+    network, norm = view.network, view.norms[k]
+    return deviation(norm, network.weights[k], network.weight_gradients[k], 2 * network.precision, size)
 
 
 def _search(view: NormalisedView, low: LowRank, known: Deviation, terms: Terms) -> BatchSearch:
@@ -61,6 +60,10 @@ def _search(view: NormalisedView, low: LowRank, known: Deviation, terms: Terms) 
 def _check_reach(view: NormalisedView, low: LowRank) -> None:
     """Raises `Refusal` where the search cannot be trusted to say anything."""
     network = view.network
+    plain = [k + 1 for k, norm in enumerate(view.norms) if norm is None or not norm.mixes]
+    if plain:
+        layers = ", ".join(map(str, plain))
+        raise Refusal(f"batch normalisation is attacked behind every hidden layer; not behind {layers} of this model")
     if low.rank == min(network.weights[network.last].shape) and low.gap < MIN_GAP:
         raise Refusal("no gap in the singular values of the last hidden layer's gradient: a batch too large, or noise")
     if network.batch_size not in (None, low.rank + 1):
@@ -68,4 +71,6 @@ def _check_reach(view: NormalisedView, low: LowRank) -> None:
         raise Refusal(f"{network.batch_size} samples are disclosed, {shown}; behind batch normalisation all are needed")
     unknowns, narrow = 2 * low.rank + network.outputs + MARGIN, min(len(w) for w in network.weights[:-1])
     if narrow < unknowns:
-        raise Refusal(f"a batch of {low.rank + 1} behind batch normalisation needs width {unknowns}; a layer has {narrow}")
+        raise Refusal(
+            f"a batch of {low.rank + 1} behind batch normalisation needs width {unknowns}; a layer has {narrow}"
+        )

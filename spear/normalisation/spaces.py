@@ -138,5 +138,8 @@ def plane(spaces: BatchSpaces, found: Found, size: float) -> Plane:
         g_basis=torch.cat([turned, size * spaces.slope[:, None] * place], 1),
         y0=spaces.outputs(s0[None])[0],
         y_basis=torch.cat([torch.zeros_like(turned), spaces.scale[:, None] * place], 1),
-        t0=t0, t_basis=t_basis, s0=s0, s_basis=s_basis,
+        t0=t0,
+        t_basis=t_basis,
+        s0=s0,
+        s_basis=s_basis,
     )
