@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def chain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: list[nn.Module] = []
-        for a, b in zip(sizes[:-2], sizes[1:-1], strict=True):
+        for a, b in pairwise(sizes[:-1]):
             parts += [nn.Linear(a, b), norm(b), nn.ReLU()]
         model = nn.Sequential(*parts, nn.Linear(*sizes[-2:])).double()
     with torch.no_grad():

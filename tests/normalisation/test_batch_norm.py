@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import pytest
-import spear
 import torch
 from normalised_problems import difference_errors, differences_back, sent
+from torch import nn
+
+import spear
 from spear.metrics import evaluate
 from spear.reconstruction import Refusal
-from torch import nn
 
 DEEP = (60, 120, 120, 10)
 LOST = (200, 120, 10)
@@ -126,7 +127,9 @@ def test_statistics_that_are_none():
     with pytest.raises(ValueError, match="1.running_mean has shape"):
         spear.attack(case.model, replace(case.update, buffers=buffers | {"1.running_mean": torch.zeros(3)}))
     with pytest.raises(ValueError, match="1.running_var of the update holds NaN"):
-        spear.attack(case.model, replace(case.update, buffers=buffers | {"1.running_var": torch.full((80,), torch.nan)}))
+        spear.attack(
+            case.model, replace(case.update, buffers=buffers | {"1.running_var": torch.full((80,), torch.nan)})
+        )
     negative = replace(case.update, buffers=buffers | {"1.running_var": -torch.ones(80)})  # no variance: epsilon then
     differences_back(spear.attack(case.model, negative, method="network", time_limit=60), case)
 
