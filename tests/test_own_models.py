@@ -298,6 +298,10 @@ def test_what_the_client_did_in_training_mode() -> None:
         spear.attack(mixed, update, time_limit=5)
     first = made(lambda: Net(before=nn.Dropout(0.2)), 0).train()
     update = sent(first, F.cross_entropy(first(x), y), count=BATCH)
+    with pytest.raises(Refusal, match="where one kind of it stands behind every hidden layer"):
+        spear.attack(mixed, update, time_limit=5)
+    first = made(lambda: Net(before=nn.Dropout(0.2)), 0).train()
+    update = sent(first, F.cross_entropy(first(x), y), count=BATCH)
     with pytest.raises(Refusal, match=r"the client trained with dropout before \(p = 0.2\) on before fc1"):
         spear.attack(first, update, time_limit=5)
     assert first.training

@@ -79,9 +79,7 @@ def _check_reach(view: NormalisedView, low: LowRank) -> None:
     """Raises `Refusal` where the search cannot be trusted to say anything."""
     network, kinds = view.network, {None if norm is None else norm.mixes for norm in view.norms}
     if view.top is None or kinds > {True}:
-        raise Refusal(
-            "normalisation is attacked where it stands behind every hidden layer, of the batch or of a sample"
-        )
+        raise Refusal("normalisation is attacked where one kind of it stands behind every hidden layer")
     lacking = [k + 1 for k, norm in enumerate(view.norms) if not view.mixes and network.biases[k] is None]
     if lacking:
         layers = ", ".join(map(str, lacking))

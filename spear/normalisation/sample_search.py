@@ -1,6 +1,6 @@
 """Search behind LayerNorm or RMSNorm, which take from each sample's gradient directions that are known.
 
-With g = γ ∘ dY, σ_i G_i = g_i - mean(g_i) 1 - mean(g_i ∘ x̂_i) x̂_i and x̂_i in the span of 1 and z_i = A s_i, A = [W|β] V:
+With g = γ ∘ dY, σ_i G_i = g_i - mean(g_i) 1 - mean(g_i ∘ x̂_i) x̂_i, x̂_i in the span of 1 and z_i = A s_i, A = [W|β] V:
 
     g_i in span[U, 1, A] (without the 1 behind RMSNorm), 0 or γ_j h_j in every entry
 
