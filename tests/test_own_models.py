@@ -287,9 +287,11 @@ def test_a_frozen_first_layer() -> None:
 def test_what_the_client_did_in_training_mode() -> None:
     x, y = normal(0)
     hidden = made(lambda: Net(act=nn.Sequential(nn.ReLU(), nn.Dropout(0.5))), 0).train()
+    torch.manual_seed(0)
     update = sent(hidden, F.cross_entropy(hidden(x), y), count=BATCH)
+    all_back(spear.attack(hidden, update, time_limit=60), x.flatten(1), y)
     with pytest.raises(Refusal, match=r"the client trained with dropout act.1 \(p = 0.5\) on behind fc1"):
-        spear.attack(hidden, update, time_limit=5)
+        spear.attack(hidden, update, method="layer", time_limit=5)
     mixed = made(lambda: Normalised(False, True), 0).train()
     update = sent(mixed, F.cross_entropy(mixed(x), y), count=BATCH)
     with pytest.raises(Refusal, match="where one kind of it stands behind every hidden layer"):

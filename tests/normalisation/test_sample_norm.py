@@ -102,5 +102,5 @@ def test_a_length_that_nothing_tells():
     case = sent((30, 80, 5), 8, nn.LayerNorm, seed=1)
     bare = nn.Sequential(nn.Linear(30, 80, bias=False, dtype=torch.float64), *case.model[1:])
     update = spear.federated.gradient(bare, case.inputs, case.labels)
-    with pytest.raises(Refusal, match="no bias in layer 1: behind a normalisation nothing else tells the length"):
+    with pytest.raises(Refusal, match="no bias in layer 1: nothing else that is used here tells the length"):
         spear.attack(bare, update, method="network")
