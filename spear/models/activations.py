@@ -71,6 +71,20 @@ class Activation:
             second = _second(function, slope, z) if bend else torch.zeros_like(z)
         return y.detach(), slope.detach(), second
 
+    @property
+    def jumps(self) -> list[tuple[float, Float[Tensor, " _m"]]]:
+        """The breaks at which phi' jumps, and by how much for each unit (or all)."""
+        if self.is_flat:
+            found = zip(self.breaks, self.levels.diff(dim=0), strict=True)
+        else:
+            out=[]
+            for edge in self.breaks:
+                e=1e-9*max(1,abs(edge))
+                z=torch.tensor([edge-e,edge+e],dtype=torch.float64)[:,None].expand(-1,400).contiguous()
+                out.append((edge,self.slope(z).diff(dim=0)[0][:1]))
+            found=out
+        return [(edge, jump) for edge, jump in found if float(jump.abs().max()) > 1e-6]
+
     def piece(self, z: Float[Tensor, "*s m"]) -> Tensor:
         """Which piece of phi each z is on: how many breaks are at or below it."""
         return torch.bucketize(z, torch.tensor(self.breaks, dtype=z.dtype, device=z.device), right=True)

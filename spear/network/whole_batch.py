@@ -8,6 +8,7 @@ from torch import Tensor
 from spear.directions import unit_rows
 from spear.network import many_classes
 from spear.network.check import judge
+from spear.network.curves import whole as curves
 from spear.network.layerwise import PositiveRule, above_gap, above_noise, activations, descend, solve
 from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
@@ -24,20 +25,20 @@ IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 
 
 def recover(problem: NetworkView, terms: Terms) -> Reconstruction:
-    """Recover the whole batch from the gradients of a fully connected ReLU network, entry by entry.
+    """Recover the whole batch from the gradients of a fully connected network, entry by entry.
 
     Nothing is returned that the update does not support, and nothing is certified while samples are missing: an
     exhausted budget gives an incomplete result and its reason.
 
-    Raises `ValueError` for a gradient that is zero, and `Refusal` where an activation is not ReLU.
+    Raises `ValueError` for a gradient that is zero.
     """
-    if not problem.is_relu:
-        raise Refusal("the network method reads ReLU's zeros; an activation here is another one")
     return distinct_samples(problem, terms).entries(problem, terms.budget.elapsed, "network")
 
 
 def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     """The samples behind the gradients, each once with its label counts; raises as `recover` does."""
+    if not problem.is_relu:
+        return curves.distinct_samples(problem, terms)
     low = problem.factors(problem.last)
     spaces = open_spaces(problem, low.L, low.R)
     restricted = many_classes.too_many(problem, spaces, MARGIN)
