@@ -8,7 +8,7 @@ i, the batch is isolated: no other batch of b samples, however labelled, that li
 ∂L/∂z stays in span(G'): (1 - P) delta_i(x_i + E v) = 0, whose derivative in v is injective at v = 0. Near X', G = U X⁺
 is near G', so the labels are the same.
 
-*Error.* U = G' X' + N, to first order: with n = (G'⁺N)_i, its last entry n_1 that of the bias, and x⁺ the columns of X'⁺,
+*Error.* U = G' X' + N, to first order: with n = (G'⁺N)_i, n_1 its last entry, of the bias, and x⁺ the columns of X'⁺,
 
     x'_i - x_i = c + E T⁺ ((1 - P) N x⁺_i - (1 - P) J_i c)      c = n - n_1 x_i      T = (1 - P) J_i E
 

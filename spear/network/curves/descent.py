@@ -1,4 +1,4 @@
-"""From the last hidden layer down to the inputs: activations inverted where that is sure, least squares in each layer."""
+"""From the last hidden layer down to the inputs: activations inverted where that is sure, then least squares."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,9 +18,9 @@ def descend(
 ) -> tuple[Float[Tensor, "s n0"], Bool[Tensor, " s"]]:
     """Inputs from the inputs y of the last hidden layer, and which are determined.
 
-    `deltas` are that layer's back-propagated vectors. On the units where phi can be inverted, a sample's pre-activations
-    below are known; they determine its place in the row space there. With the `whole` batch at hand, each layer's
-    gradient then gives all inputs of it at once.
+    `deltas` are that layer's back-propagated vectors. On the units where phi can be inverted, a sample's
+    pre-activations below are known; they determine its place in the row space there. With the `whole` batch at hand,
+    each layer's gradient then gives all inputs of it at once.
     """
     sure = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for k in range(problem.last - 1, -1, -1):

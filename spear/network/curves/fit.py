@@ -31,17 +31,25 @@ class Effort:
 
 
 def fit(
-    curves: Curves, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], effort: Effort
+    curves: Curves,
+    w: Float[Tensor, "k q"],
+    labels: Int[Tensor, " k"],
+    effort: Effort,
+    pieces: Int[Tensor, "k m"] | None = None,
 ) -> tuple[Float[Tensor, "k q"], Float[Tensor, " k"]]:
-    """Where starts w lead, and their sines. Starts that arrived, or no longer gain, end."""
-    at = curves.at(w, labels)
+    """Where starts w lead, and their sines. Starts that arrived, or no longer gain, end.
+
+    With `pieces`, each entry stays on its piece of phi.
+    """
+    at = curves.at(w, labels, pieces)
     sine = checked = at.sine
     ends, sines, number = w.clone(), sine.clone(), torch.arange(len(w), device=w.device)
     damping = torch.full_like(sine, DAMPED)
     for step in range(effort.steps if curves.frame.shape[1] else 0):
         if time.monotonic() > effort.until:
             break
-        new = curves.at(at.w + solve(curves, at, damping, effort.inner), at.labels)
+        own = None if pieces is None else pieces[number]
+        new = curves.at(at.w + solve(curves, at, damping, effort.inner), at.labels, own)
         reached = new.sine
         good = reached < sine
         at, sine = at.where(good, new), torch.where(good, reached, sine)

@@ -100,7 +100,6 @@ class Curves:
     lift: Float[Tensor, "m r"]
     origin: Float[Tensor, " r"]
     place: Float[Tensor, "r q"]
-    blur: float = 0.0
 
     @classmethod
     def of(cls, problem: NetworkView, layer: Layer) -> "Curves":
@@ -121,29 +120,29 @@ class Curves:
 
     def coordinates(self, s: Float[Tensor, "k r"]) -> Float[Tensor, "k q"]:
         """The w of samples' s."""
-        return (s @ self.lift.T - self.base) @ self.frame
+        return self.coordinates_of(s @ self.lift.T)
+
+    def coordinates_of(self, z: Float[Tensor, "k m"]) -> Float[Tensor, "k q"]:
+        """The w of pre-activations, or of the nearest that samples can have."""
+        return (z - self.base) @ self.frame
 
     def samples(self, w: Float[Tensor, "k q"]) -> Float[Tensor, "k r"]:
         """The s of w."""
         return self.origin + w @ self.place.T
 
-    def at(self, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"]) -> "Points":
-        """Where starts are."""
+    def at(
+        self, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], pieces: Int[Tensor, "k m"] | None = None
+    ) -> "Points":
+        """Where starts are; with `pieces`, each entry on the given piece of phi, continued."""
         z = self.base + w @ self.frame.T
         activation = self.problem.activations[self.problem.last]
-        y, slope, bend = activation.at(z)
-        if self.blur:
-            for edge, jump in activation.jumps:
-                x = (z - edge) / self.blur
-                jump = jump.to(z)
-                slope = slope + jump * (torch.special.ndtr(x) - (x > 0).to(x))
-                bend = bend + jump * torch.exp(-x * x / 2) * (0.3989422804014327 / self.blur)
+        y, slope, bend = activation.at(z) if pieces is None else activation.at_piece(z, pieces)
         logits = y @ self.head.T + self.bias
         h = (self.problem.activate(logits) - self.problem.one_hot(labels).to(z)) @ self.head
         delta = h * slope
         size = delta.norm(dim=1, keepdim=True).clamp_min(TINY)
         unit = delta / size
-        return Points(w, labels, z, logits, slope, h * bend, size, unit, unit - project(unit, self.basis))
+        return Points(w, labels, z, logits, h, slope, h * bend, size, unit, unit - project(unit, self.basis))
 
     def turn(self, at: "Points", dz: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
         """The change of delta / |delta|'s length with z, a symmetric map: the loss' second derivative."""
@@ -169,6 +168,7 @@ class Points:
     labels: Int[Tensor, " k"]
     z: Float[Tensor, "k m"]
     logits: Float[Tensor, "k outputs"]
+    h: Float[Tensor, "k m"]
     slope: Float[Tensor, "k m"]
     bend: Float[Tensor, "k m"]
     size: Float[Tensor, "k 1"]

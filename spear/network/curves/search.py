@@ -1,7 +1,7 @@
-"""Rounds of search at the last hidden layer for any activation: starts near the class means, fits, samples subtracted."""
+"""Rounds of search at the last hidden layer: starts near the class means, fits, samples subtracted."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from spear.directions import TINY, apart
 from spear.network.curves.fit import Effort, fit
 from spear.network.curves.layer import Curves, Known, Layer
+from spear.network.curves.reflections import polish, reflect
 from spear.network.problem import NetworkView
 from spear.network.starts import TELLING, Starts, label_counts, prior_outputs
 from spear.published.lowrank import LowRank
@@ -18,9 +19,21 @@ SPREADS = (2.0, 1.0, 0.5)  # of starts around their class mean, in units of the 
 STARTS, FEWEST = 64, 16  # of a round, at most and at least
 ROUGH = Effort(steps=40, inner=40, arrived=1e-4)  # of every start, in single precision
 FINE = Effort(steps=12, inner=100, arrived=1e-13)  # of one that arrived
+REFLECTIONS, LONGEST = 150, 4  # steps of a start, and how many times as many after rounds that found nothing
+POLISH = Effort(steps=8, inner=40, arrived=1e-10)  # of one with its pieces
 NEAR = 1e-3  # the sine under which a start in single precision has arrived
+UNEQUAL = 1e3  # times the weight of one sample in the loss that a sample may have: more or less is none
 SAME, ROUGHLY_SAME = 1e-4, 3e-3  # relative distances of two ends that are one, in double and single precision
+BENT = 0.15  # share of starts that reflections are expected to lead somewhere where only phi'' jumps
 FORGET = 0.3  # weight of what is known of a spread before the last round
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a round searches: by reflections or by fits alone, from starts so far from their class mean."""
+
+    reflected: bool
+    spread: float
 
 
 class CurveSearch:
@@ -38,7 +51,11 @@ class CurveSearch:
         self.drawn = Starts(problem, generator, prior_outputs(problem))
         self.accept = problem.accuracy.certain
         self.starts = self.rounds = self.idle = 0
-        self.shares = dict.fromkeys(SPREADS, 1.0)
+        self.patience = 1
+        self.shares = {Kind(False, spread): 1.0 for spread in SPREADS}
+        activation = problem.activations[problem.last]
+        if activation.breaks:
+            self.shares |= {Kind(True, spread): 1.0 if activation.jumps else BENT for spread in SPREADS[1:]}
 
     @property
     def left(self) -> int:
@@ -48,12 +65,14 @@ class CurveSearch:
     def round(self) -> None:
         """One round of starts; what they find is held against the whole gradient, and subtracted from it."""
         self.rounds += 1
-        spread = max(self.shares, key=self.shares.get)
-        s, labels = self._draw(spread)
+        kind = max(self.shares, key=self.shares.get)
+        s, labels = self._draw(kind.spread)
         self.starts += len(labels)
-        found = self._settled(*self._ends(s, labels))
+        found = self._settled(*(self._reflected if kind.reflected else self._fitted)(s, labels))
         share = len(found) / len(labels)
-        self.shares[spread] = share + FORGET * self.shares[spread]
+        self.shares[kind] = share + FORGET * self.shares[kind]
+        if kind.reflected:
+            self.patience = 1 if len(found) else min(2 * self.patience, LONGEST)
         self.idle = 0 if len(found) else self.idle + 1
         if len(found):
             self.known = self.known.join(found)
@@ -85,8 +104,18 @@ class CurveSearch:
         need = (need - torch.bincount(self.known.labels, minlength=len(need))).clamp_min(0.3)
         return need * (self.layer.rank / need.sum())
 
-    def _ends(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
-        """Where starts lead, in coordinates of the whole, each end once; and their labels."""
+    def _reflected(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
+        """Where starts lead by reflections across the jumps of phi', in coordinates of the whole; and their labels."""
+        curves = Curves.of(self.problem, self.layer)
+        steps = REFLECTIONS * self.patience
+        low = curves.coordinates(s).float()
+        w, pieces = reflect(curves.to(torch.float32), low, labels, steps=steps, until=self.until)
+        w, sine = polish(curves, w.to(s), labels, pieces, self._effort(POLISH))
+        good = sine < self.accept**0.5
+        return curves.samples(w[good]) @ self.layer.right, labels[good]
+
+    def _fitted(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
+        """Where starts lead by fits, in coordinates of the whole, each end once; and their labels."""
         curves = Curves.of(self.problem, self.layer)
         w, sine = fit(curves.to(torch.float32), curves.coordinates(s).float(), labels, self._effort(ROUGH))
         arrived = (sine < NEAR).nonzero()[:, 0]
@@ -103,8 +132,11 @@ class CurveSearch:
         w, sine = fit(self.curves, self.curves.coordinates(s), labels, self._effort(FINE))
         at = self.curves.at(w, labels)
         found = Known(self.curves.samples(w), at.unit @ self.whole.basis, labels)
+        unit = self.problem.unit(self.problem.batch_size or self.whole.rank)
+        weight = (self.whole.weight(found) / (unit * at.size[:, 0])).abs()
+        good = (sine < self.accept) & (weight > 1 / UNEQUAL) & (weight < UNEQUAL)
         ranked = sine.argsort()
-        ranked = ranked[(sine < self.accept)[ranked] & self.whole.weight(found).isfinite()[ranked]]
+        ranked = ranked[good[ranked]]
         new = apart(at.z[ranked], self.known.s @ self.whole.lift.T, SAME)
         return found[ranked[new][: self.left]]
 
