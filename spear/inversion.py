@@ -17,7 +17,9 @@ from spear.federated.naming import unwrapped
 from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
 from spear.network import whole_batch
-from spear.network.problem import NetworkView, open_network, unfolded
+from spear.network.problem import NetworkView, open_network, plain
+from spear.normalisation.opening import open_normalised
+from spear.normalisation.recover import recover as recover_normalised
 from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
 from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
@@ -196,9 +198,15 @@ class Request:
         """Every layer, for what is disclosed: noise or rounding, pruning, or nothing of these."""
         if is_perturbed(told):
             return noise.denoise(self.model, told, self.batch_size, self.device, self.terms)
-        network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
+        try:
+            network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
+        except Refusal:
+            view = open_normalised(self.model, told, batch_size=self.batch_size, device=self.device)
+            if view is None:
+                raise
+            return recover_normalised(view, self.terms)
         if told.pruning is not None:
-            return pruning.recover(unfolded(network), self.terms)
+            return pruning.recover(plain(network), self.terms)
         return _exact_or_not(network, told, self.terms)
 
     def following(self, auto: Auto) -> Iterator[Method]:
@@ -243,12 +251,12 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
 
 def _exact_or_not(network: NetworkView, told: SharedUpdate, terms: Terms) -> Reconstruction:
     """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
-    rounded = not network.folded and holds_few_values(network)
+    rounded = network.is_relu and not network.folded and holds_few_values(network)
     found = noise.recover(open_noisy(network, told), terms) if rounded else None
     if found is not None and len(found.inputs):
         return found
     exact = whole_batch.recover(network, terms)
-    if len(exact.inputs) or network.folded or rounded:
+    if len(exact.inputs) or rounded or network.folded or not network.is_relu:
         return exact if found is None else larger(found, exact)
     if pruning.is_pruned(network):
         return pruning.recover(network, terms)

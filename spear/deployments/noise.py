@@ -16,7 +16,7 @@ from spear.deployments.opening import Opening, open_noisy
 from spear.directions import away_from, unit_rows
 from spear.federated.update import SharedUpdate, as_gradient
 from spear.network.factors import Factors
-from spear.network.problem import Targets, open_network, passes, unfolded
+from spear.network.problem import Targets, open_network, passes, plain
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
 from spear.reconstruction import Reconstruction, Refusal, Stats, Terms
 
@@ -292,5 +292,5 @@ def denoise(
 
     Raises `Refusal` for a model that is no chain of linear layers.
     """
-    problem = unfolded(open_network(model, as_gradient(update), batch_size=batch_size, device=device))
+    problem = plain(open_network(model, as_gradient(update), batch_size=batch_size, device=device))
     return recover(open_noisy(problem, update), terms)

@@ -3,7 +3,10 @@
 Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, outputs).
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from spear import directions
 from spear.directions import TINY, distinct, unit_rows
+from spear.models.activations import Activation
 
 LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
@@ -46,10 +50,11 @@ class Evened:
     """Projection on span(U) with weight |h_j|^-2`power` on unit j: in a crowded span, small h_j weigh too little.
 
     Without it, starts end at vectors that fit the large entries alone. Starts of one class share their h, and stand
-    together: `group` is the number of each start's class, `inverses` are those of Uᵀ diag(weights) U by class.
+    together: `group` is the number of each start's class, `inverses` are those of Uᵀ diag(weights) U by class. The
+    groups are numbers of the host: a step of the search must not wait for them.
     """
 
-    group: Int[Tensor, " k"]
+    group: tuple[int, ...]
     weights: Float[Tensor, "k m"]
     inverses: Float[Tensor, "classes b b"]
 
@@ -62,24 +67,71 @@ class Evened:
         size = h[counts.cumsum(0) - counts].abs()
         weights = size.clamp_min(FAINTEST * size.median(1, keepdim=True)[0]) ** (-2 * power)
         inverses = torch.stack([torch.linalg.inv(basis.T @ (w[:, None] * basis)) for w in weights])
-        return cls(group, weights[group], inverses)
+        return cls(tuple(group.tolist()), weights[group], inverses)
 
-    def __getitem__(self, index: Tensor) -> "Evened":
-        return Evened(self.group[index], self.weights[index], self.inverses)
+    def take(self, places: Sequence[int], index: Int[Tensor, " j"]) -> "Evened":
+        """The starts at these places, which are told twice: to the host, and where the tensors are."""
+        return Evened(tuple(self.group[place] for place in places), self.weights[index], self.inverses)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many starts each class has."""
+        members = Counter(self.group)
+        return [members[k] for k in range(len(self.inverses))]
 
     def project(self, x: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[Tensor, "k m"]:
         """The nearest vectors of span(U) in the weighted norm; `basis` as it is, or its `quick` form."""
         inside = ((x * self.weights).to(basis.dtype) @ basis).to(x.dtype)
-        parts = inside.split(self.group.bincount(minlength=len(self.inverses)).tolist())
+        parts = inside.split(self.sizes)
         t = torch.cat([part @ inverse for part, inverse in zip(parts, self.inverses, strict=True)])
         return (t.to(basis.dtype) @ basis.T).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The two slopes of a piecewise linear activation: each unit's when it is active, and when it is not.
+
+    ReLU's are 1 and 0. A unit is active where z > 0 if `signed`; else the pre-activation's sign says nothing.
+    """
+
+    active: Float[Tensor, " m"]
+    inactive: Float[Tensor, " m"]
+    signed: bool
+
+    @classmethod
+    def of(cls, activation: Activation, units: int) -> "Levels | None":
+        """Those of an activation; `None` for ReLU, and where there are not two slopes."""
+        levels = activation.levels
+        if activation.is_relu or levels is None:
+            return None
+        low, high = levels.amin(0), levels.amax(0)
+        two = ((levels == low) | (levels == high)).all() and (low < high).any()
+        signed = 0.0 in activation.breaks
+        if signed:
+            k = activation.breaks.index(0.0)
+            low, high = levels[k], levels[k + 1]
+        return cls(high.expand(units), low.expand(units), signed) if two else None
+
+    def to(self, dtype: torch.dtype) -> "Levels":
+        """The same in another precision."""
+        return Levels(self.active.to(dtype), self.inactive.to(dtype), self.signed)
+
+    def slopes(self, mask: Bool[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """The slopes of these masks."""
+        return torch.where(mask, self.active, self.inactive)
+
+    def evidence(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """How much nearer, squared, u is to h at the active slope than at the other."""
+        both = self.active + self.inactive
+        return (2 * u - both * h) * h * (self.active - self.inactive)
 
 
 @dataclass(frozen=True)
 class Spaces:
     """The known spaces of the last hidden layer: `basis` U, `singular` S, `rows` V, and the output weights `head`.
 
-    `lift` is [W | beta] Vᵀ, so that z = lift s; `contrasts` spans the possible d.
+    `lift` is [W | beta] Vᵀ, so that z = lift s; `contrasts` spans the possible d. `levels` are the activation's two
+    slopes, `None` those of ReLU.
     """
 
     basis: Float[Tensor, "m b"]
@@ -88,6 +140,7 @@ class Spaces:
     lift: Float[Tensor, "m b"]
     head: Float[Tensor, "outputs m"]
     contrasts: Float[Tensor, "outputs free"]
+    levels: Levels | None = None
 
     @property
     def rank(self) -> int:
@@ -96,7 +149,20 @@ class Spaces:
 
     def to(self, dtype: torch.dtype) -> "Spaces":
         """The same in another precision."""
-        return Spaces(*(getattr(self, f.name).to(dtype) for f in fields(self)))
+        parts = (getattr(self, f.name) for f in fields(self))
+        return Spaces(*(None if part is None else part.to(dtype) for part in parts))
+
+    def scaled(self, mask: Bool[Tensor, "k m"], h: Float[Tensor, "*k m"]) -> Float[Tensor, "k m"]:
+        """D ∘ h: each h at the slopes of a mask."""
+        return mask * h if self.levels is None else self.levels.slopes(mask) * h
+
+    def evidence(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """How much nearer, squared, u is to h at the active slope than at the other."""
+        return (2 * u - h) * h if self.levels is None else self.levels.evidence(u, h)
+
+    def active(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Bool[Tensor, "k m"]:
+        """The mask that u implies."""
+        return self.evidence(u, h) > 0
 
     @property
     def head_space(self) -> Float[Tensor, "m free"]:
