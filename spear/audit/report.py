@@ -59,6 +59,7 @@ def to_json(audit: Audit) -> str:
             "source": audit.source,
             "layer": audit.layer,
             "not_attacked": list(audit.not_attacked),
+            "buffers": list(audit.buffers),
             "rank": audit.result.rank,
             "recovered": len(audit.result.inputs),
             "certified": int(audit.result.certified.sum()),
@@ -122,6 +123,10 @@ def _caption(audit: Audit) -> str:
 def _expected(audit: Audit) -> str:
     layers = [risk for risk in audit.layers if risk.limit and audit.layer in (None, risk.name)]
     sampled = max(layers, key=lambda risk: risk.from_data)
+    if not sampled.alone:
+        return (
+            f"SPEAR's sampling reads one layer alone, which {sampled.name} does not allow; every layer together does."
+        )
     budget = f"{inversion.AFFORDABLE:.0e} proposals"
     return f"SPEAR's expectation for independent draws: {budget} reach a batch of {sampled.sampling} at {sampled.name}."
 

@@ -52,10 +52,13 @@ class Reach:
     most: int
 
 
-def reach(model: nn.Module, sample: Sample, method: str, *, most: int, options: Options = Options()) -> Reach:
-    """Double the batch until one does not come back whole, then halve the gap; `most` is the largest batch to try."""
-    found, batch = Reach(method, 0, 0.0, None, "", most), min(1, most)
-    while batch != found.largest:
+def reach(
+    model: nn.Module, sample: Sample, method: str, *, least: int = 1, most: int, options: Options = Options()
+) -> Reach:
+    """Double the batch, from `least`, until one does not come back whole, then halve the gap; `most` is the largest
+    batch to try."""
+    found, batch = Reach(method, 0, 0.0, None, "", most), min(least, most)
+    while batch != found.largest and batch >= least:
         found = _tried(found, batch, model, sample, options)
         batch = _following(found)
     return found

@@ -88,9 +88,42 @@ def test_mistakes(model: nn.Module, options: dict, message: str) -> None:
         assessment.audit(model, **options)
 
 
-def test_a_model_without_relu() -> None:
-    with pytest.raises(ValueError, match="no ReLU follows any linear layer"):
-        assessment.audit(nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.GELU(), nn.Linear(9, 4)).double())
+def test_a_model_that_no_attack_reads() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Softmax(1), nn.Linear(9, 4)).double()
+    with pytest.raises(ValueError, match="no ReLU follows any linear layer: .*; every layer together: .*behind 1 comes _2"):
+        assessment.audit(model)
+
+
+OTHER = {
+    "an activation": ([nn.GELU()], "no ReLU follows"),
+    "the batch's statistics": ([nn.BatchNorm1d(60), nn.ReLU()], "it mixes the samples of a batch"),
+    "dropout": ([nn.ReLU(), nn.Dropout(0.3)], "the zeros of its gradient are not those of ReLU alone"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_one_layer_alone_hides_every_layer_together_gives_away(name: str) -> None:
+    between, why = OTHER[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 60), *between, nn.Linear(60, 10)).double().train()
+    first, last = assessment.assess(model, (1, 8, 8))
+    assert (first.alone, first.together, first.limit, first.sampling) == (False, True, 59, 0)
+    assert first.gives_away.startswith("the samples themselves, with every layer together")
+    assert why in first.gives_away
+    assert (last.together, last.limit) == (False, 0)
+
+
+def test_an_audit_of_batch_normalisation_names_its_buffers() -> None:
+    torch.manual_seed(0)
+    between = [nn.BatchNorm1d(60), nn.ReLU()]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 60), *between, nn.Linear(60, 10)).double().train()
+    found = assessment.audit(model, data="digits", count=6, trial_limit=1)
+    assert found.status == 1
+    assert found.buffers == ("2: the batch's mean and variance of what enters it (sent)",)
+    assert found.not_attacked == ()
+    assert all(reach.failed != 1 for reach in found.reaches)
+    assert "2: the batch&#39;s mean" in report.html(found)
+    assert assessment.audit(model.eval(), data="digits", count=6, trial_limit=0.1).buffers == ()
 
 
 def test_an_update_that_does_not_fit(model: nn.Module) -> None:
