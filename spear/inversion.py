@@ -99,6 +99,9 @@ def attack(
     doubted = claims.contradicted(model, read.update)
     request = Request(model, read.update, layer, batch_size, device, terms, doubted)
     result = as_given(model, read.update, layer, _by_loss(request, chosen))
+    if read.doubt and bool(result.certified.any()):
+        nobody = torch.zeros_like(result.certified)
+        result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")
     reason = "; ".join([result.reason + (request.denial if doubted else ""), *read.words])
     return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
+from spear.deployments import scale
 from spear.deployments.likelihood import Estimate, Noisy, measure, refine, sample_weights
 from spear.directions import away_from, unit_rows
 from spear.federated.update import SharedUpdate, as_gradient
@@ -111,29 +112,31 @@ def recover(noisy: Noisy, terms: Terms) -> Reconstruction:
         _check_reach(noisy)
     except Refusal as refusal:
         return _reconstruction(noisy, None, str(refusal), terms.stats())
-    estimate, used, trials = _search(noisy, terms)
-    reason = _reason(noisy, estimate)
+    seen, estimate, used, trials = _search(noisy, terms)
+    reason = _reason(seen, estimate) + scale.words(noisy, seen)
     if estimate is not None and estimate.fit > FITS * estimate.expected_fit:
         estimate, reason = None, f"{reason}: what was found does not explain the update"
     return _reconstruction(noisy, estimate, reason, terms.stats(used, trials))
 
 
-def _search(noisy: Noisy, terms: Terms) -> tuple[Estimate | None, int, int]:
-    """The best estimate, the starts used, and the trials."""
+def _search(noisy: Noisy, terms: Terms) -> tuple[Noisy, Estimate | None, int, int]:
+    """The problem at the scale that its samples show, the best estimate, the starts used, and the trials."""
     used, trials, generator = 0, 0, terms.generator()
     inputs = noisy.problem.weights[0].new_zeros(0, noisy.problem.weights[0].shape[1])
     estimate = None
     while trials < TRIALS and not (trials and terms.budget.spent(used)):
         new, used = candidates(noisy, inputs, used=used, terms=terms, generator=generator)
         inputs, trials = torch.cat([inputs, new]), trials + 1
+        noisy = scale.shown(noisy, inputs)
         if len(inputs) == noisy.rank:
             estimate = _supported(noisy, inputs)
             if estimate is not None and len(estimate.labels) == noisy.rank:
+                noisy, estimate = scale.settled(noisy, estimate)
                 break
             inputs = inputs[:0] if estimate is None else estimate.inputs
     if len(inputs) and len(inputs) < noisy.rank:
         estimate = _supported(noisy, inputs)
-    return estimate, used, trials
+    return noisy, estimate, used, trials
 
 
 def _reconstruction(noisy: Noisy, estimate: Estimate | None, reason: str, stats: Stats) -> Reconstruction:

@@ -3,18 +3,18 @@
 A `Reading` is an update with that undone, and words for it. It is a guess until an attack's own certificate holds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spear.federated import adam
+from spear.federated.parts import widest_part
 from spear.federated.received import is_finite
-from spear.federated.update import LOOKED_AT, LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
+from spear.federated.update import LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
 
-EPSILON = 1e-8  # torch's default for Adam
-SATURATED, MOST = 0.05, 0.9  # how far Adam's steps are from the rate, or from 0, and the share of them that is
 LARGEST = 512  # rows and columns of the part of a gradient that is looked at: shows batches of up to half as many
 FEWEST = 8  # rows and columns that a gradient needs for that
 SINGULAR = 1e-7  # of the largest singular value: the least, under which weights do not tell eigenvalues
@@ -25,10 +25,11 @@ TOGETHER = 0.01  # relative distance of eigenvalues that are one
 
 @dataclass(frozen=True)
 class Reading:
-    """An update as it is taken, and what was undone for that, in words."""
+    """An update as it is taken, and what was undone for that, in words; a `doubt` forbids to certify what it gives."""
 
     update: SharedUpdate
     words: tuple[str, ...] = ()
+    doubt: str = ""
 
 
 def read(model: nn.Module, update: SharedUpdate) -> Reading:
@@ -39,11 +40,12 @@ def read(model: nn.Module, update: SharedUpdate) -> Reading:
     named, words = under_names_of(model, update)
     if update.local_steps > 1 or update.pruning is not None or is_perturbed(update) or not _fits(model, named):
         return Reading(named, words)
-    for undo in (without_adam, without_decay):
-        undone = undo(model, named)
-        if undone is not None:
-            return replace(undone, words=words + undone.words)
-    return Reading(named, words)
+    reading = Reading(named, words)
+    if (seen := _decay(model, named)) is None:
+        reading = _without_adam(model, reading)
+        seen = _decay(model, reading.update) if reading.doubt else None
+    undone = without_decay(model, reading.update, seen)
+    return reading if undone is None else replace(undone, words=reading.words + undone.words, doubt=reading.doubt)
 
 
 def other_losses(update: SharedUpdate) -> Iterator[Reading]:
@@ -53,32 +55,18 @@ def other_losses(update: SharedUpdate) -> Iterator[Reading]:
             yield Reading(replace(update, loss=loss), (f"the update fits the loss {loss}, told was {update.loss}",))
 
 
-def without_adam(model: nn.Module, update: SharedUpdate) -> Reading | None:
-    """The gradient behind Adam's first step, which is u = g / (|g| + eps) times the rate; None for any other update."""
-    rate = update.learning_rate
-    if rate is None or not all(_is_adams(g, rate) for g in update.gradients.values()):
-        return None
-    received = update.gradients
-
-    def gradient(name: str) -> Tensor:
-        u = received[name].double() / rate
-        return torch.where(u.abs() < 1, EPSILON * u / (1 - u.abs()), 0.0)
-
-    words = f"the change is Adam's first step: the gradient was computed from it, with eps {EPSILON:g}"
-    undone = replace(update, gradients=Lazy(tuple(received), gradient), learning_rate=None)
-    return Reading(undone, (words,))
+def _without_adam(model: nn.Module, reading: Reading) -> Reading:
+    """The gradient behind Adam's first step; any other update as it is."""
+    found = adam.undone(model, reading.update)
+    if found is None:
+        return reading
+    doubt = "nothing is certified: the constants of the optimiser's step were estimated"
+    return Reading(found.update, (*reading.words, found.words), doubt)
 
 
-def _is_adams(change: Tensor, rate: float | int) -> bool:
-    """Whether most entries are the rate in size, or 0, and none is larger; a part answers for all."""
-    u = change.flatten()[:LOOKED_AT].abs() / rate
-    return float(u.max()) < 1 + SATURATED and float(((u - u.round()).abs() < SATURATED).double().mean()) > MOST
-
-
-def without_decay(model: nn.Module, update: SharedUpdate) -> Reading | None:
-    """The gradient without the multiple of the weights that weight decay adds to it; None where there is none."""
+def without_decay(model: nn.Module, update: SharedUpdate, seen: float | None) -> Reading | None:
+    """The gradient without the multiple of the weights, `seen` or told, that weight decay adds; None without any."""
     rate, told = update.learning_rate or 1.0, update.weight_decay
-    seen = _decay(model, update)
     decay = told * rate * update.loss_scale if seen is None else seen
     if not decay:
         return None
@@ -93,7 +81,16 @@ def without_decay(model: nn.Module, update: SharedUpdate) -> Reading | None:
     words = f"a weight decay of {shown:.6g} was taken off"
     words += f", told was {told:g}" if told and abs(shown - told) > TOGETHER * told else ""
     words += f"; none was on {', '.join(sorted(kept))}" if kept else ""
-    return Reading(replace(update, gradients=Lazy(tuple(received), gradient), weight_decay=0.0), (words,))
+    lazy = Lazy(tuple(received), gradient)
+    lazy = replace(lazy, rounding=max(_left_by(lazy, received), getattr(received, "rounding", 0.0)))
+    return Reading(replace(update, gradients=lazy, weight_decay=0.0), (words,))
+
+
+def _left_by(less: Lazy, received: Mapping[str, Tensor]) -> float:
+    """How much of what is left of each tensor the rounding of all of it may be."""
+    pairs = [(received[name], less[name]) for name in less]
+    norm = torch.linalg.vector_norm
+    return max(torch.finfo(g.dtype).eps * float(norm(g.double()) / norm(x.double())) for g, x in pairs if x.any())
 
 
 def _decay(model: nn.Module, update: SharedUpdate) -> float | None:
@@ -101,18 +98,8 @@ def _decay(model: nn.Module, update: SharedUpdate) -> float | None:
 
     It is then the eigenvalue that most of W⁻¹ G's are, here of a part of both.
     """
-    parameters = dict(model.named_parameters())
-    sides = {n: min(min(parameters[n].shape), LARGEST) for n in update.gradients if parameters[n].ndim == 2}
-    name = max(sides, key=lambda n: (sides[n], -parameters[n].numel()), default="")
-    if sides.get(name, 0) < FEWEST:
-        return None
-    generator, size = torch.Generator().manual_seed(0), sides[name]
-    rows, columns = (torch.randperm(side, generator=generator)[:size] for side in parameters[name].shape)
-    G, W = (
-        x[rows.to(x.device)][:, columns.to(x.device)].cpu().double()
-        for x in (update.gradients[name], parameters[name].detach())
-    )
-    return _shared_eigenvalue(G, W)
+    part = widest_part(model, update, LARGEST)
+    return None if part is None or len(part) < FEWEST else _shared_eigenvalue(part.received, part.weights)
 
 
 def _shared_eigenvalue(G: Float[Tensor, "k k"], W: Float[Tensor, "k k"]) -> float | None:

@@ -48,10 +48,16 @@ LOOKED_AT, FEWEST, MOSTLY = 2**16, 64, 0.9  # entries of each tensor; of all at 
 
 @dataclass(frozen=True)
 class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, each computed when it is asked for: together they may be too large."""
+    """Tensors by name, each computed when it is asked for: together they may be too large.
+
+    `rounding` is the share of each that what they were computed from had lost, where that is more than their spacing,
+    `noise` the standard deviation of what that leaves in an entry, where it is more than rounding.
+    """
 
     names: tuple[str, ...]
     compute: Callable[[str], Tensor]
+    rounding: float = 0.0
+    noise: float = 0.0
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
