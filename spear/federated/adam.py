@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from spear.federated.parts import Part, widest_part
@@ -86,7 +85,7 @@ def constants(model: nn.Module, update: SharedUpdate) -> Constants | None:
         flat = float(size.median()) > FLAT * float(size.max())
         own = float(s[len(s) // 2]) / (float(size[size > 0].median()) * len(s) ** 0.5)
         best = min((solved(part, start) for start in _starts(part, update)), key=lambda at: at.remains)
-        if best.remains < LEFT * own and best.A < LINEAR * float(size.max()):
+        if best.remains < LEFT * own and LINEAR * float(size.max()) > best.A:
             return best
         if not flat:
             return None
@@ -146,7 +145,7 @@ def solved(part: Part, start: Constants) -> Constants:
 def _inside(part: Part, at: Constants) -> Constants:
     """A above every step."""
     least = float((part.received - at.c * part.weights).abs().max())
-    return at if at.A > least else replace(at, A=least * (1 + 1e-7))
+    return at if least < at.A else replace(at, A=least * (1 + 1e-7))
 
 
 def _step(part: Part, at: Constants, unknowns: tuple[str, ...]) -> tuple[float, list[float]]:

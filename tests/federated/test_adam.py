@@ -58,12 +58,12 @@ def test_the_gradient_comes_back(name: str) -> None:
     assert not result.complete
 
 
-def test_constants_and_decays_are_said(seed: int = 1) -> None:
-    model, after, *_ = stepped(torch.optim.AdamW, seed)
+def test_constants_and_decays_are_said() -> None:
+    model, after, *_ = stepped(torch.optim.AdamW, 1)
     assert "with a decay of 0.01 times the weights" in attacked(model, after, told=True).reason
-    model, after, *_ = stepped(OPTIMISERS["decay in the gradient"], seed)
+    model, after, *_ = stepped(OPTIMISERS["decay in the gradient"], 1)
     assert "a weight decay of 0.01 was taken off" in attacked(model, after, told=True).reason
-    model, after, *_ = stepped(torch.optim.RMSprop, seed)
+    model, after, *_ = stepped(torch.optim.RMSprop, 1)
     assert "of size 0.01 at a rate of 0.001" in attacked(model, after, told=True).reason
 
 
@@ -126,4 +126,4 @@ def test_a_large_batch_is_shown_by_a_larger_part() -> None:
     sides = (dict(side.named_parameters()) for side in (model, after))
     at = adam.constants(model, difference(model, *sides, learning_rate=RATE))
     assert at is not None
-    assert at.A == pytest.approx(RATE, rel=1e-10)
+    assert pytest.approx(RATE, rel=1e-10) == at.A
