@@ -71,6 +71,11 @@ class Piece:
         self.copies = (copy.deepcopy(own).double(), own)
         self.last = 0  # size of what it gave
 
+    @property
+    def double(self) -> fx.GraphModule:
+        """It in float64."""
+        return self.copies[0]
+
     def __call__(self, samples: Float[Tensor, "k *shape"]) -> Float[Tensor, "k n"] | None:
         """What it gives for samples, one row each, where that does not depend on the others; `None` where it fails."""
         for module in self.copies:

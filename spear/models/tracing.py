@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import fx, nn
 
+from spear.models.activations import RELU, recognise
 from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
 from spear.models.graphs import as_rows, extract, guesses, is_size, trace
 from spear.models.layers import Behind, Layer, Path, Shape
@@ -14,7 +15,7 @@ from spear.models.modes import modes, words
 from spear.models.traced import Traced, operation
 from spear.reconstruction import Refusal
 
-LONGEST = 16  # cuts of the graph behind a layer within which its ReLU is looked for
+LONGEST = 16  # cuts of the graph behind a layer within which its activation is looked for
 MOST_ROWS = 64  # parts of a sample that are tried where its shape is not known
 SPREADS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)  # before a layer: its inputs are features
 
@@ -36,7 +37,7 @@ def each_layer(model: nn.Module, shape: Shape = None) -> Iterator[Layer]:
 
 
 def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
-    """The linear layers of a model that is data -> Linear -> ReLU -> ... -> Linear -> logits, in that order.
+    """The linear layers of a model that is data -> Linear -> activation -> ... -> Linear -> logits, in that order.
 
     Raises `Refusal` as `trace` does, and for a model of any other form, naming what is in the way.
     """
@@ -107,6 +108,7 @@ def _layer(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer
         linear=linear if before.is_plain else _folded(linear, before),
         from_data=path is not None,
         relu=behind.relu is not None,
+        activation=behind.activation,
         tail=tail,
         unknown=unknown,
         path=path,
@@ -124,21 +126,27 @@ def _source(node: fx.Node) -> fx.Node:
 
 
 def _behind(traced: Traced, node: fx.Node) -> Behind:
-    """What follows a layer, up to the first node that is neither ReLU nor a map of entries."""
+    """What follows a layer, up to the first node that is neither an activation nor a map of entries.
+
+    Where one elementwise function follows another, they are one activation.
+    """
     m = traced.part(node).out_features
     before = after = Entrywise.same(m)
-    relu, start, end = None, node, node
+    relu = activation = None
+    start = end = node
     for cut, _ in zip(_cuts(node), range(LONGEST), strict=False):
         piece = None if traced.is_linear(cut) else extract(traced, end, cut)
         if piece is None:
             break
         piece = Piece(piece)
         if (found := find(piece, (m,))) is not None:
-            before, after = (before.then(found), after) if relu is None else (before, after.then(found))
-            start, end = (cut if relu is None else start), cut
-        elif relu is None and (found := relu_then(piece, m)) is not None:
-            relu, after, end = cut, found, cut
-    return Behind(before, relu, after, start, end)
+            before, after = (before.then(found), after) if activation is None else (before, after.then(found))
+            start, end = (cut if activation is None else start), cut
+        elif activation is None and (found := relu_then(piece, m)) is not None:
+            relu, activation, after, end = cut, RELU, found, cut
+        elif (found := recognise(Piece(extract(traced, start, cut)).double, m)) is not None:
+            activation, after, end = found, Entrywise.same(m), cut
+    return Behind(before, relu, activation, after, start, end)
 
 
 def _cuts(start: fx.Node) -> Iterator[fx.Node]:
@@ -205,7 +213,7 @@ def _outputs(traced: Traced) -> list[fx.Node]:
 
 
 def _tail(traced: Traced, node: fx.Node, start: fx.Node, path: Path | None) -> tuple[fx.GraphModule | None, str]:
-    """The logits as a function of what enters the ReLU; or why there is none."""
+    """The logits as a function of what enters the activation; or why there is none."""
     outputs = _outputs(traced)
     if path is not None and path.rows > 1:
         return None, f"{node.target} reads {path.rows} parts of each sample, and each comes back by itself"
@@ -286,9 +294,9 @@ def _check_modes(traced: Traced) -> None:
 
 
 def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behind: list[Behind]) -> None:
-    """Raises `Refusal` where the layers are no chain from the data to the logits with ReLU between them."""
+    """Raises `Refusal` where the layers are no chain from the data to the logits with activations between them."""
     names, outputs = [layer.name for layer in layers], _outputs(traced)
-    wanted = "the network method needs one chain of linear layers with ReLU between them"
+    wanted = "the network method needs one chain of linear layers with elementwise activations between them"
     if not layers or layers[0].path is None or layers[0].rows > 1:
         why = f"{names[0]} reads parts of a sample" if layers and layers[0].rows > 1 else _no_data(traced, None)
         raise Refusal(f"{wanted}; {why}")
@@ -298,7 +306,7 @@ def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behi
     if len(set(names)) < len(names) or shared:
         raise Refusal(f"{wanted}; {', '.join(sorted(set(shared or names)))} shares its weights")
     for k, layer in enumerate(layers[:-1]):
-        if not layer.relu or behind[k].end is not _source(nodes[k + 1]):
+        if layer.activation is None or behind[k].end is not _source(nodes[k + 1]):
             found = ", ".join(user.name for user in behind[k].end.users)
             raise Refusal(f"{wanted}; behind {layer.name} comes {found}")
     if not _ends(traced, behind[-1].end, outputs[0], layers[-1]):
@@ -307,7 +315,7 @@ def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behi
 
 def _ends(traced: Traced, end: fx.Node, output: fx.Node, last: Layer) -> bool:
     """Whether a chain ends at the model's output, or at a log-softmax of it, which changes nothing for its loss."""
-    if last.relu:
+    if last.activation is not None:
         return False
     piece = None if end is output else extract(traced, end, output)
     return end is output or (piece is not None and is_log_softmax(Piece(piece), last.linear.out_features))
