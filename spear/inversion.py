@@ -15,6 +15,8 @@ from spear.federated import decoding
 from spear.federated.naming import unwrapped
 from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
+from spear.models.memory import remembered
+from spear.models.tracing import Sent, next_sent
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network, plain
 from spear.published.algorithm import Sampling
@@ -94,16 +96,18 @@ def attack(
     check_number("batch_size", batch_size, 1, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
-    model = unwrapped(model)
-    read = decoding.read(model, update)
-    doubted = claims.contradicted(model, read.update)
-    request = Request(model, read.update, layer, batch_size, device, terms, doubted)
-    result = as_given(model, read.update, layer, _by_loss(request, chosen))
+    with remembered():
+        model = unwrapped(model)
+        read = decoding.read(model, update)
+        doubted = claims.contradicted(model, read.update)
+        sent = next_sent(model, read.update.gradients, read.update.input_shape) if layer is None else Sent(layer)
+        request = Request(model, read.update, sent.layer, batch_size, device, terms, doubted)
+        result = as_given(model, read.update, sent.layer, _by_loss(request, chosen))
     if read.doubt and bool(result.certified.any()):
         nobody = torch.zeros_like(result.certified)
         result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")
-    reason = "; ".join([result.reason + (request.denial if doubted else ""), *read.words])
-    return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
+    said = [result.reason + (request.denial if doubted else ""), *sent.words, *read.words]
+    return replace(result, reason="; ".join(said), stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 
 def _by_loss(request: "Request", method: Method) -> Reconstruction:

@@ -234,10 +234,38 @@ def under_names_of(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate
     found, received = naming.match(model, update.gradients), update.gradients
     if found.others:
         raise ValueError(f"the update has a gradient for {min(found.others)!r}, which the model does not have")
-    if found.names.keys() == received.keys() or not found.names:
+    if not found.names:
         return update, ()
-    named = Lazy(tuple(found.names), lambda own: received[found.names[own]])
-    return replace(update, gradients=named), found.words
+    parameters = dict(model.named_parameters())
+    shapes = {own: (received[name].shape, parameters[own].shape) for own, name in found.names.items()}
+    matrices = [pair for pair in shapes.values() if [len(set(shape)) for shape in pair] == [2, 2]]
+    turned = bool(matrices) and all(tuple(came) == tuple(reversed(wanted)) for came, wanted in matrices)
+    fit = {own: _fitting(*pair, turned) for own, pair in shapes.items()}
+    changed = sorted(own for own, change in fit.items() if change is not _as_it_is)
+    words = found.words
+    if changed:
+        words += (f"{', '.join(changed)} came in another shape than the parameter's, with as many entries",)
+    if found.names.keys() == received.keys() and not changed:
+        return update, words
+    named = Lazy(tuple(found.names), lambda own: fit[own](received[found.names[own]]))
+    return replace(update, gradients=named), words
+
+
+def _as_it_is(g: Tensor) -> Tensor:
+    return g
+
+
+def _fitting(came: torch.Size, wanted: torch.Size, turned: bool) -> Callable[[Tensor], Tensor]:
+    """What gives a tensor the shape that is wanted: flat, with sides of 1, or as (inputs, outputs); or nothing does.
+
+    `turned` says that the other matrices came so: then a square one did.
+    """
+    if len(wanted) == 2 and tuple(came) == tuple(reversed(wanted)) and (turned or came != wanted):
+        return lambda g: g.T
+    if came == wanted or came.numel() != wanted.numel():
+        return _as_it_is
+    without = [size for size in came if size != 1] == [size for size in wanted if size != 1]
+    return (lambda g: g.reshape(wanted)) if without or len(came) == 1 else _as_it_is
 
 
 def computed_in(update: SharedUpdate) -> torch.dtype:

@@ -22,6 +22,7 @@ from spear.published.lowrank import MIN_GAP
 from spear.published.view import LayerView, Observed
 
 LEAST_SPARE = 8  # zeros of a column beyond the b - 1 that fix it, for one layer's word to count
+MOST_UNITS, TRIED_UNITS, SAME_UNIT = 256, 8, 1e-2  # scales that samples show: looked at, tried; and when two are one
 SHARPEST = 1e-3  # of a column's largest entry: what one layer's zeros must be told from
 
 
@@ -34,14 +35,35 @@ def recover_labels(
     (p - e_c)^T J G = |G|^2 / scale for the right class c alone: one product J G serves all classes. It is taken as the
     derivative of J^T u, linear in u, by u: reverse mode twice.
     """
+    value = _by_class(layer, Z, G, loss)
+    return (value - (G**2).sum(1, keepdim=True) / scale).abs().argmin(1)
+
+
+def shown_units(layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"], loss: str) -> list[float]:
+    """The scales that the samples themselves show, the likeliest first: under the right one each has a class.
+
+    |G|^2 over (p - e_c)^T J G, by sample and class; negative where the sign of the update is reversed.
+    """
+    ratio = (G**2).sum(1, keepdim=True) / _by_class(layer, Z, G, loss)
+    found = ratio[ratio.isfinite() & (ratio != 0)]
+    found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:MOST_UNITS].to(found.device)]
+    near = torch.stack([((ratio / unit - 1).abs() < SAME_UNIT).any(1).sum() for unit in found]) if len(found) else found
+    units: list[float] = []
+    for unit in found[near.argsort(descending=True, stable=True)].tolist():
+        if all(abs(unit / other - 1) > SAME_UNIT for other in units):
+            units.append(unit)
+    return units[:TRIED_UNITS]
+
+
+def _by_class(layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"], loss: str) -> Float[Tensor, "b classes"]:
+    """(p - e_c)^T J G of every sample and class c."""
     Z = Z.detach().requires_grad_(True)
     outputs = layer.tail(Z)
     u = torch.zeros_like(outputs, requires_grad=True)
     (back,) = torch.autograd.grad(outputs, Z, u, create_graph=True)
     (slope,) = torch.autograd.grad(back, u, G)
     wanted = one_hot(torch.arange(max(outputs.shape[1], 2), device=Z.device), outputs)
-    value = (activate(loss, outputs.detach()) * slope).sum(1, keepdim=True) - slope @ wanted.mT
-    return (value - (G**2).sum(1, keepdim=True) / scale).abs().argmin(1)
+    return (activate(loss, outputs.detach()) * slope).sum(1, keepdim=True) - slope @ wanted.mT
 
 
 def explain(

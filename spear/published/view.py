@@ -37,8 +37,8 @@ class Observed:
 
     G = L Q for the unknown Q (b, b), X^T = Q^-1 R and Z = B Q^-T with B = W R^T + beta d^T. `d` = L^T dL/dbeta = Q 1
     fixes the scale of every column; it is `None` where the layer has no bias, and each column of Q stays free up to a
-    positive factor. An entry of a column of G counts as zero under `tolerance` times the column's largest entry, and one
-    of Z under `blur` times its has no sign.
+    positive factor. An entry of a column of G counts as zero under `tolerance` times the column's largest entry, and
+    one of Z under `blur` times its has no sign.
     """
 
     L: Float[Tensor, "m b"]
