@@ -27,6 +27,7 @@ STEPS, TURNS = 14, 30  # of the solution, which is quadratic at its end, and of 
 LOWER = 0.02  # weight of entries below the envelope, in units of that of those above
 LARGE, FLAT = 0.5, 0.9  # of the largest entry: what the envelope goes through; a median that shows little but signs
 LEFT = 1e-2  # of what remains of a typical direction of the change: what may remain where the constants are right
+SIGN = 4  # roundings: a step that is nearer to A shows its sign alone
 LINEAR = 1e3  # times the largest step: where A is more, the change is the gradient up to a factor
 LOW_RANK = 1e-6  # of the largest singular value: what remains of the others in a plain gradient
 EXACT = 1e-6  # share of a gradient that rounding may be, where more than noise is left of it
@@ -59,6 +60,8 @@ def undone(model: nn.Module, update: SharedUpdate) -> Undone | None:
     if at is None:
         return None
     found = _Step(model, update, at)
+    if found.is_sign:
+        return Undone(update, "all entries have one size: of the gradient its signs are left, and no more")
     names, share, sigma = tuple(update.gradients), *found.error()
     words = f"the change is a first step of Adam's kind, of size {at.A:.6g}"
     if update.learning_rate and abs(at.A / update.learning_rate - 1) > SAME:
@@ -82,7 +85,7 @@ def constants(model: nn.Module, update: SharedUpdate) -> Constants | None:
         if not s[len(s) // 2] > LOW_RANK * s[0]:
             return None
         size = part.received.abs()
-        flat = float(size.median()) > FLAT * float(size.max())
+        flat = float(size[size > 0].median()) > FLAT * float(size.max())
         own = float(s[len(s) // 2]) / (float(size[size > 0].median()) * len(s) ** 0.5)
         best = min((solved(part, start) for start in _starts(part, update)), key=lambda at: at.remains)
         if best.remains < LEFT * own and LINEAR * float(size.max()) > best.A:
@@ -188,6 +191,13 @@ class _Step:
         without = float(rest.abs().max()) > self.at.A and float(C.abs().max()) <= self.at.A  # no decay on this one
         u = (C if without else rest) / self.at.A
         return u, (ROUNDED * eps * W.abs() / self.at.A + eps / 2)
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether rounding leaves nothing but the sign of nearly every step."""
+        steps = [self._steps(name) for name in self.update.gradients]
+        apart = torch.cat([(1 - u.abs() > SIGN * rounding)[u != 0] for u, rounding in steps])
+        return float(apart.double().mean()) < LEFT if len(apart) else False
 
     def error(self) -> tuple[float, float]:
         """What rounding leaves in the gradients: the largest share of any, and the root mean square of an entry."""

@@ -20,6 +20,7 @@ FEWEST = 8  # rows and columns that a gradient needs for that
 SINGULAR = 1e-7  # of the largest singular value: the least, under which weights do not tell eigenvalues
 ROUNDING = 1e-12  # of the largest singular value: what is under that, of most, is no decay but rounding
 SPACE = 1e-9  # the same, above which a direction belongs to the column space
+STEPS = ((2, 1), (1, 2), (3, 1), (1, 4), (2, 2), (5, 1), (1, 3))  # epochs and mini-batches that are tried, untold
 TOGETHER = 0.01  # relative distance of eigenvalues that are one
 
 
@@ -55,11 +56,28 @@ def other_losses(update: SharedUpdate) -> Iterator[Reading]:
             yield Reading(replace(update, loss=loss), (f"the update fits the loss {loss}, told was {update.loss}",))
 
 
+def other_steps(update: SharedUpdate) -> Iterator[Reading]:
+    """A change of weights by several local steps where one was told, or by one where several were."""
+    told = f"told {'was' if update.local_steps == 1 else 'were'} {update.local_steps}"
+    if update.local_steps > 1:
+        one = replace(update, local_steps=1, mini_batch=None, momentum=0.0)
+        yield Reading(one, (f"the change of the weights is that of one step, {told}",))
+        return
+    if update.learning_rate is None or update.count is None or is_perturbed(update) or update.pruning is not None:
+        return
+    for epochs, parts in STEPS:
+        size = -(-update.count // parts)
+        steps = epochs * -(-update.count // size)
+        if steps > 1:
+            words = f"the change of the weights is that of {steps} steps on {size} samples each, {told}"
+            yield Reading(replace(update, local_steps=steps, mini_batch=size), (words,))
+
+
 def _without_adam(model: nn.Module, reading: Reading) -> Reading:
     """The gradient behind Adam's first step; any other update as it is."""
     found = adam.undone(model, reading.update)
-    if found is None:
-        return reading
+    if found is None or found.update is reading.update:
+        return reading if found is None else replace(reading, words=(*reading.words, found.words))
     doubt = "nothing is certified: the constants of the optimiser's step were estimated"
     return Reading(found.update, (*reading.words, found.words), doubt)
 

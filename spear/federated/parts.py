@@ -42,4 +42,4 @@ def widest_part(model: nn.Module, update: SharedUpdate, most: int) -> Part | Non
 
 
 def _block(x: Float[Tensor, "m n"], rows: Int[Tensor, " r"], columns: Int[Tensor, " c"]) -> Float[Tensor, "r c"]:
-    return x[rows.to(x.device)][:, columns.to(x.device)].cpu().double()
+    return x[rows.to(x.device)[:, None], columns.to(x.device)].cpu().double()

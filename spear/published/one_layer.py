@@ -127,7 +127,8 @@ def _with_labels(
     with torch.no_grad():
         Z = view.layer.linear(X.mT)
         outputs = view.layer.tail(Z).shape[1]
-    best, told = None, view.unit(outputs)
+    best = first = None
+    told = view.unit(outputs)
     for unit in (told, *shown_units(view.layer, Z, G.mT, view.loss)):
         seen = replace(view, scale=view.scale * unit / told)
         labels = recover_labels(view.layer, Z, G.mT, unit, view.loss)
@@ -135,9 +136,10 @@ def _with_labels(
         certificate = replace(certificate, reserve="" if unit == told else _at_another_scale(view, outputs))
         if best is None or float(residuals.max()) < float(best[3].max()):
             best = unit, labels, certificate, residuals
+        first = first or best
         if bool((residuals < LABELLED).all()):
             break
-    unit, labels, certificate, residuals = best
+    unit, labels, certificate, residuals = best if bool((best[3] < LABELLED).all()) else first
     reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.residual:.0e}"
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}"

@@ -149,7 +149,9 @@ def observe(
     `changed` says that it is a change of weights: its noise is their rounding, independent from entry to entry.
     """
     linear, n = layer.linear, layer.linear.in_features
-    low = decompose(_jacobian(layer, gradients), rank, eps=eps)
+    J = _jacobian(layer, gradients)
+    low = decompose(J, eps=eps, expected=rank or 0)
+    low = low if rank in (None, low.rank) or low.gap >= MIN_GAP else decompose(J, rank, eps=eps)
     B = Blocks(linear.weight, linear.bias, low.R).times(low.R.mT)
     d = None if linear.bias is None else low.R[:, n]
     coarse = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / max(low.smallest, 1e-300)), 1e-2)
