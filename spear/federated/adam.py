@@ -28,6 +28,7 @@ LOWER = 0.02  # weight of entries below the envelope, in units of that of those 
 LARGE, FLAT = 0.5, 0.9  # of the largest entry: what the envelope goes through; a median that shows little but signs
 LEFT = 1e-2  # of what remains of a typical direction of the change: what may remain where the constants are right
 SIGN = 4  # roundings: a step that is nearer to A shows its sign alone
+SIGNS = "all entries have one size: of the gradient its signs are left, and no more"
 LINEAR = 1e3  # times the largest step: where A is more, the change is the gradient up to a factor
 LOW_RANK = 1e-6  # of the largest singular value: what remains of the others in a plain gradient
 EXACT = 1e-6  # share of a gradient that rounding may be, where more than noise is left of it
@@ -61,7 +62,7 @@ def undone(model: nn.Module, update: SharedUpdate) -> Undone | None:
         return None
     found = _Step(model, update, at)
     if found.is_sign:
-        return Undone(update, "all entries have one size: of the gradient its signs are left, and no more")
+        return Undone(update, SIGNS)
     names, share, sigma = tuple(update.gradients), *found.error()
     words = f"the change is a first step of Adam's kind, of size {at.A:.6g}"
     if update.learning_rate and abs(at.A / update.learning_rate - 1) > SAME:

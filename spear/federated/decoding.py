@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spear.federated import adam
 from spear.federated.parts import widest_part
 from spear.federated.received import is_finite
-from spear.federated.update import LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
+from spear.federated.update import LOOKED_AT, LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
 
 LARGEST = 512  # rows and columns of the part of a gradient that is looked at: shows batches of up to half as many
 FEWEST = 8  # rows and columns that a gradient needs for that
@@ -39,6 +39,7 @@ def read(model: nn.Module, update: SharedUpdate) -> Reading:
     Raises `ValueError` as `under_names_of` does.
     """
     named, words = under_names_of(model, update)
+    words += (adam.SIGNS,) if _is_sign(named) else ()
     if update.local_steps > 1 or update.pruning is not None or is_perturbed(update) or not _fits(model, named):
         return Reading(named, words)
     reading = Reading(named, words)
@@ -47,6 +48,14 @@ def read(model: nn.Module, update: SharedUpdate) -> Reading:
         seen = _decay(model, reading.update) if reading.doubt else None
     undone = without_decay(model, reading.update, seen)
     return reading if undone is None else replace(undone, words=reading.words + undone.words, doubt=reading.doubt)
+
+
+def _is_sign(update: SharedUpdate) -> bool:
+    """Whether all entries but zeros are of one size; a part of each tensor answers for the whole."""
+    parts = [g.flatten()[:LOOKED_AT].abs() for g in update.gradients.values() if g.is_floating_point()]
+    sizes = [part[part > 0] for part in parts]
+    least, most = ([float(f(size)) for size in sizes if len(size)] for f in (torch.min, torch.max))
+    return sum(map(len, sizes)) > FEWEST**2 and min(least) == max(most)
 
 
 def other_losses(update: SharedUpdate) -> Iterator[Reading]:

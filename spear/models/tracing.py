@@ -146,7 +146,15 @@ def _looked_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> L
         turned=frozenset(traced.turned),
         outer_bias=bool(outer),
         obstacle=_obstacle(traced, node, behind.relu),
+        readers=_readers(traced, behind.end) if behind.relu is not None else (),
     )
+
+
+def _readers(traced: Traced, end: fx.Node) -> tuple[str, ...]:
+    """The linear layers that read the value of a node, each once, one vector of each sample."""
+    users = [str(user.target) for user in end.users if traced.is_linear(user)]
+    calls = [str(node.target) for node in traced.nodes if traced.is_linear(node)]
+    return tuple(name for name in users if calls.count(name) == 1)
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -115,7 +115,10 @@ def reconstruct(view: LayerView, found: Candidates, stats: Stats) -> Reconstruct
             return whole
         if _rest_is_sent(view):
             explained = bool((whole.residuals < LABELLED).all()) or _shows_noise(view)
-            return whole if explained else _without_labels(view, whole)
+            causes = f"another loss than {view.loss}, unequal weights in it, several steps, or another model"
+            said = f"none explains the gradients, which speaks for {causes} than the client's"
+            alone = _by_one_layer(view, q, X, said, stats)
+            return whole if explained and not bool(alone.certified.any()) else alone
         unknown = f"the update holds nothing of what follows {name}, and the model's own rest does not fit it"
     return _by_one_layer(view, q, X, unknown, stats)
 
@@ -155,19 +158,13 @@ def _at_another_scale(view: LayerView, outputs: int) -> str:
     return "" if _rest_is_sent(view) else alone
 
 
-def _without_labels(view: LayerView, whole: Reconstruction) -> Reconstruction:
-    """The inputs alone, where no label explains their gradients."""
-    causes = f"another loss than {view.loss}, unequal weights in it, several steps, or another model than the client's"
-    reason = f"{whole.reason}; no labels: none explains the gradients, which speaks for {causes}"
-    return replace(whole, labels=None, residuals=torch.full_like(whole.residuals, math.inf), reason=reason)
-
-
 def _by_one_layer(
     view: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "n b"], unknown: str, stats: Stats
 ) -> Reconstruction:
     """The inputs without labels, certified by the layer alone."""
     certificate = certify_layer(view, q, X.mT)
-    signs = f"{view.layer.name} alone, every sign of its pre-activations and every zero of its gradient"
+    signs = f"{view.layer.name}, every sign of its pre-activations and every zero of its gradient"
+    signs += f", and what {', '.join(view.layer.readers)} reads" if view.layer.readers else ""
     reason = f"the whole batch of {len(q)}, certified by {signs}; no labels: {unknown}"
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}; no labels: {unknown}"
