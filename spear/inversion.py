@@ -19,6 +19,8 @@ from spear.models.memory import remembered
 from spear.models.tracing import Sent, next_sent
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network, plain
+from spear.normalisation.opening import open_normalised
+from spear.normalisation.recover import recover as recover_normalised
 from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
 from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
@@ -229,7 +231,13 @@ class Request:
         """Every layer, for what is disclosed: noise or rounding, pruning, or nothing of these."""
         if is_perturbed(told):
             return noise.denoise(self.model, told, self.batch_size, self.device, self.terms)
-        network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
+        try:
+            network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
+        except Refusal:
+            view = open_normalised(self.model, told, batch_size=self.batch_size, device=self.device)
+            if view is None:
+                raise
+            return recover_normalised(view, self.terms)
         if told.pruning is not None:
             return pruning.recover(plain(network), self.terms)
         return _exact_or_not(network, told.clip is not None, self.terms)

@@ -65,6 +65,12 @@ class Entrywise:
         size = torch.linalg.vector_norm(v, dim=1) / torch.linalg.vector_norm(self.back(v), dim=1)
         return size / self.factor.abs().min().to(v)
 
+    def stretch(self, apart: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
+        """The same for differences of v, of which the shift takes nothing."""
+        factor = self.factor.to(apart)
+        back = torch.linalg.vector_norm(apart / factor, dim=1)
+        return torch.linalg.vector_norm(apart, dim=1) / back / factor.abs().min()
+
     @property
     def error(self) -> float:
         """What the rounding with which the map was found leaves in v, relative to it."""
