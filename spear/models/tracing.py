@@ -146,13 +146,13 @@ def _looked_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> L
         turned=frozenset(traced.turned),
         outer_bias=bool(outer),
         obstacle=_obstacle(traced, node, behind.relu),
-        readers=_readers(traced, behind.end) if behind.relu is not None else (),
+        readers=_readers(traced, behind.end, linear.out_features) if behind.relu is not None else (),
     )
 
 
-def _readers(traced: Traced, end: fx.Node) -> tuple[str, ...]:
-    """The linear layers that read the value of a node, each once, one vector of each sample."""
-    users = [str(user.target) for user in end.users if traced.is_linear(user)]
+def _readers(traced: Traced, end: fx.Node, m: int) -> tuple[str, ...]:
+    """The linear layers that read the value of a node, each once, one vector of m entries of each sample."""
+    users = [str(user.target) for user in end.users if traced.is_linear(user) and traced.part(user).in_features == m]
     calls = [str(node.target) for node in traced.nodes if traced.is_linear(node)]
     return tuple(name for name in users if calls.count(name) == 1)
 

@@ -28,6 +28,7 @@ EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under wh
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where another method ended without the whole batch
 LABELLED = 0.1  # relative distance of a sample's own gradient to that of its label, from which no label fits
+FITTING = 1e-6  # the same, up to which a label does: what else does not fit is no matter of the loss
 CANCEL = "a column of G whose samples' weights cancel has no input of its own"
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 
@@ -118,7 +119,8 @@ def reconstruct(view: LayerView, found: Candidates, stats: Stats) -> Reconstruct
             causes = f"another loss than {view.loss}, unequal weights in it, several steps, or another model"
             said = f"none explains the gradients, which speaks for {causes} than the client's"
             alone = _by_one_layer(view, q, X, said, stats)
-            return whole if explained and not bool(alone.certified.any()) else alone
+            labelled = bool((whole.residuals < max(FITTING, view.eps**0.5)).all())
+            return whole if labelled or (explained and not bool(alone.certified.any())) else alone
         unknown = f"the update holds nothing of what follows {name}, and the model's own rest does not fit it"
     return _by_one_layer(view, q, X, unknown, stats)
 
