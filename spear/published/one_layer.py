@@ -193,7 +193,7 @@ def _by_zeros_alone(view: LayerView, found: Candidates, stats: Stats) -> Reconst
     if not bool(X.isfinite().all()):
         return nothing(view, CANCEL, stats, "")
     share = f"its zeros are the units that the weights leave inactive in {100 * found.matching:.1f} % of entries only"
-    causes = "older or newer weights than the client's, dropout, or another activation"
+    causes = "older or newer weights than the client's, dropout, or more than ReLU behind it"
     return _result(view, X.mT, f"recovered from the gradient alone, not certified: {share}: {causes}", stats)
 
 
