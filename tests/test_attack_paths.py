@@ -139,7 +139,7 @@ def test_absurd_counts_take_no_memory_and_no_time():
     with pytest.raises(Refusal, match="samples"):
         spear.attack(model, update, time_limit=5)
     result = spear.attack(model, replace(update, count=9, local_steps=2**39), time_limit=5)
-    assert f"the change of the weights is that of one step, told were {2**39}" in result.reason
+    assert f"the update is that of one step, told were {2**39}" in result.reason
     assert len(result.inputs) == BATCH
 
 

@@ -70,7 +70,7 @@ def other_steps(update: SharedUpdate) -> Iterator[Reading]:
     told = f"told {'was' if update.local_steps == 1 else 'were'} {update.local_steps}"
     if update.local_steps > 1:
         one = replace(update, local_steps=1, mini_batch=None, momentum=0.0)
-        yield Reading(one, (f"the change of the weights is that of one step, {told}",))
+        yield Reading(one, (f"the update is that of one step, {told}",))
         return
     if update.learning_rate is None or update.count is None or is_perturbed(update) or update.pruning is not None:
         return
@@ -78,7 +78,7 @@ def other_steps(update: SharedUpdate) -> Iterator[Reading]:
         size = -(-update.count // parts)
         steps = epochs * -(-update.count // size)
         if steps > 1:
-            words = f"the change of the weights is that of {steps} steps on {size} samples each, {told}"
+            words = f"the update is that of {steps} steps on {size} samples each, {told}"
             yield Reading(replace(update, local_steps=steps, mini_batch=size), (words,))
 
 

@@ -1,4 +1,4 @@
-"""A factor common to a noisy update, its sign among it: found from the samples, said, and undone."""
+"""The sign of a noisy update, and a factor common to it: found from the samples, said, and undone."""
 
 import pytest
 import torch
