@@ -90,7 +90,9 @@ def test_mistakes(model: nn.Module, options: dict, message: str) -> None:
 
 def test_a_model_that_no_attack_reads() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Softmax(1), nn.Linear(9, 4)).double()
-    with pytest.raises(ValueError, match="no ReLU follows any linear layer: .*; every layer together: .*behind 1 comes _2"):
+    with pytest.raises(
+        ValueError, match="no ReLU follows any linear layer: .*; every layer together: .*behind 1 comes _2"
+    ):
         assessment.audit(model)
 
 
