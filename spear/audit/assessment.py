@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from spear import inversion
-from spear.audit import protection, simulation
+from spear.audit import leaks, protection, simulation
 from spear.audit.protection import Tested
 from spear.audit.sample import Sample, choose, input_shape, outputs
 from spear.audit.simulation import Comparison, Options, Reach
@@ -21,7 +21,6 @@ from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate
 from spear.models import tracing
 from spear.models.layers import Layer
-from spear.models.normalised import normalised_chain
 from spear.published import theory
 from spear.reconstruction import Reconstruction, Refusal, check_number
 
@@ -32,9 +31,9 @@ COUNT = 16  # samples of a simulated client, unless told
 class Risk:
     """What a linear layer gives away of a batch. `inputs` n, `width` m; `from_data`: it reads the data itself.
 
-    `together` says that one attack reads it with every other layer, whatever follows it. `limit` is the largest batch
-    that its gradient can hold (rank below m, at most n), 0 where neither that attack reads it nor a ReLU follows, or
-    where training leaves an `obstacle`.
+    `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows, or where
+    training leaves an `obstacle`. `jointly` says what it gives away together with all other layers, where it
+    gives nothing by itself; `limit` is then the whole network's.
     `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals.
     """
 
@@ -47,20 +46,18 @@ class Risk:
     obstacle: str
     limit: int
     sampling: int
-    together: bool = False
-
-    @property
-    def alone(self) -> bool:
-        """Whether its own gradient is enough for an attack."""
-        return self.relu and not self.obstacle
+    jointly: str = ""
 
     @property
     def gives_away(self) -> str:
         """In words, what the layer's gradient gives away."""
+        if self.jointly:
+            return self.jointly
+        if not self.relu:
+            return "not attacked by itself: no ReLU follows"
+        if self.obstacle:
+            return f"not attacked by itself: {self.obstacle}"
         what = "the samples themselves" if self.from_data else "the features that enter it"
-        if not self.alone:
-            why = self.obstacle or "no ReLU follows"
-            return f"{what}, with every layer together; {why}" if self.together else f"not attacked by itself: {why}"
         return what if self.bias else f"{what}, each up to a factor (no bias)"
 
 
@@ -69,8 +66,9 @@ class Audit:
     """The whole report.
 
     `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
-    attacked (None: the data), `not_attacked` what else of the model no attack here read, and why; `buffers` names what
-    leaks beside the gradients; `count` is the batch size of the simulations. `result` is what came back, `outcome` its
+    attacked (None: the data), `not_attacked` what else of the model no attack here read, and why; `count` is the batch
+    size of the simulations. `statistics` says what batch normalisation's buffers give away beside the gradients, where
+    clients send them. `result` is what came back, `outcome` its
     comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
     `time_limit` and `trial_limit` are the seconds that the attack and each simulated one had, `seconds` is what the
     audit took, `memory` the largest that the process has been until then, in bytes.
@@ -84,7 +82,7 @@ class Audit:
     layer: str | None
     layers: tuple[Risk, ...]
     not_attacked: tuple[str, ...]
-    buffers: tuple[str, ...]
+    statistics: tuple[str, ...]
     result: Reconstruction
     truth: Tensor | None
     outcome: Comparison | None
@@ -141,7 +139,7 @@ def audit(
     started, say = time.monotonic(), progress or (lambda words: None)
     shape = input_shape or (update.input_shape if update else None)
     layers = assess(model, shape)
-    target = _target(layers, layer, _obstacle_together(model, shape))
+    target = _target(layers, layer)
     options = Options(None if target.from_data and layer is None else target.name, trial_limit, seed, device)
     most = max(target.limit, protection.AGGREGATED * (count or COUNT))
     sample, words = _sample(model, update, data, shape, most, seed)
@@ -159,7 +157,7 @@ def audit(
         layer=options.layer,
         layers=layers,
         not_attacked=_not_attacked(model, layers, target, options),
-        buffers=_leaking_buffers(model, attacked),
+        statistics=leaks.statistics(model, shape),
         result=result,
         truth=truth,
         outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
@@ -182,16 +180,16 @@ def peak_memory() -> int:
 def assess(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Risk, ...]:
     """Every linear layer of the model and what it gives away; `shape` is that of a sample. Raises `ValueError` where
     the model cannot be traced."""
-    layers, together = tracing.linear_layers(model, shape), not _obstacle_together(model, shape)
-    return tuple(_risk(layer, together and k < len(layers) - 1) for k, layer in enumerate(layers))
+    joint = leaks.jointly(model, shape)
+    found = [_risk(layer) for layer in tracing.linear_layers(model, shape)]
+    return tuple(replace(risk, **joint.get(risk.name, {})) for risk in found)
 
 
-def _risk(layer: Layer, together: bool) -> Risk:
+def _risk(layer: Layer) -> Risk:
     m, n = layer.linear.weight.shape
-    alone = layer.relu and not layer.obstacle
-    limit = min(m - 1, n) if alone or (together and layer.from_data) else 0
+    limit = min(m - 1, n) if layer.relu and not layer.obstacle else 0
     affordable = 0
-    while alone and affordable < limit and _proposals(m, affordable + 1) <= inversion.AFFORDABLE:
+    while affordable < limit and _proposals(m, affordable + 1) <= inversion.AFFORDABLE:
         affordable += 1
     return Risk(
         name=layer.name,
@@ -203,61 +201,47 @@ def _risk(layer: Layer, together: bool) -> Risk:
         obstacle=layer.obstacle,
         limit=limit,
         sampling=affordable,
-        together=together,
     )
-
-
-def _obstacle_together(model: nn.Module, shape: tuple[int, ...] | None) -> str:
-    """Why no attack reads every layer together, in words; empty where one does: linear layers, activations,
-    normalisation and dropout between them."""
-    try:
-        if normalised_chain(model, shape) is None:
-            tracing.chain(model, shape)
-    except Refusal as refusal:
-        return str(refusal)
-    return ""
-
-
-def _leaking_buffers(model: nn.Module, update: SharedUpdate) -> tuple[str, ...]:
-    """Running statistics that this client sends, or would send with its weights, in words."""
-    words, sent = [], update.buffers or {}
-    for name, module in model.named_modules():
-        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-        if mixes and module.running_mean is not None:
-            how = "sent" if f"{name}.running_mean" in sent else "leaves with the weights, where these are sent"
-            words.append(f"{name}: the batch's mean and variance of what enters it ({how})")
-    return tuple(words)
 
 
 def _proposals(width: int, batch: int) -> float:
     return theory.expected_proposals(theory.half_rates(width, batch))
 
 
-def _target(layers: tuple[Risk, ...], name: str | None, obstacle: str) -> Risk:
-    """The layer to attack; `obstacle` says why they are not attacked together."""
+def _target(layers: tuple[Risk, ...], name: str | None) -> Risk:
+    """The layer to attack."""
     known = ", ".join(risk.name for risk in layers) or "none"
     if name is not None and name not in [risk.name for risk in layers]:
         raise ValueError(f"no linear layer named {name!r}; the model's linear layers: {known}")
     chosen = [risk for risk in layers if risk.limit and name in (None, risk.name)]
     if not chosen:
-        alone = f"no ReLU follows {name or 'any linear layer'}: this attack has nothing to read ({known})"
-        raise ValueError(f"{alone}; every layer together: {obstacle}" if obstacle and name is None else alone)
+        raise ValueError(f"no ReLU follows {name or 'any linear layer'}: this attack has nothing to read ({known})")
     return max(chosen, key=lambda risk: risk.from_data)  # the first of those that read the data, or else the first
 
 
 def _not_attacked(model: nn.Module, layers: tuple[Risk, ...], target: Risk, options: Options) -> tuple[str, ...]:
     """The parts of the model with weights of their own that no attack here reads, in words, and why."""
-    if options.layer is None and any(risk.together for risk in layers):
+    risks, whole = {risk.name: risk for risk in layers}, options.layer is None and _is_chain(model)
+    if options.layer is None and any(risk.jointly for risk in layers):
         return ()
-    risks, words = {risk.name: risk for risk in layers}, []
+    words = []
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         if name not in risks:
             words.append(f"{name or 'the model'} ({type(module).__name__}: no attack here reads it)")
-        elif name != target.name:
+        elif name != target.name and not whole:
             words.append(f"{name} ({f'only {target.name} was attacked' if risks[name].relu else 'no ReLU follows'})")
     return tuple(words)
+
+
+def _is_chain(model: nn.Module) -> bool:
+    """Whether one attack reads every layer."""
+    try:
+        tracing.chain(model)
+    except Refusal:
+        return False
+    return True
 
 
 def _sample(
@@ -273,7 +257,7 @@ def _sample(
         shape = input_shape(model, shape)
         sample = choose(data, shape, outputs(model, shape), most=most, seed=seed)
         sample = replace(sample, inputs=sample.inputs.to(next(model.parameters())))
-        gradient(model, *sample.take(_fewest(model)))
+        gradient(model, *sample.take(2))  # batch normalisation needs two
     except ValueError as error:
         if update is None:
             raise
@@ -290,14 +274,8 @@ def _reaches(
     for method in inversion.METHODS:
         if method != "auto":
             say(f"largest batch by {method}")
-            found.append(simulation.reach(model, sample, method, least=_fewest(model), most=most, options=options))
+            found.append(simulation.reach(model, sample, method, most=most, options=options))
     return tuple(found)
-
-
-def _fewest(model: nn.Module) -> int:
-    """The smallest batch of a client: two where statistics of the batch are taken."""
-    mixing = (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
-    return 1 + any(mixing)
 
 
 def _defences(
