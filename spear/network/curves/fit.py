@@ -71,14 +71,18 @@ def solve(curves: Curves, at: Points, damping: Float[Tensor, " k"], most: int) -
     tiny = torch.finfo(at.w.dtype).tiny
     shift = (damping * (at.bend / at.size).pow(2).mean(1))[:, None]
     r = p = -curves.back(at, at.rest)
-    v, size = torch.zeros_like(r), r.pow(2).sum(1, keepdim=True)
+    v, size = torch.zeros_like(r), _dot(r, r)
     enough = at.sine[:, None].clamp(SHARPEST, SLOPPY) ** 2 * size
     for _ in range(most):
         forward = curves.back(at, curves.forth(at, p)) + shift * p
-        length = size / (p * forward).sum(1, keepdim=True).clamp_min(tiny)
-        v, r = v + length * p, r - length * forward
-        before, size = size, r.pow(2).sum(1, keepdim=True)
+        length = size / _dot(p, forward).clamp_min(tiny)
+        v, r = torch.addcmul(v, length, p), torch.addcmul(r, length, forward, value=-1)
+        before, size = size, _dot(r, r)
         if bool((size < enough).all()):
             break
-        p = r + size / before.clamp_min(tiny) * p
+        p = torch.addcmul(r, size / before.clamp_min(tiny), p)
     return v
+
+
+def _dot(x: Float[Tensor, "k q"], y: Float[Tensor, "k q"]) -> Float[Tensor, "k 1"]:
+    return torch.linalg.vecdot(x, y)[:, None]

@@ -152,12 +152,17 @@ class Curves:
     def forth(self, at: "Points", v: Float[Tensor, "k q"]) -> Float[Tensor, "k m"]:
         """The derivative of the residual along v."""
         moved = self.turn(at, v @ self.frame.T)
-        moved = moved - at.unit * (at.unit * moved).sum(1, keepdim=True)
-        return moved - project(moved, self.basis)
+        moved = torch.addcmul(moved, _along(at, moved), at.unit, value=-1)
+        return torch.addmm(moved, moved @ self.basis, self.basis.T, alpha=-1)
 
     def back(self, at: "Points", u: Float[Tensor, "k m"]) -> Float[Tensor, "k q"]:
         """Its transpose, of u that are orthogonal to span(U)."""
-        return self.turn(at, u - at.unit * (at.unit * u).sum(1, keepdim=True)) @ self.frame
+        return self.turn(at, torch.addcmul(u, _along(at, u), at.unit, value=-1)) @ self.frame
+
+
+def _along(at: "Points", x: Float[Tensor, "k m"]) -> Float[Tensor, "k 1"]:
+    """Of each x the part along delta."""
+    return torch.linalg.vecdot(at.unit, x)[:, None]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from spear.published.lowrank import LowRank
 SPREADS = (2.0, 1.0, 0.5)  # of starts around their class mean, in units of the mean's own spread over the units
 STARTS, FEWEST = 64, 16  # of a round, at most and at least
 ROUGH = Effort(steps=40, inner=40, arrived=1e-4)  # of every start, in single precision
-FINE = Effort(steps=12, inner=100, arrived=1e-13)  # of one that arrived
+FINE = Effort(steps=12, inner=100, arrived=1e-8)  # of one that arrived
+LAST = Effort(steps=8, inner=100, arrived=1e-12)  # of the same against the whole gradient
 REFLECTIONS, LONGEST = 150, 4  # steps of a start, and how many times as many after rounds that found nothing
 POLISH = Effort(steps=8, inner=40, arrived=1e-10)  # of one with its pieces
 NEAR = 1e-3  # the sine under which a start in single precision has arrived
@@ -129,7 +130,7 @@ class CurveSearch:
 
     def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"]) -> Known:
         """Ends made exact against the whole gradient: those that fit it and are new, the best first."""
-        w, sine = fit(self.curves, self.curves.coordinates(s), labels, self._effort(FINE))
+        w, sine = fit(self.curves, self.curves.coordinates(s), labels, self._effort(LAST))
         at = self.curves.at(w, labels)
         found = Known(self.curves.samples(w), at.unit @ self.whole.basis, labels)
         unit = self.problem.unit(self.problem.batch_size or self.whole.rank)
