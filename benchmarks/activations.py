@@ -23,7 +23,7 @@ from torch import nn
 from spear import data, federated, metrics, models
 from spear.inversion import attack
 
-POOL, STEPS, RATE, AT_ONCE = 1000, 200, 0.05, 64  # samples trained on, and how
+POOL, STEPS, RATE, AT_ONCE = 800, 200, 0.05, 64  # samples trained on, and how
 
 
 @dataclass(frozen=True)

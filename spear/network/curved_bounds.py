@@ -19,6 +19,8 @@ excludes those with the same activation patterns; here all of them form one regi
 counting: each sample solves m - b equations in b - 1 unknowns, and the search keeps what solves them to rounding.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,8 +34,26 @@ PROBES = 4  # random directions that measure the size of a derivative
 MOST_UNEQUAL = 1e12  # squared condition of a derivative past which its inverse is rounding
 
 
-def curved_bounds(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tensor, " s"]:
-    """A bound on each input's relative error; infinite where the batch is not isolated, or a layer has no bias."""
+class Levers(NamedTuple):
+    """Of each sample |T⁺|, |(1 - P) J| and |(1 - P) J x|, in Frobenius norms."""
+
+    inverse: Float[Tensor, " s"]
+    reach: Float[Tensor, " s"]
+    along: Float[Tensor, " s"]
+
+    @classmethod
+    def joined(cls, parts: "list[Levers]") -> "Levers":
+        """Those of all parts."""
+        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def curved_bounds(
+    problem: NetworkView, run: Passes, targets: Targets, known: Levers | None = None
+) -> Float[Tensor, " s"]:
+    """A bound on each input's relative error; infinite where the batch is not isolated, or a layer has no bias.
+
+    `known` are the levers, where Newton's last step computed them.
+    """
     G, X, total = run.deltas[0], problem.extend(0, run.inputs[0]), problem.augmented(0)
     unknown = G.new_full((len(G),), torch.inf)
     lost = len(G) > min(total.shape) or any(b is None for b in problem.biases[:-1])
@@ -42,31 +62,34 @@ def curved_bounds(problem: NetworkView, run: Passes, targets: Targets) -> Float[
     rest, eps = torch.addmm(total, G.T, X, alpha=-1), 2 * problem.precision
     entry, bias = (max(rms(x), eps * rms(y)) for x, y in ((rest, total), (rest[:, -1], total[:, -1])))
     row, column, size = inverse_columns(G), inverse_columns(X), norms(run.inputs[0])
-    lever, reach, along = _levers(problem, run, targets)
+    if known is None:
+        basis = torch.linalg.qr(G.T)[0]
+        parts = turned(problem, run, targets, basis, *probes(run.inputs[0]))
+        known = Levers.joined([levers(free @ free.mT, own) for _, free, own in parts])
+    lever, reach, along = known
     own = row * (entry * X.shape[1] ** 0.5 + bias * size)
-    turned = lever * (entry * column + row * (entry * reach + bias * along))
-    error = SAFETY * (own + turned) / size + solve(G, rest).norm(dim=1) / size
+    moved = lever * (entry * column + row * (entry * reach + bias * along))
+    error = SAFETY * (own + moved) / size + solve(G, rest).norm(dim=1) / size
     return error.nan_to_num(torch.inf, torch.inf)
 
 
-def _levers(problem: NetworkView, run: Passes, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each sample |T⁺|, |J| and |J x|, off span(G), in Frobenius norms."""
-    x, basis = run.inputs[0], torch.linalg.qr(run.deltas[0].T)[0]
+def probes(x: Float[Tensor, "s n"]) -> Float[Tensor, "probes s n"]:
+    """Random changes of the inputs, and the inputs: what measures the size of a derivative."""
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(PROBES, *x.shape, generator=generator, dtype=torch.float64).to(x)
-    found = []
-    for _, free, own in turned(problem, run, targets, basis, *probes, x):
-        lengths = own.norm(dim=2)
-        found.append((_inverse_norm(free), lengths[:, :-1].pow(2).mean(1).sqrt(), lengths[:, -1]))
-    lever, reach, along = (torch.cat(x) for x in zip(*found, strict=True))
-    return lever, reach, along
+    random = torch.randn(PROBES, *x.shape, generator=generator, dtype=torch.float64).to(x)
+    return torch.cat([random, x[None]])
 
 
-def _inverse_norm(rows: Float[Tensor, "s q m"]) -> Float[Tensor, " s"]:
-    """The Frobenius norm of each matrix's pseudo-inverse; infinite where its rows are dependent."""
-    gram = rows @ rows.mT
+def levers(gram: Float[Tensor, "s q q"], own: Float[Tensor, "s probes m"]) -> Levers:
+    """From T Tᵀ, rows being directions, and the derivatives along the `probes`."""
+    lengths = own.norm(dim=2)
+    return Levers(_inverse_norm(gram), lengths[:, :-1].pow(2).mean(1).sqrt(), lengths[:, -1])
+
+
+def _inverse_norm(gram: Float[Tensor, "s q q"]) -> Float[Tensor, " s"]:
+    """The Frobenius norm of each T⁺ from T Tᵀ; infinite where the rows of T are dependent."""
     factor, failed = torch.linalg.cholesky_ex(gram)
-    inverse = torch.cholesky_inverse(factor) if rows.shape[1] else gram
+    inverse = torch.cholesky_inverse(factor) if gram.shape[1] else gram
     squared, size = (x.diagonal(dim1=1, dim2=2).sum(1) for x in (inverse, gram))
     sure = (failed == 0) & (squared * size < MOST_UNEQUAL)
     return torch.where(sure, squared.clamp_min(0).sqrt(), torch.inf)

@@ -73,7 +73,8 @@ def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reac
     errors = (activated - problem.one_hot(run.known.labels)) * (weight / at.size[:, 0])[:, None]
     if not run.left and bool(sure.all()):
         targets = decode(problem, errors, activated)
-        return judge(problem, correct(problem, inputs, targets), targets, reached)
+        inputs, known = correct(problem, inputs, targets)
+        return judge(problem, inputs, targets, reached, known)
     known = KnownSamples(inputs[sure], F.one_hot(run.known.labels[sure], problem.classes).to(inputs))
     return partly(problem, known, reached)
 
@@ -91,7 +92,8 @@ def conclude_slopes(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: 
     inputs, sure = descend(problem, y, deltas, whole=True)
     if not bool(sure.all()):
         return nothing(problem, f"{reached}; too few units below tell their pre-activations", reached)
-    return judge(problem, correct(problem, inputs, targets), targets, reached)
+    inputs, known = correct(problem, inputs, targets)
+    return judge(problem, inputs, targets, reached, known)
 
 
 def _outputs(problem: NetworkView, y: Float[Tensor, "s in"]) -> Float[Tensor, "s outputs"]:
