@@ -8,7 +8,7 @@ SCHEDULER ?=
 BIN   := .venv/bin
 READY := .venv/.installed
 
-.PHONY: figures test lint unit notebooks format lab lock clean
+.PHONY: figures test lint unit notebooks book format lab lock clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -35,6 +35,10 @@ notebooks: $(READY)
 	$(BIN)/python tests/prepare_notebooks.py build/nbval
 	OMP_NUM_THREADS=1 SPEAR_FIGURES=$(CURDIR)/build/nbval/figures $(BIN)/python -m pytest -p no:python \
 		-n $(JOBS) --dist loadscope --nbval-lax --nbval-current-env --nbval-cell-timeout 600 build/nbval
+
+book: $(READY)  ## README, notebooks and figures as one static site
+	$(BIN)/python -m sphinx -W -q -c book . build/book
+	@echo "build/book/index.html"
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

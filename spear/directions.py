@@ -48,10 +48,14 @@ def distinct(
         near = sorted_x @ known.mT
         keep = ~((near if signed else near.abs_()) > cosine).any(1)
     close = close.triu_(1)
+    close.diagonal().copy_(keep)
+    close = close.cpu()  # one copy: what follows decides vector by vector
+    keep = close.diagonal().clone()
+    close.fill_diagonal_(False)
     for k in (close.any(1) & keep).nonzero()[:, 0].tolist():  # the others drop nobody
         if keep[k]:
             keep &= ~close[k]
-    return ranked[keep]
+    return ranked[keep.nonzero()[:, 0].to(x.device)]
 
 
 def first_of_each(code: Tensor) -> Int[Tensor, " j"]:

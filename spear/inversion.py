@@ -16,7 +16,9 @@ from spear.federated.naming import unwrapped
 from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
 from spear.network import whole_batch
-from spear.network.problem import NetworkView, open_network, unfolded
+from spear.network.problem import NetworkView, open_network, plain
+from spear.normalisation.opening import open_normalised
+from spear.normalisation.recover import recover as recover_normalised
 from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
 from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
@@ -195,9 +197,15 @@ class Request:
         """Every layer, for what is disclosed: noise or rounding, pruning, or nothing of these."""
         if is_perturbed(told):
             return noise.denoise(self.model, told, self.batch_size, self.device, self.terms)
-        network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
+        try:
+            network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
+        except Refusal:
+            view = open_normalised(self.model, told, batch_size=self.batch_size, device=self.device)
+            if view is None:
+                raise
+            return recover_normalised(view, self.terms)
         if told.pruning is not None:
-            return pruning.recover(unfolded(network), self.terms)
+            return pruning.recover(plain(network), self.terms)
         return _exact_or_not(network, told.clip is not None, self.terms)
 
     def following(self, auto: Auto) -> Iterator[Method]:
@@ -243,7 +251,7 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
 def _exact_or_not(network: NetworkView, clipped: bool, terms: Terms) -> Reconstruction:
     """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
     exact = whole_batch.recover(network, terms)
-    if len(exact.inputs) or network.folded:
+    if len(exact.inputs) or network.folded or not network.is_relu:
         return exact
     if pruning.is_pruned(network):
         return pruning.recover(network, terms)

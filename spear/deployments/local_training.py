@@ -19,7 +19,7 @@ from spear.deployments.simulation import State, Training, rounding
 from spear.deployments.step_samples import Step, open_unexplained
 from spear.federated.update import SharedUpdate
 from spear.network.layerwise import solve
-from spear.network.problem import NetworkView, forward, open_network, unfolded
+from spear.network.problem import NetworkView, forward, open_network, plain
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
 FITS = 3  # a residual that many times larger than what rounding leaves is none
@@ -53,7 +53,7 @@ def retrace(
     Raises `Refusal` for a model that is no chain of linear layers, and for training that cannot be simulated.
     """
     training = Training.of(update if batch_size is None else replace(update, count=batch_size))
-    problem = unfolded(open_network(model, replace(update, local_steps=1, learning_rate=None), device=device))
+    problem = plain(open_network(model, replace(update, local_steps=1, learning_rate=None), device=device))
     return recover(problem, training, terms)
 
 

@@ -15,7 +15,7 @@ from spear.deployments.likelihood import Estimate, Noisy, measure, refine, sampl
 from spear.directions import away_from, unit_rows
 from spear.federated.update import SharedUpdate, as_gradient
 from spear.network.factors import Factors
-from spear.network.problem import NetworkView, Targets, open_network, passes, unfolded
+from spear.network.problem import NetworkView, Targets, open_network, passes, plain
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
 from spear.published.lowrank import LowRank, rank_under_noise
 from spear.reconstruction import Reconstruction, Refusal, Stats, Terms
@@ -287,5 +287,5 @@ def denoise(
 
     Raises `Refusal` for a model that is no chain of linear layers.
     """
-    problem = unfolded(open_network(model, as_gradient(update), batch_size=batch_size, device=device))
+    problem = plain(open_network(model, as_gradient(update), batch_size=batch_size, device=device))
     return recover(open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None), terms)

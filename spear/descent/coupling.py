@@ -52,7 +52,7 @@ class Coupling:
         b, r = self.free.shape
         inner = self.free.mT @ self.moment @ self.free
         left, s, right = torch.linalg.svd(triangle)
-        t = float(s.norm() / inner.diagonal().sum().sqrt())
+        t = s.norm() / inner.diagonal().sum().sqrt()
         turned = self.free @ right.mT  # w in the coordinates in which triangle is s
         normal = torch.eye(b + r, dtype=s.dtype, device=s.device)
         normal[:b, :b] += coupling * torch.linalg.inv(self.moment) + parting * self.away

@@ -69,4 +69,7 @@ def _in_units(result: Reconstruction, path: Path, shape: tuple[int, ...] | None)
     errors = None if result.expected_error is None else result.expected_error * growth
     inputs = path.change.back(entered).unflatten(1, shape).contiguous()
     bound = (result.error_bound + path.change.error) * growth
-    return replace(result, inputs=inputs, error_bound=bound, expected_error=errors)
+    apart = result.difference_bound
+    if apart is not None:
+        apart = apart * path.change.stretch(entered - entered.mean(0))
+    return replace(result, inputs=inputs, error_bound=bound, expected_error=errors, difference_bound=apart)

@@ -1,8 +1,9 @@
 """What both sides know: networks, model files, and where a layer stands in a model.
 
 Reading order: `networks` (fully connected); `traced`, `linear_nodes`, `graphs` (any model's computation in one form);
-`entrywise`, `modes`, `layers`, `tracing` (layers, by what stands around them); `watching` (what passes through one),
-`streaming` (weights a slice at a time). Files: `files` (by name), `archives`, `expansion`, `rebuild`, `tensors`.
+`entrywise`, `activations`, `modes`, `layers`, `tracing` (layers, by what stands around them); `watching` (what passes
+through one), `streaming` (weights a slice at a time). Files: `files` (by name), `archives`, `expansion`, `rebuild`,
+`tensors`.
 """
 
 import lazy_loader

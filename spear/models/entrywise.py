@@ -57,6 +57,12 @@ class Entrywise:
         size = torch.linalg.vector_norm(v, dim=1) / torch.linalg.vector_norm(self.back(v), dim=1)
         return size / self.factor.abs().min().to(v)
 
+    def stretch(self, apart: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
+        """The same for differences of v, of which the shift takes nothing."""
+        factor = self.factor.to(apart)
+        back = torch.linalg.vector_norm(apart / factor, dim=1)
+        return torch.linalg.vector_norm(apart, dim=1) / back / factor.abs().min()
+
     @property
     def error(self) -> float:
         """What the rounding with which the map was found leaves in v, relative to it."""
@@ -70,6 +76,11 @@ class Piece:
         own = copy.deepcopy(module).cpu().eval()
         self.copies = (copy.deepcopy(own).double(), own)
         self.last = 0  # size of what it gave
+
+    @property
+    def double(self) -> fx.GraphModule:
+        """It in float64."""
+        return self.copies[0]
 
     def __call__(self, samples: Float[Tensor, "k *shape"]) -> Float[Tensor, "k n"] | None:
         """What it gives for samples, one row each, where that does not depend on the others; `None` where it fails."""

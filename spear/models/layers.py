@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
+from spear.models.activations import Activation
 from spear.models.entrywise import Entrywise
 
 Shape = tuple[int, ...] | None
@@ -27,13 +28,15 @@ class Path:
 
 @dataclass(frozen=True)
 class Behind:
-    """What follows a layer: a map of its entries, the node of its ReLU, another map.
+    """What follows a layer: a map of its entries, its activation, another map.
 
-    `start` is the node whose value enters the ReLU, `end` the one behind the second map.
+    `start` is the node whose value enters the activation, `end` the one behind the second map, `relu` that of a ReLU
+    which reads it first.
     """
 
     before: Entrywise
     relu: fx.Node | None
+    activation: Activation | None
     after: Entrywise
     start: fx.Node
     end: fx.Node
@@ -44,10 +47,11 @@ class Layer:
     """A linear layer Z = W X + beta of a traced model.
 
     `name` is the module's qualified name; `from_data` says whether its inputs are the samples, or parts of them, as
-    `path` says; `relu` whether ReLU alone reads Z. `tail` computes the logits (b, C) from the layer's pre-activations z
-    (b, m) and shares the model's parameters; it is `None` for the reason `unknown`. Where an affine map of each entry
-    stands between the layer and its ReLU (`before`), it is folded into `linear`, and z is what enters the ReLU;
-    `after` is such a map behind the ReLU, and `below` what is folded into the weights from the layer below (`chain`).
+    `path` says; `relu` whether ReLU alone reads Z, `activation` what is computed of its entries. `tail` computes the
+    logits (b, C) from the layer's pre-activations z (b, m) and shares the model's parameters; it is `None` for the
+    reason `unknown`. Where an affine map of each entry stands between the layer and its activation (`before`), it is
+    folded into `linear`, and z is what enters that; `after` is such a map behind it, and `below` what is folded into
+    the weights from the layer below (`chain`).
     `own` is the model's own name of each parameter that no other layer shares, of those in `turned` its transpose.
     `outer_bias`: its bias is what is added last before the ReLU, the layer having none.
     `obstacle` says what the client did in training mode that leaves the gradient without ReLU's zeros.
@@ -57,6 +61,7 @@ class Layer:
     linear: nn.Linear
     from_data: bool
     relu: bool
+    activation: Activation | None
     tail: fx.GraphModule | None
     unknown: str
     path: Path | None

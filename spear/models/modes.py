@@ -26,6 +26,8 @@ def mode(traced: Traced, node: fx.Node) -> Mode | None:
     part, kind = traced.part(node), operation(node)
     if isinstance(part, nn.modules.dropout._DropoutNd) and part.p:
         return Mode(f"dropout {node.target} (p = {part.p:g})", False, part.training)
+    if isinstance(part, nn.RReLU):
+        return Mode(f"random slopes {node.target} (RReLU)", False, part.training) if part.lower < part.upper else None
     if isinstance(part, nn.modules.batchnorm._BatchNorm):
         return Mode(f"batch normalisation {node.target}", True, part.training or part.running_mean is None)
     if node.op == "call_function" and kind in DROPOUTS:

@@ -78,16 +78,17 @@ def activation_coordinates(
     scaled = solved.t / spaces.singular
     dual = torch.linalg.pinv(scaled).T[index]
     free = complement(spaces, solved)
-    answers, sure = [], []
-    for particular, active in zip(dual, mask, strict=True):
-        zeros = activations[:, ~active]
+    answers, sure, host = [], [], mask.cpu()  # one copy: which entries are zero is asked sample by sample
+    for particular, row in zip(dual, host, strict=True):
+        active, inactive = (which.nonzero()[:, 0].to(mask.device) for which in (row, ~row))
+        zeros = activations[:, inactive]
         s = particular
         if free.shape[1] and zeros.shape[1] >= free.shape[1] + SPARE_ROWS:
             s = particular - free @ (torch.linalg.pinv(zeros.T @ free) @ (zeros.T @ particular))
         y = s @ activations
-        sure.append(bool((s @ zeros).norm() < tolerances.accept * y.norm() and y[active].min() > 0))
+        sure.append(((s @ zeros).norm() < tolerances.accept * y.norm()) & (y[active].min() > 0))
         answers.append(s)
-    return torch.tensor(sure, device=mask.device), torch.stack(answers)
+    return torch.stack(sure), torch.stack(answers)
 
 
 def softmax_coordinates(

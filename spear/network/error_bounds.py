@@ -44,7 +44,7 @@ def layer_bounds(problem: NetworkView, run: Passes, targets: Targets, k: int) ->
 
 def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
     """Of each F_i, by its inactive units or by the layers above: the cheaper, the other where that is not enough."""
-    G, inactive = run.deltas[k], run.inputs[k + 1] <= 0
+    G, inactive = run.deltas[k], run.slopes[k] == 0
     basis = torch.linalg.qr(G.T)[0]
 
     def by_layers(index: Int[Tensor, " i"]) -> Float[Tensor, " i"]:
@@ -69,7 +69,7 @@ def family(problem: NetworkView, run: Passes, k: int, index: Int[Tensor, " s"]) 
         rows = rows[1:] - rows[:1]  # dLoss/dlogits sums to zero
     rows = rows.expand(len(index), -1, -1)
     for above in range(problem.last, k - 1, -1):
-        rows = (rows @ problem.weights[above + 1]) * (run.inputs[above + 1][index] > 0)[:, None, :]
+        rows = (rows @ problem.weights[above + 1]) * run.slopes[above][index][:, None, :]
     return rows
 
 
@@ -78,13 +78,12 @@ def least_slopes(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s
 
     It is 0 where fewer units are active on the way than an input has entries: an image in a narrow layer.
     """
-    masks = [run.inputs[layer] > 0 for layer in range(1, k + 1)]
-    wide = torch.stack([mask.sum(1) for mask in masks]).amin(0) >= run.inputs[0].shape[1]
+    wide = torch.stack([(x != 0).sum(1) for x in run.slopes[:k]]).amin(0) >= run.inputs[0].shape[1]
     slopes = run.inputs[0].new_zeros(len(wide))
     for part in wide.nonzero()[:, 0].split(max(1, MOST_ENTRIES // problem.weights[0].numel())):
-        rows = problem.weights[0] * masks[0][part, :, None]
+        rows = problem.weights[0] * run.slopes[0][part, :, None]
         for below in range(1, k):
-            rows = (problem.weights[below] @ rows) * masks[below][part, :, None]
+            rows = (problem.weights[below] @ rows) * run.slopes[below][part, :, None]
         slopes[part] = torch.linalg.eigvalsh(rows.mT @ rows)[:, 0].clamp_min(0).sqrt()
     return slopes
 
@@ -97,7 +96,7 @@ def softness(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tenso
     """
     x = run.inputs[0]
     for k in range(problem.last + 1):
-        x = (x @ problem.weights[k].T) * (run.inputs[k + 1] > 0)
+        x = (x @ problem.weights[k].T) * run.slopes[k]
     logits = problem.apply(problem.last + 1, run.inputs[-1])
     along = activate_along(problem.loss, logits, x @ problem.weights[-1].T)
     own = targets.errors(problem.activate(logits)) / (targets.unit * targets.copies[:, None])

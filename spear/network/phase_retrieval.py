@@ -78,20 +78,27 @@ def retrieve_phases(
     """
     basis, steps, near = quick(basis), options.steps, options.near
     options = options if options.partner is None else replace(options, partner=quick(options.partner))
-    number = torch.arange(len(iterate.u), device=basis.device)
     before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
+    number = list(range(len(before)))
     for done in range(0, steps, EVERY):
-        if not len(number) or time.monotonic() > options.until:
+        if not number or time.monotonic() > options.until:
             break
         iterate = relax(iterate, basis, replace(options, steps=min(EVERY, steps - done)), evened)
         if near:
             fit = misfit(iterate.target, basis)
             over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
-            ends.append(iterate[over])
-            order.append(number[over])
-            iterate, number, before = iterate[~over], number[~over], fit[~over]
-            evened = evened[~over] if evened else None
-    return Iterate.joined([*ends, iterate])[torch.cat([*order, number]).argsort()]
+            over = over.tolist()  # the only wait for the device in `EVERY` steps
+            gone, left = ([k for k, is_over in enumerate(over) if is_over == ends_now] for ends_now in (True, False))
+            if gone:
+                ends.append(iterate[torch.tensor(gone, device=basis.device)])
+                order += [number[k] for k in gone]
+                index = torch.tensor(left, dtype=torch.long, device=basis.device)
+                iterate, number, before = iterate[index], [number[k] for k in left], fit[index]
+                evened = evened.take(left, index) if evened else None
+            else:
+                before = fit
+    back = torch.tensor([*order, *number], device=basis.device).argsort()
+    return Iterate.joined([*ends, iterate])[back]
 
 
 def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, evened: Evened | None = None) -> Iterate:

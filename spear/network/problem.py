@@ -1,4 +1,4 @@
-"""The network as the server sees it: linear layers with ReLU between them, and the gradient that it received of each.
+"""The network as the server sees it: linear layers, activations between them, and the gradient received of each.
 
 Samples are rows: activations (s, n), back-propagated vectors (s, m).
 """
@@ -23,6 +23,7 @@ from spear.federated.received import (
     rounding_unit,
 )
 from spear.federated.update import SharedUpdate
+from spear.models.activations import RELU, Activation
 from spear.models.layers import Layer
 from spear.models.tracing import chain
 from spear.published.lowrank import LowRank, decompose
@@ -31,14 +32,14 @@ from spear.reconstruction import Refusal
 
 @dataclass(frozen=True)
 class NetworkView:
-    """What the server knows: a chain of linear layers with ReLU between them, and the gradient of each.
+    """What the server knows: a chain of linear layers with activations between them, and the gradient of each.
 
     `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
     `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
     `folded` says that a map between the model's layers is in their weights: gradients are then not the model's own.
     `precision` is the unit roundoff of the gradients as they were sent, relative to them (they are held in float64),
     `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`,
-    `dtype` the coarsest of model and update.
+    `dtype` the coarsest of model and update. `activations` are those of the hidden layers, ReLU unless they are given.
     """
 
     weights: tuple[Float[Tensor, "_out _in"], ...]
@@ -52,8 +53,11 @@ class NetworkView:
     loss: str = "cross_entropy"
     dtype: torch.dtype | None = None
     folded: bool = False
+    activations: tuple[Activation, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.activations:
+            object.__setattr__(self, "activations", (RELU,) * (len(self.weights) - 1))
         if len(self.weights) < 2:
             raise Refusal(f"the network method needs a hidden layer; the chain has {len(self.weights)} linear layer")
         for k, (w, g) in enumerate(zip(self.weights, self.weight_gradients, strict=True)):
@@ -70,6 +74,11 @@ class NetworkView:
     def last(self) -> int:
         """Index of the last hidden layer."""
         return len(self.weights) - 2
+
+    @property
+    def is_relu(self) -> bool:
+        """Whether every activation is ReLU."""
+        return all(activation.is_relu for activation in self.activations)
 
     @property
     def outputs(self) -> int:
@@ -135,20 +144,35 @@ def join(matrix: Float[Tensor, "m n"], column: Float[Tensor, " m"]) -> Float[Ten
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward and backward pass of candidates: layer k has `inputs[k]` (s, m_{k-1}) and `deltas[k]` (s, m_k)."""
+    """Forward and backward pass of candidates: layer k has `inputs[k]` (s, m_{k-1}) and `deltas[k]` (s, m_k).
+
+    A hidden layer k has pre-activations `z[k]` (s, m_k) and their `slopes[k]`, phi'(z).
+    """
 
     inputs: tuple[Float[Tensor, "s _in"], ...]
     deltas: tuple[Float[Tensor, "s _out"], ...]
+    z: tuple[Float[Tensor, "s _out"], ...]
+    slopes: tuple[Float[Tensor, "s _out"], ...]
 
 
 def forward(
     problem: NetworkView, inputs: Float[Tensor, "s n"]
 ) -> tuple[list[Float[Tensor, "s _in"]], Float[Tensor, "s outputs"]]:
     """Inputs of every layer, and the logits."""
-    states = [inputs]
-    for k in range(problem.last + 1):
-        states.append(problem.apply(k, states[-1]).relu())
-    return states, problem.apply(problem.last + 1, states[-1])
+    states, z = _states(problem, inputs)
+    return states, z[-1]
+
+
+def _states(
+    problem: NetworkView, inputs: Float[Tensor, "s n"]
+) -> tuple[list[Float[Tensor, "s _in"]], list[Float[Tensor, "s _out"]]]:
+    """Inputs and pre-activations of every layer."""
+    states, z = [inputs], []
+    for k in range(problem.last + 2):
+        z.append(problem.apply(k, states[-1]))
+        if k <= problem.last:
+            states.append(problem.activations[k].value(z[-1]))
+    return states, z
 
 
 @dataclass(frozen=True)
@@ -197,11 +221,12 @@ class Targets:
 
 def passes(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) -> Passes:
     """Every layer's inputs and back-propagated vectors, for the loss of the samples with their labels."""
-    states, logits = forward(problem, inputs)
-    deltas = [targets.errors(problem.activate(logits))]
+    states, z = _states(problem, inputs)
+    slopes = [activation.slope(own) for activation, own in zip(problem.activations, z[:-1], strict=True)]
+    deltas = [targets.errors(problem.activate(z[-1]))]
     for k in range(problem.last, -1, -1):
-        deltas.insert(0, (deltas[0] @ problem.weights[k + 1]) * (states[k + 1] > 0))
-    return Passes(tuple(states), tuple(deltas))
+        deltas.insert(0, (deltas[0] @ problem.weights[k + 1]) * slopes[k])
+    return Passes(tuple(states), tuple(deltas), tuple(z[:-1]), tuple(slopes))
 
 
 def open_network(
@@ -244,13 +269,17 @@ def open_network(
         _loss(layers[-1], update.loss),
         coarsest(model, update),
         any(layer.folded for layer in layers),
+        tuple(layer.activation.to(device) for layer in layers[:-1]),
     )
 
 
-def unfolded(problem: NetworkView) -> NetworkView:
-    """The problem itself. Raises `Refusal` where its gradients are not the model's own, entry by entry."""
+def plain(problem: NetworkView) -> NetworkView:
+    """The problem itself. Raises `Refusal` where its gradients are not the model's own, entry by entry, and where an
+    activation is not ReLU: from noise, missing entries and steps, samples are told by ReLU's zeros."""
     if problem.folded:
         raise Refusal("between the layers stands a normalisation: noise, missing entries or steps are not of this form")
+    if not problem.is_relu:
+        raise Refusal("noise, missing entries and local steps need ReLU's zeros; an activation here is another one")
     return problem
 
 

@@ -3,7 +3,10 @@
 Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, outputs).
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,10 +49,11 @@ class Evened:
     """Projection on span(U) with weight |h_j|^-2`power` on unit j: in a crowded span, small h_j weigh too little.
 
     Without it, starts end at vectors that fit the large entries alone. Starts of one class share their h, and stand
-    together: `group` is the number of each start's class, `inverses` are those of Uᵀ diag(weights) U by class.
+    together: `group` is the number of each start's class, `inverses` are those of Uᵀ diag(weights) U by class. The
+    groups are numbers of the host: a step of the search must not wait for them.
     """
 
-    group: Int[Tensor, " k"]
+    group: tuple[int, ...]
     weights: Float[Tensor, "k m"]
     inverses: Float[Tensor, "classes b b"]
 
@@ -62,15 +66,22 @@ class Evened:
         size = h[counts.cumsum(0) - counts].abs()
         weights = size.clamp_min(FAINTEST * size.median(1, keepdim=True)[0]) ** (-2 * power)
         inverses = torch.stack([torch.linalg.inv(basis.T @ (w[:, None] * basis)) for w in weights])
-        return cls(group, weights[group], inverses)
+        return cls(tuple(group.tolist()), weights[group], inverses)
 
-    def __getitem__(self, index: Tensor) -> "Evened":
-        return Evened(self.group[index], self.weights[index], self.inverses)
+    def take(self, places: Sequence[int], index: Int[Tensor, " j"]) -> "Evened":
+        """The starts at these places, which are told twice: to the host, and where the tensors are."""
+        return Evened(tuple(self.group[place] for place in places), self.weights[index], self.inverses)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many starts each class has."""
+        members = Counter(self.group)
+        return [members[k] for k in range(len(self.inverses))]
 
     def project(self, x: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[Tensor, "k m"]:
         """The nearest vectors of span(U) in the weighted norm; `basis` as it is, or its `quick` form."""
         inside = ((x * self.weights).to(basis.dtype) @ basis).to(x.dtype)
-        parts = inside.split(self.group.bincount(minlength=len(self.inverses)).tolist())
+        parts = inside.split(self.sizes)
         t = torch.cat([part @ inverse for part, inverse in zip(parts, self.inverses, strict=True)])
         return (t.to(basis.dtype) @ basis.T).to(x.dtype)
 

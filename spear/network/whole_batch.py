@@ -29,8 +29,10 @@ def recover(problem: NetworkView, terms: Terms) -> Reconstruction:
     Nothing is returned that the update does not support, and nothing is certified while samples are missing: an
     exhausted budget gives an incomplete result and its reason.
 
-    Raises `ValueError` for a gradient that is zero.
+    Raises `ValueError` for a gradient that is zero, and `Refusal` where an activation is not ReLU.
     """
+    if not problem.is_relu:
+        raise Refusal("the network method reads ReLU's zeros; an activation here is another one")
     return distinct_samples(problem, terms).entries(problem, terms.budget.elapsed, "network")
 
 

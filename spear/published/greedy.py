@@ -62,7 +62,7 @@ def greedy_basis(q: Float[Tensor, "h b"], zeros: Int[Tensor, " h"]) -> Int[Tenso
 
     k = b where the candidates span R^b, less otherwise (SPEAR, the first greedy stage).
     """
-    rest, chosen = q.clone(), []
+    rest, chosen = q.cpu().clone(), []  # a choice at a time: on the host
     for index in zeros.argsort(descending=True, stable=True).tolist():
         norm = torch.linalg.vector_norm(rest[index])
         if norm > 1e-6 and len(chosen) < q.shape[1]:

@@ -73,7 +73,7 @@ def find_columns_guided(
 def _guided(observed: Observed, approximate: Float[Tensor, "k n"] | None, terms: Terms, options: Guided) -> Candidates:
     """Rounds of guided proposals until lambda = 1, the budget is spent or guesses lead nowhere."""
     observed = observed.alive()
-    generator = torch.Generator(observed.L.device).manual_seed(terms.seed)
+    generator = terms.generator()
     pool = None if approximate is None else guesses(observed, approximate)
     threshold, b = thresholds(observed, options.false_rejection)[0], observed.L.shape[1]
     q, basis, matching = choose(observed, observed.L.new_zeros(0, b), threshold)
@@ -134,10 +134,10 @@ def draw_rows(
     K is drawn anew each time, between `size` and half of the neurons: size + (m / 2 - size) u^focus, u uniform.
     """
     count, m = Z.shape
-    u = torch.rand(count, 1, generator=generator, dtype=Z.dtype, device=Z.device)
+    u = torch.rand(count, 1, generator=generator, dtype=Z.dtype).to(Z.device)
     most = (size + max(0.0, m / 2 - size) * u**focus).ceil()
     place = Z.argsort(dim=1).argsort(dim=1)
-    lot = torch.rand(count, m, generator=generator, dtype=Z.dtype, device=Z.device)
+    lot = torch.rand(count, m, generator=generator, dtype=Z.dtype).to(Z.device)
     return torch.where(place < most, lot, 2).topk(size, largest=False).indices
 
 
@@ -148,11 +148,11 @@ def _draw_guesses(
     L = observed.L / torch.linalg.vector_norm(observed.L, dim=1, keepdim=True).clamp_min(1e-300)
     own = L if pool is None else pool
     first, second = (
-        source[torch.randint(len(source), (count,), generator=generator, device=L.device)] for source in (own, L)
+        source[torch.randint(len(source), (count,), generator=generator).to(L.device)] for source in (own, L)
     )
     if pool is not None:
-        first[::2] = L[torch.randint(len(L), (len(first[::2]),), generator=generator, device=L.device)]
-    share = BLUR * torch.randn(count, 1, generator=generator, dtype=L.dtype, device=L.device)
+        first[::2] = L[torch.randint(len(L), (len(first[::2]),), generator=generator).to(L.device)]
+    share = BLUR * torch.randn(count, 1, generator=generator, dtype=L.dtype).to(L.device)
     v = first + share * second
     if observed.d is None:
         return v

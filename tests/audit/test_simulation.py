@@ -35,7 +35,7 @@ def test_a_method_that_cannot_begin_reaches_nothing_and_says_why() -> None:
     sample = choose("digits", SHAPE, 4, most=6)
     reach = simulation.reach(model, sample, "network", most=6)
     assert (reach.largest, reach.failed) == (0, 1)
-    assert "needs one chain of linear layers with ReLU between them" in reach.reason
+    assert "needs one chain of linear layers with elementwise activations between them" in reach.reason
 
 
 @pytest.mark.parametrize(("most", "whole"), [(1, 0), (1, 1), (7, 7), (50, 0), (50, 1), (50, 9), (50, 37), (50, 50)])

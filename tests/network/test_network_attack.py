@@ -60,10 +60,10 @@ def test_any_traceable_chain():
     ("layers", "message"),
     [
         (
-            [nn.Linear(64, 30), nn.Tanh(), nn.Linear(30, 5)],
-            "with ReLU between them; behind 1 comes _2",
+            [nn.Linear(64, 30), nn.Softmax(1), nn.Linear(30, 5)],
+            "with elementwise activations between them; behind 1 comes _2",
         ),
-        ([nn.Linear(64, 30), nn.Linear(30, 5)], "needs one chain of linear layers with ReLU between them"),
+        ([nn.Linear(64, 30), nn.Linear(30, 5)], "needs one chain of linear layers with elementwise activations"),
         ([nn.Linear(64, 5)], "needs a hidden layer"),
     ],
 )

@@ -1,0 +1,166 @@
+"""This checkout against another revision: the same attacks in turns, ratio of processor seconds, medians, peak memory.
+
+    python benchmarks/against.py REVISION [--cases NAME ...] [--long] [--seeds N] [--limit SECONDS] [--csv FILE]
+
+Each attack runs in a process of its own, one after the other, the two checkouts taking turns, so that whatever else the
+machine does falls on both alike. Both run this file's cases through the public interface of their own code. A batch
+counts as whole where every image came back to 1e-6; where labels are recovered, each must be right.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent.parent
+EXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attack: data set, linear layers, width, batch size, method. A `long` case takes minutes.
+
+    `spread` is the standard deviation of the weights, drawn anew with zero biases; `normalize` centres the pixels.
+    """
+
+    dataset: str
+    depth: int
+    width: int
+    batch: int
+    method: str = "network"
+    long: bool = False
+    spread: float | None = None
+    normalize: bool = True
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+        large = "" if self.spread is None else "-large-weights"
+        return f"{self.method}-{self.dataset}-{self.depth}x{self.width}-{self.batch}{large}"
+
+
+CASES = [
+    Case("cifar10", 3, 400, 20),
+    Case("cifar10", 3, 400, 180),
+    Case("cifar10", 3, 400, 230, long=True),
+    Case("mnist", 3, 1000, 256),
+    Case("mnist", 3, 1000, 500, long=True),
+    Case("mnist", 2, 1000, 400, long=True),
+    Case("mnist", 3, 2048, 1000, long=True),
+    *(
+        Case(dataset, 2, 1000, batch, spread=0.5, normalize=False, long=True)
+        for dataset in ("cifar10", "mnist")
+        for batch in (64, 128, 256)
+    ),
+    *(Case(dataset, 6, 1000, 64, method="layer") for dataset in ("mnist", "cifar10")),
+    *(Case(dataset, 6, 1000, 300, method="layer", long=True) for dataset in ("mnist", "cifar10")),
+    Case("mnist", 6, 2000, 500, method="layer", long=True),
+    Case("cifar10", 6, 400, 20, method="sampling"),
+    *(Case("cifar10", 6, 400, batch, method="sampling", long=True) for batch in (28, 32)),
+]
+
+
+def attack_once(case: Case, seed: int, limit: float) -> dict[str, object]:
+    """One attack with the code that this process imports: processor and wall seconds, and what came back."""
+    import torch
+
+    import spear
+
+    inputs, labels = spear.data.load(case.dataset, count=case.batch, seed=seed, normalize=case.normalize)
+    classes = len(spear.data.classes(case.dataset))
+    model = spear.models.fcnn(inputs.shape[1:], case.width, case.depth, classes, seed=seed)
+    if case.spread is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * case.spread
+            parameter.data = values if parameter.dim() > 1 else torch.zeros_like(values)
+    update = spear.federated.gradient(model, inputs, labels)
+    wall, processor = time.perf_counter(), time.process_time()
+    found = spear.attack(model, update, method=case.method, time_limit=limit, seed=seed)
+    seconds = {"cpu": time.process_time() - processor, "wall": time.perf_counter() - wall}
+    report = spear.metrics.evaluate(found, inputs, labels)
+    exact = int((report.relative_error < EXACT).sum())
+    right = found.labels is None or report.label_accuracy == 1
+    return seconds | {"exact": exact, "whole": exact == case.batch and right, "certified": int(found.certified.sum())}
+
+
+def in_process(case: Case, seed: int, limit: float, package: Path) -> dict[str, object]:
+    """The attack in a new interpreter on the code of a checkout, with its peak memory in GiB."""
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), "--one", case.name, str(seed), str(limit)]
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, stdout=out, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{case.name}, seed {seed}: status {process.returncode} in {package}")
+        out.seek(0)
+        return json.load(out) | {"GiB": usage.ru_maxrss / 2**20}
+
+
+@contextmanager
+def worktree(revision: str) -> Iterator[Path]:
+    """A checkout of the revision for as long as it is needed."""
+    git = ["git", "-C", str(HERE), "worktree"]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "before"
+        subprocess.run([*git, "add", "--quiet", "--detach", str(place), revision], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run([*git, "remove", "--force", str(place)], check=True)
+
+
+def summary(case: Case, runs: dict[str, list[dict]]) -> dict[str, object]:
+    """A row of the table: for each checkout medians over the seeds, whole batches, peak memory; and the ratio."""
+    row: dict[str, object] = {"case": case.name, "seeds": len(runs["now"])}
+    for which, rows in runs.items():
+        for kind in ("cpu", "wall"):
+            row[f"{which}, {kind} s"] = f"{statistics.median(run[kind] for run in rows):.3g}"
+        row[f"{which}, whole"] = sum(run["whole"] for run in rows)
+        row[f"{which}, certified"] = sum(run["certified"] == case.batch for run in rows)
+        row[f"{which}, GiB"] = f"{max(run['GiB'] for run in rows):.3g}"
+    pairs = zip(runs["before"], runs["now"], strict=True)
+    row["times faster"] = f"{statistics.median(old['cpu'] / new['cpu'] for old, new in pairs):.3g}"
+    return row
+
+
+def main() -> None:
+    by_name = {case.name: case for case in CASES}
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(attack_once(by_name[sys.argv[2]], int(sys.argv[3]), float(sys.argv[4]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("revision")
+    parser.add_argument("--cases", nargs="+", choices=list(by_name), default=[], metavar="NAME")
+    parser.add_argument("--long", action="store_true", help="also the cases that take minutes")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one attack")
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    chosen = options.cases or [case.name for case in CASES if options.long or not case.long]
+    rows = []
+    with worktree(options.revision) as before:
+        for name in chosen:
+            runs: dict[str, list[dict]] = {"before": [], "now": []}
+            for seed in range(options.seeds):
+                for which, package in {"before": before, "now": HERE}.items():
+                    runs[which].append(in_process(by_name[name], seed, options.limit, package))
+            rows.append(summary(by_name[name], runs))
+            print(" | ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            if options.csv is not None:
+                pd.DataFrame(rows).to_csv(options.csv, index=False, lineterminator="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""What stands between two linear layers: an elementwise function phi, its slope phi', and where that breaks.
+
+Nothing is asked of its name: a piece of a model is tried, and derived by autograd, as its client derives it. ReLU is
+the one whose slope is the step function.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor, nn
+
+REACH, POINTS = 32.0, 4097  # pre-activations at which breaks are looked for: up to this size, so many
+FARTHEST, TABLE = 1e3, 513  # pre-activations among which an inverse is looked for, closer together near zero
+ANOMALY, LEAST_BREAK = 4.0, 1e-6  # times its neighbours' change, and share of the largest: what is a break
+HALVINGS = 50  # of a bracket: to rounding
+STEP = 1e-5  # of a central difference, where autograd has no second derivative
+AT_ONCE = 2**24  # entries that are held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """phi of m units, each by itself.
+
+    `function` maps pre-activations (s, m) to activations, in double precision. `breaks` are the pre-activations, in
+    increasing order, at which phi' or phi'' jumps. `levels` (breaks + 1, m or 1) are the slopes between them where phi
+    is linear there, else `None`. `shared` says that all units have one phi.
+    """
+
+    function: nn.Module
+    breaks: tuple[float, ...] = ()
+    levels: Float[Tensor, "pieces _m"] | None = None
+    shared: bool = True
+    _moved: dict[tuple[torch.dtype, torch.device], nn.Module] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_relu(self) -> bool:
+        """Whether phi is max(z, 0)."""
+        return isinstance(self.function, nn.ReLU)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether phi is piecewise linear: its slope then tells the piece, and nothing more of z."""
+        return self.levels is not None
+
+    def value(self, z: Float[Tensor, "*s m"]) -> Float[Tensor, "*s m"]:
+        """phi(z)."""
+        with torch.no_grad():
+            return self._for(z)(z)
+
+    def slope(self, z: Float[Tensor, "*s m"]) -> Float[Tensor, "*s m"]:
+        """phi'(z), by autograd unless phi is piecewise linear."""
+        if self.is_relu:
+            return (z > 0).to(z)
+        return self._levels_at(z) if self.is_flat else self.at(z, bend=False)[1]
+
+    def at(
+        self, z: Float[Tensor, "*s m"], *, bend: bool = True
+    ) -> tuple[Float[Tensor, "*s m"], Float[Tensor, "*s m"], Float[Tensor, "*s m"]]:
+        """phi(z), phi'(z) and phi''(z), zero unless it is asked for."""
+        if self.is_flat:
+            return self.value(z), self.slope(z), torch.zeros_like(z)
+        function = self._for(z)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            y = function(z)
+            (slope,) = torch.autograd.grad(y.sum(), z, create_graph=bend)
+            second = _second(function, slope, z) if bend else torch.zeros_like(z)
+        return y.detach(), slope.detach(), second
+
+    def piece(self, z: Float[Tensor, "*s m"]) -> Tensor:
+        """Which piece of phi each z is on: how many breaks are at or below it."""
+        return torch.bucketize(z, torch.tensor(self.breaks, dtype=z.dtype, device=z.device), right=True)
+
+    def inverse(self, y: Float[Tensor, "s m"], margin: float) -> tuple[Float[Tensor, "s m"], Bool[Tensor, "s m"]]:
+        """z with phi(z) = y, and where it is the only one for every value within `margin` of y."""
+        g, table = self._table(y)
+        found = [self._bracket(part, margin, table) for part in y.split(max(1, AT_ONCE // (y.shape[1] * TABLE)))]
+        sure, index = (torch.cat(x) for x in zip(*found, strict=True))
+        low, high = g[index], g[index + 1]
+        rising = self.value(high) > self.value(low)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            right = (self.value(middle) < y) == rising
+            low, high = torch.where(right, middle, low), torch.where(right, high, middle)
+        z = (low + high) / 2
+        return z, sure & (self.slope(z) != 0)
+
+    def to(self, device: torch.device) -> "Activation":
+        """The same for tensors on another device."""
+        levels = None if self.levels is None else self.levels.to(device)
+        return Activation(self.function, self.breaks, levels, self.shared, self._moved)
+
+    def _for(self, z: Tensor) -> nn.Module:
+        """The function in the precision, and on the device, of z."""
+        if z.dtype == torch.float64 and z.device.type == "cpu":
+            return self.function
+        key = z.dtype, z.device
+        if key not in self._moved:
+            self._moved[key] = copy.deepcopy(self.function).to(z.device, z.dtype)
+        return self._moved[key]
+
+    def _levels_at(self, z: Float[Tensor, "*s m"]) -> Float[Tensor, "*s m"]:
+        levels = self.levels.to(z)
+        slope = levels[0].expand_as(z)
+        for k, edge in enumerate(self.breaks):
+            slope = torch.where(z > edge, levels[k + 1], slope)
+        return slope
+
+    def _table(self, like: Float[Tensor, "s m"]) -> tuple[Float[Tensor, " g"], Float[Tensor, "g m"]]:
+        ends = math.asinh(FARTHEST)
+        g = torch.sinh(torch.linspace(-ends, ends, TABLE, dtype=like.dtype, device=like.device))
+        return g, self.value(g[:, None].expand(-1, like.shape[1]).contiguous())
+
+    def _bracket(self, y: Float[Tensor, "s m"], margin: float, table: Float[Tensor, "g m"]) -> tuple[Tensor, Tensor]:
+        """Where the table passes every value near y once, and between which entries it passes y."""
+        sure, places = torch.ones_like(y, dtype=torch.bool), []
+        for off in (-margin, margin, 0.0):
+            above = table > (y + off)[:, None]
+            passing = above[:, 1:] != above[:, :-1]
+            sure &= passing.sum(1) == 1
+            places.append(passing.to(torch.int8).argmax(1))
+        return sure & ((places[0] - places[1]).abs() <= 1), places[2]
+
+
+RELU = Activation(nn.ReLU(), (0.0,), torch.tensor([[0.0], [1.0]], dtype=torch.float64))
+
+
+def recognise(function: nn.Module, units: int) -> Activation | None:
+    """The activation that a function of `units` entries, in double precision, is; `None` where it is none.
+
+    Each entry of what it gives must be a function of one entry alone, and differentiable by autograd.
+    """
+    function.requires_grad_(False)
+    try:
+        if not _is_elementwise(function, units):
+            return None
+        shared, points = _is_shared(function, units), torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64)
+        probe = Activation(function, shared=shared)
+        curve = lambda z: _on_curve(probe, z, units)  # noqa: E731
+        points = points + REACH / POINTS / math.e  # no likely break among them
+        slope, bend = curve(points)
+    except Exception:  # another shape, or the model's own code: it may raise anything
+        return None
+    if not bool(slope.isfinite().all() and bend.isfinite().all() and slope.any()):
+        return None
+    found = [_breaks(points, x, lambda z, k=k: curve(z)[k]) for k, x in enumerate((slope, bend))]
+    breaks = tuple(torch.cat(found).unique().tolist())
+    return Activation(function, breaks, _levels(points, slope, breaks), shared)
+
+
+def _second(function: Callable[[Tensor], Tensor], slope: Tensor, z: Tensor) -> Tensor:
+    """phi'' by autograd, or else by a difference of slopes."""
+    if not slope.requires_grad:
+        return torch.zeros_like(z)
+    try:
+        (second,) = torch.autograd.grad(slope.sum(), z, allow_unused=True)
+        return torch.zeros_like(z) if second is None else second
+    except RuntimeError:  # an operation whose derivative has none
+        step = STEP if z.dtype == torch.float64 else STEP**0.5
+        ends = [(z.detach() + side * step).requires_grad_() for side in (1, -1)]
+        right, left = (torch.autograd.grad(function(x).sum(), x)[0] for x in ends)
+        return (right - left) / (2 * step)
+
+
+def _is_elementwise(function: nn.Module, units: int) -> bool:
+    """Whether changed entries change their own results only."""
+    generator = Generator().manual_seed(0)
+    x, other = torch.randn(2, 4, units, generator=generator, dtype=torch.float64) * torch.tensor([[0.3], [1], [3], [9]])
+    kept = torch.rand(4, units, generator=generator) < 0.5
+    with torch.no_grad():
+        y, moved = function(x), function(torch.where(kept, x, other))
+        alone = function(x[-1:])
+    if not isinstance(y, Tensor) or y.shape != x.shape or not bool(y.isfinite().all()):
+        return False
+    same = lambda a, b: torch.allclose(a, b, rtol=1e-12, atol=1e-14)  # noqa: E731
+    return same(y[kept], moved[kept]) and same(y[-1:], alone)
+
+
+def _is_shared(function: nn.Module, units: int) -> bool:
+    row = torch.linspace(-REACH, REACH, 64, dtype=torch.float64)[:, None].expand(-1, units).contiguous()
+    with torch.no_grad():
+        y = function(row)
+    return torch.allclose(y, y[:, :1].expand_as(y), rtol=1e-12, atol=1e-14)
+
+
+def _on_curve(probe: Activation, z: Float[Tensor, " p"], units: int) -> tuple[Tensor, Tensor]:
+    """Slopes and their derivatives (p, units or 1) at points."""
+    if probe.shared:
+        rows = torch.cat([z, z.new_zeros(-len(z) % units)]).reshape(-1, units)
+        return tuple(x.flatten()[: len(z), None] for x in probe.at(rows)[1:])
+    parts = [probe.at(part[:, None].repeat(1, units))[1:] for part in z.split(max(1, AT_ONCE // units))]
+    slope, bend = (torch.cat(x) for x in zip(*parts, strict=True))
+    return slope, bend
+
+
+def _breaks(
+    points: Float[Tensor, " p"], values: Float[Tensor, "p u"], curve: Callable[[Tensor], Tensor]
+) -> Float[Tensor, " breaks"]:
+    """Where values on a grid change far more than beside it, and still do once the place is bracketed to rounding."""
+    least = LEAST_BREAK * float(values.abs().max())
+    change = values.diff(dim=0).abs()
+    beside = torch.zeros_like(change)
+    beside[1:] = change[:-1]
+    beside[:-1] = torch.maximum(beside[:-1], change[1:])
+    place = (change > ANOMALY * beside + least).any(1).nonzero()[:, 0]
+    low, high = points[place], points[place + 1]
+    at_low, at_high = values[place], values[place + 1]
+    for _ in range(HALVINGS if len(place) else 0):
+        middle = (low + high) / 2
+        at = curve(middle)
+        left = (at - at_low).abs().amax(1) > (at_high - at).abs().amax(1)
+        low, high = torch.where(left, low, middle), torch.where(left, middle, high)
+        at_low, at_high = torch.where(left[:, None], at_low, at), torch.where(left[:, None], at, at_high)
+    found = ((low + high) / 2)[(at_high - at_low).abs().amax(1) > least]
+    whole = (found * 64).round() / 64
+    return torch.where((found - whole).abs() < 1e-9, whole, found) + 0.0  # no -0
+
+
+def _levels(
+    points: Float[Tensor, " p"], slope: Float[Tensor, "p u"], breaks: tuple[float, ...]
+) -> Float[Tensor, "pieces u"] | None:
+    """The slopes between breaks where they are constant; `None` where they are not."""
+    piece = torch.bucketize(points, torch.tensor(breaks, dtype=points.dtype), right=True)
+    levels = []
+    for k in range(len(breaks) + 1):
+        own = slope[piece == k]
+        if not len(own) or float((own - own[:1]).abs().max()) > 1e-12 * float(slope.abs().max()):
+            return None
+        levels.append(own[0])
+    return torch.stack(levels) + 0.0
