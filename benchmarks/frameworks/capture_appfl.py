@@ -16,20 +16,21 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-PRIVATE = {"use_dp": True, "epsilon": 1, "clip_value": 1, "clip_norm": 1, "clip_grad": True}
+CLIP = {"clip_grad": True, "clip_value": 1, "clip_norm": 1}
+PRIVATE = {"use_dp": True, "epsilon": 1, **CLIP}
 DP = "clip_grad, clip_value 1, clip_norm 1, ε 1 (its examples)"
 ZFP = {"lossless_compressor": "blosc", "error_bounding_mode": "REL", "error_bound": 1e-3, "param_cutoff": 1024}
 MECHANISMS = (
     (Mechanism("none", "VanillaTrainer"), {}),
     (Mechanism("none (send_gradient)", "send_gradient true", "before - after"), {"send_gradient": True}),
-    (Mechanism("clip_grad", "clip_value 1, clip_norm 1 (its examples)"), {"clip_grad": True, "clip_value": 1, "clip_norm": 1}),
+    (Mechanism("clip_grad", "clip_value 1, clip_norm 1 (its examples)"), CLIP),
     (Mechanism("laplace", DP), {**PRIVATE, "dp_mechanism": "laplace"}),
     (Mechanism("gaussian", DP), {**PRIVATE, "dp_mechanism": "gaussian"}),
     (Mechanism("opacus", "noise_multiplier 1, max_grad_norm 1"), {"use_dp": True, "dp_mechanism": "opacus"}),
     (Mechanism("ZFPCompressor", "REL 1e-3, param_cutoff 1024 (its examples)"), {}),
     (Mechanism("SecureAggregator", "one of two clients, masked", "after - before"), {}),
 )
-SILENT = SimpleNamespace(**{name: lambda *_: None for name in ("log_title", "set_title", "log_content", "info", "debug")})
+SILENT = SimpleNamespace(**dict.fromkeys(("log_title", "set_title", "log_content", "info", "debug"), lambda *_: None))
 
 
 def trained(task: Task, options: dict) -> dict[str, Tensor]:
@@ -37,7 +38,8 @@ def trained(task: Task, options: dict) -> dict[str, Tensor]:
     config = {"mode": "step", "num_local_steps": 1, "optim": "SGD", "optim_args": {"lr": RATE}, "device": "cpu"}
     config |= {"train_batch_size": len(task.images), **options}
     data = TensorDataset(task.images, task.labels)
-    trainer = VanillaTrainer(task.network(), nn.CrossEntropyLoss(), lambda *_: 0.0, data, None, OmegaConf.create(config), SILENT)
+    parts = task.network(), nn.CrossEntropyLoss(), lambda *_: 0.0, data, None
+    trainer = VanillaTrainer(*parts, OmegaConf.create(config), SILENT)
     trainer.train()
     sent = trainer.get_parameters()
     return dict(sent[0] if isinstance(sent, tuple) else sent)

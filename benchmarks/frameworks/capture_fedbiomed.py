@@ -1,7 +1,7 @@
 """Fed-BioMed: the training plan of a node with its loop and privacy, and the message that the researcher decodes.
 
-A federation of it needs certificates, a node's data base and a researcher's server; a node's round is this plan and this
-serialiser.
+A federation of it needs certificates, a node's data base and a researcher's server; a node's round is this plan and
+this serialiser.
 """
 
 import sys

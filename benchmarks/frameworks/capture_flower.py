@@ -64,7 +64,9 @@ def train(message: Message, context: Context) -> Message:
 class Keeping(FedAvg):
     """FedAvg that writes down what it receives, and always sends the first weights."""
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
         config["mechanism"], config[KEY_CLIPPING_NORM] = MECHANISMS[server_round - 1].name, 0.1
         first = ArrayRecord(Task.load(Path(os.environ["TASK"])).weights)
         return list(super().configure_train(server_round, first, config, grid))

@@ -1,7 +1,7 @@
-"""OpenFL: its collaborator's encoding of trained tensors and its aggregator's decoding, with the message's bytes between.
+"""OpenFL: its collaborator's encoding of trained tensors, its aggregator's decoding, and the message's bytes between.
 
-A federation of OpenFL needs certificates and a plan; what it does to an update is in these two methods, its tensor codec
-and the pipelines, which run here as they are.
+A federation of OpenFL needs certificates and a plan; what it does to an update is in these two methods, its tensor
+codec and the pipelines, which run here as they are.
 """
 
 import sys
@@ -39,12 +39,11 @@ MECHANISMS = (
 
 
 def side(kind: Callable, task: Task) -> SimpleNamespace:
-    """What the two methods use of a collaborator or an aggregator: its codec, and the model that this round began with."""
+    """What the two methods use of a collaborator or an aggregator: its codec, and the model that it starts from."""
     database = TensorDB()
-    keys = {name: TensorKey(name, origin, ROUND, False, ("model",)) for name in task.weights for origin in [HOST]}
-    database.cache_tensor({key: task.weights[name].numpy() for name, key in keys.items()})
-    local = {name: TensorKey(name, NAME, ROUND, False, ("model",)) for name in task.weights}
-    database.cache_tensor({key: task.weights[name].numpy() for name, key in local.items()})
+    for origin in (NAME, HOST):
+        keys = {name: TensorKey(name, origin, ROUND, False, ("model",)) for name in task.weights}
+        database.cache_tensor({keys[name]: weight.numpy() for name, weight in task.weights.items()})
     return SimpleNamespace(tensor_db=database, tensor_codec=TensorCodec(kind()), uuid=HOST, use_delta_updates=True)
 
 
@@ -64,7 +63,7 @@ def capture(path: Path, folder: Path) -> None:
     task = Task.load(path)
     trained = task.trained()
     for mechanism, kind in MECHANISMS:
-        np.random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - the one that the pipelines draw from
         collaborator, aggregator = side(kind, task), side(kind, task)
         messages = {name: sent(collaborator, name, weight.numpy()) for name, weight in trained.items()}
         stored = {name: received(aggregator, message) for name, message in messages.items()}

@@ -15,7 +15,8 @@ WORK = Path(tempfile.mkdtemp())
     "data: {datasource: MNIST}\ntrainer: {type: basic, rounds: 1, model_name: none}\n"
     "algorithm: {type: fedavg, epsilon: 1}\n"
 )
-os.environ["config_file"], arguments, sys.argv = str(WORK / "config.yml"), sys.argv[1:], sys.argv[:1]
+os.environ["config_file"] = str(WORK / "config.yml")  # noqa: SIM112 - its name
+arguments, sys.argv = sys.argv[1:], sys.argv[:1]
 os.chdir(WORK)  # Plato makes its folders where it is started
 
 from plato.processors import (  # noqa: E402
@@ -28,10 +29,11 @@ from plato.processors import (  # noqa: E402
     unstructured_pruning,
 )
 
+QSGD = Mechanism("model_quantize_qsgd", "quantization_level 64", told={"bits": 7})
 MECHANISMS = (
     (Mechanism("none", "model_deepcopy"), None, None),
     (Mechanism("model_quantize", "bfloat16"), model_quantize, model_dequantize),
-    (Mechanism("model_quantize_qsgd", "quantization_level 64", told={"bits": 7}), model_quantize_qsgd, model_dequantize_qsgd),
+    (QSGD, model_quantize_qsgd, model_dequantize_qsgd),
     (Mechanism("unstructured_pruning", "amount 0.2 of the weights"), unstructured_pruning, None),
     (Mechanism("structured_pruning", "ln, amount 0.2, norm 1, dim -1"), structured_pruning, None),
     (Mechanism("model_randomized_response", "ε 1 (no default)"), model_randomized_response, None),

@@ -59,7 +59,7 @@ class Task:
         return network(self.weights)
 
     def trained(self) -> dict[str, Tensor]:
-        """The weights after one step of SGD on the batch, by torch alone: for frameworks that leave the loop to the user."""
+        """The weights after one step of SGD on the batch: for frameworks that leave the loop to the user."""
         model = self.network()
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         nn.functional.cross_entropy(model(self.images), self.labels).backward()
@@ -72,8 +72,8 @@ class Mechanism:
     """What stands between the client's step and the server's memory.
 
     `settings` are its options in words: the package's own defaults, or where it has none what its documentation shows.
-    `sends` says what the tensors are, one of `SENDS`: the weights after the step, or their change. `told` is what a server
-    that runs this mechanism knows of it, as arguments of `SharedUpdate.disclosing`.
+    `sends` says what the tensors are, one of `SENDS`: the weights after the step, or their change. `told` is what a
+    server that runs this mechanism knows of it, as arguments of `SharedUpdate.disclosing`.
     """
 
     name: str
@@ -89,7 +89,8 @@ def keep(
     if mechanism.sends not in SENDS:
         raise ValueError(f"{mechanism.name} sends {mechanism.sends!r}: use one of {', '.join(SENDS)}")
     tensors = {name: torch.as_tensor(np.asarray(value)) for name, value in received.items()}
-    words = {**asdict(mechanism), "package": package, "version": version(package), "task": task.name}
+    words = {**asdict(mechanism), "mechanism": mechanism.name, "task": task.name}
+    words |= {"package": package, "version": version(package)}
     path = folder / f"{task.name}-{re.sub(r'[^A-Za-z0-9]+', '_', mechanism.name).strip('_')}.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"about": json.dumps(words)})
 

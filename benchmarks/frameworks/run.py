@@ -2,20 +2,21 @@
 
     python benchmarks/frameworks/run.py [NAME ...] [--only captures|attacks] [--again all|open] [--limit SECONDS]
 
-For each framework an environment of its own is made, with the versions pinned in `environments.py`. In it the framework's
-client takes one step of SGD and its server keeps what it receives, through each built-in filter, compressor and privacy
-mechanism (`capture_NAME.py`). Every update is then attacked by `auto`: told the learning rate, which the server sets, and
-nothing else; where that leaves images out, once more with the count, the sign and what the server knows of the mechanism.
+For each framework an environment of its own is made, with the versions pinned in `environments.py`. In it the
+framework's client takes one step of SGD and its server keeps what it receives, through each built-in filter, compressor
+and privacy mechanism (`capture_NAME.py`). Every update is then attacked by `auto`: told the learning rate, which the
+server sets, and nothing else; where that leaves images out, once more with the count, the sign and what the server
+knows of the mechanism.
 
-Needs the network, MNIST and CIFAR-10 (data/README.md), 2 GB, and an hour or two. What is in build/frameworks is not captured
-again, and what is in the table is not attacked again: `--again open` repeats the attacks that left images out.
+Needs the network, MNIST and CIFAR-10 (data/README.md), 2 GB, and an hour or two. What is in build/frameworks is not
+captured again, and what is in the table is not attacked again: `--again open` repeats attacks that left images out.
 """
 
 import argparse
 import csv
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -61,8 +62,9 @@ class Row:
         return self.framework, self.mechanism, self.dataset, str(self.batch), self.told
 
 
-def tasks() -> Iterator[Path]:
+def tasks() -> list[Path]:
     """The clients' batches and the networks that they receive, as files."""
+    paths = []
     folder = WORK / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
     for name in SETS:
@@ -73,7 +75,8 @@ def tasks() -> Iterator[Path]:
                 sizes = images.shape[1:], WIDTH, 3, len(data.classes(name))
                 model = models.fcnn(*sizes, seed=SEED, dtype=torch.float32)
                 Task(path.stem, dict(model.state_dict()), images.float(), labels).save(folder)
-            yield path
+            paths.append(path)
+    return paths
 
 
 def capture(name: str) -> None:
@@ -136,6 +139,7 @@ def _found(result: Reconstruction | None, task: Task, reason: str) -> dict:
 
 def attacks(names: Sequence[str], again: str | None, limit: float) -> None:
     """Attack what is not in the table yet; it is written after each update, so that nothing is lost."""
+    tasks()
     rows = {row.key: row for row in read()}
     for name in names:
         for path in sorted((WORK / "updates" / name).glob("*.safetensors")):
