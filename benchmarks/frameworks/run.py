@@ -38,7 +38,11 @@ LONGEST = 160  # letters of a reason
 
 @dataclass(frozen=True)
 class Row:
-    """One attack on one update. `told`: what the server knows beside update and rate; `seconds` are the processor's."""
+    """One attack on one update, whose tensors have `names` such as this.
+
+    `told`: what the server knows beside update and rate; `psnr` (median, dB) is over the batch, and empty where nothing
+    came back; `seconds` are the processor's.
+    """
 
     framework: str
     version: str
@@ -46,6 +50,7 @@ class Row:
     settings: str
     sends: str
     dtype: str
+    names: str
     dataset: str
     batch: int
     told: str
@@ -108,11 +113,12 @@ def attack(path: Path, knows: bool, limit: float) -> Row:
     else:
         found = _found(result, task, result.reason)
     kinds = "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in received.values()}))
+    seconds = round(time.process_time() - start, 1)
     name, _, batch = task.name.rpartition("-")
     knowledge = [f"{key} {value}" for key, value in told.items()] + ["sign"] * (knows and words["sends"] != "weights")
     facts = (words[key] for key in ("package", "version", "mechanism", "settings", "sends"))
-    seconds = round(time.process_time() - start, 1)
-    return Row(*facts, kinds, name, int(batch), ", ".join(knowledge) or "nothing", **found, seconds=seconds)
+    case = kinds, min(received), name, int(batch), ", ".join(knowledge) or "nothing"
+    return Row(*facts, *case, **found, seconds=seconds)
 
 
 def _update(sends: str, received: dict[str, torch.Tensor], task: Task, knows: bool) -> SharedUpdate:
@@ -130,6 +136,10 @@ def _found(result: Reconstruction | None, task: Task, reason: str) -> dict:
         word = "refused" if result is None else "nothing"
         return {"returned": 0, "recovered": 0, "certified": 0, "psnr": "", "outcome": word, "reason": reason}
     judged, certified = metrics.evaluate(result, task.images, task.labels), int(result.certified.sum())
+    if judged.precision < 1:
+        raise SystemExit(f"{task.name}: a certified sample is wrong")
+    if judged.precision < 1:
+        raise SystemExit(f"{task.name}: a certified sample is wrong")
     recovered, batch = int((judged.psnr >= RECOGNISED).sum()), len(task.images)
     word = "part" if recovered < batch else "whole, certified" if certified == batch else "whole"
     psnr = round(float(judged.psnr.median()), 1)
