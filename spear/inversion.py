@@ -9,6 +9,7 @@ from torch import nn
 
 from spear.deployments import claims, noise, pruning
 from spear.deployments.local_training import retrace
+from spear.deployments.opening import holds_few_values, open_noisy
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
 from spear.federated import decoding
@@ -206,7 +207,7 @@ class Request:
             return recover_normalised(view, self.terms)
         if told.pruning is not None:
             return pruning.recover(plain(network), self.terms)
-        return _exact_or_not(network, told.clip is not None, self.terms)
+        return _exact_or_not(network, told, self.terms)
 
     def following(self, auto: Auto) -> Iterator[Method]:
         """The methods that `auto` tries in turn; sampling does not stand noise."""
@@ -248,15 +249,19 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
     return replace(result, reason="; ".join([result.reason, *tried]))
 
 
-def _exact_or_not(network: NetworkView, clipped: bool, terms: Terms) -> Reconstruction:
+def _exact_or_not(network: NetworkView, told: SharedUpdate, terms: Terms) -> Reconstruction:
     """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
+    rounded = network.is_relu and not network.folded and holds_few_values(network)
+    found = noise.recover(open_noisy(network, told), terms) if rounded else None
+    if found is not None and len(found.inputs):
+        return found
     exact = whole_batch.recover(network, terms)
-    if len(exact.inputs) or network.folded or not network.is_relu:
-        return exact
+    if len(exact.inputs) or rounded or network.folded or not network.is_relu:
+        return exact if found is None else larger(found, exact)
     if pruning.is_pruned(network):
         return pruning.recover(network, terms)
-    noisy = noise.open_noisy(network, sigma=None, weighted=clipped)
-    seen = network.precision > COARSE or noise.is_visible(noisy)
-    found = noise.recover(noisy, terms) if seen else exact
+    opening = open_noisy(network, told)
+    seen = network.precision > COARSE or opening.is_visible
+    found = noise.recover(opening, terms) if seen else exact
     # Samples that the layers merge leave fewer directions, and pass for noise: then the estimate's errors mean nothing.
     return found if len(found.inputs) >= (network.batch_size or 1) else exact

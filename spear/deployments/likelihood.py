@@ -71,6 +71,16 @@ class Estimate:
         return replace(self, **{name: x[good] for name, x in each.items() if isinstance(x, Tensor)})
 
     @property
+    def misfit(self) -> float:
+        """How many times larger the residual is than that of a right answer."""
+        return self.fit / self.expected_fit
+
+    @property
+    def scale(self) -> Float[Tensor, " s"]:
+        """How many times larger each measured vector is, along the sample's own, than that."""
+        return (self.measured * self.deltas).sum(1) / self.deltas.pow(2).sum(1)
+
+    @property
     def residuals(self) -> Float[Tensor, " s"]:
         """The relative distance of each sample's measured vector to its own."""
         return (self.measured - self.deltas).norm(dim=1) / self.deltas.norm(dim=1)
@@ -222,6 +232,16 @@ def sample_weights(
         gram, right = _normal_equations(noisy.problem, deltas)
         weights = torch.linalg.solve(gram, right)
     return weights.clamp(LIGHTEST * noisy.most, noisy.most)
+
+
+def common_weight(noisy: Noisy, inputs: Float[Tensor, "s n"], labels: Int[Tensor, " s"]) -> tuple[float, float]:
+    """By what factor all samples weigh more than `noisy.weight`, by least squares on all bias gradients; its error."""
+    deltas = _plain(noisy.problem, inputs, labels)
+    D, g = bias_system(noisy.problem, [noisy.weight * d for d in deltas])
+    whole = D.sum(0)
+    size = whole.square().sum()
+    factor = whole @ g / size
+    return float(factor), float(((g - factor * whole) * whole).norm() / size)
 
 
 def weight_error(

@@ -84,8 +84,9 @@ class SharedUpdate:
     of the weights, theta_before - theta_after, by `local_steps` steps of SGD with `momentum` on `mini_batch` samples
     each (the last of an epoch may have fewer). `weight_decay` times the weights was added to the gradient of one step,
     with or without that on the biases. Aggregation: `clients` are the sample counts of the clients in the sum.
-    Privacy: per-sample gradients were clipped to the norm `clip`, `noise` is the standard deviation of the noise in
-    each entry, and `epsilon`, `delta` what an accountant says of the release. Compression: entries were dropped by
+    Privacy: per-sample gradients were clipped to the norm `clip`, in the unit of a gradient, `noise` is the standard
+    deviation of the noise in each entry as it is sent, of a change of weights that of the weights, and `epsilon`,
+    `delta` what an accountant says of the release. Compression: entries were dropped by
     `pruning` (`"random"` or `"top-k"`: an entry that is exactly zero may be missing), rounded at random to `bits` bits,
     or sent in a half-precision dtype as `loss_scale` times their value.
     Batch normalisation: `buffers` holds its running statistics after the step, by the model's own names, as clients

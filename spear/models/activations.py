@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 REACH, POINTS = 32.0, 4097  # pre-activations at which breaks are looked for: up to this size, so many
 FARTHEST, TABLE = 1e3, 513  # pre-activations among which an inverse is looked for, closer together near zero
 ANOMALY, LEAST_BREAK = 4.0, 1e-6  # times its neighbours' change, and share of the largest: what is a break
 HALVINGS = 50  # of a bracket: to rounding
+ASIDE = 1e-12  # how far from a break a piece's own end is taken; the root of it in single precision
 STEP = 1e-5  # of a central difference, where autograd has no second derivative
 AT_ONCE = 2**24  # entries that are held at once
 
@@ -27,13 +28,14 @@ class Activation:
 
     `function` maps pre-activations (s, m) to activations, in double precision. `breaks` are the pre-activations, in
     increasing order, at which phi' or phi'' jumps. `levels` (breaks + 1, m or 1) are the slopes between them where phi
-    is linear there, else `None`. `shared` says that all units have one phi.
+    is linear there, else `None`. `shared` says that all units have one phi; `units` is m.
     """
 
     function: nn.Module
     breaks: tuple[float, ...] = ()
     levels: Float[Tensor, "pieces _m"] | None = None
     shared: bool = True
+    units: int = 1
     _moved: dict[tuple[torch.dtype, torch.device], nn.Module] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,9 +73,35 @@ class Activation:
             second = _second(function, slope, z) if bend else torch.zeros_like(z)
         return y.detach(), slope.detach(), second
 
+    @property
+    def jumps(self) -> bool:
+        """Whether phi' jumps anywhere."""
+        if self.is_flat or not self.breaks:
+            return self.is_flat
+        edges = torch.tensor(self.breaks, dtype=torch.float64)
+        sides = torch.stack([edges - ASIDE, edges + ASIDE]).reshape(-1, 1)
+        below, above = self.slope(sides.expand(-1, self.units).contiguous()).unflatten(0, (2, -1))
+        return bool(((above - below).abs() > LEAST_BREAK).any())
+
     def piece(self, z: Float[Tensor, "*s m"]) -> Tensor:
         """Which piece of phi each z is on: how many breaks are at or below it."""
         return torch.bucketize(z, torch.tensor(self.breaks, dtype=z.dtype, device=z.device), right=True)
+
+    def within(self, z: Float[Tensor, "*s m"], piece: Int[Tensor, "*s m"]) -> Float[Tensor, "*s m"]:
+        """z, or the nearest point inside the given piece."""
+        inner = torch.tensor(self.breaks, dtype=z.dtype, device=z.device)
+        aside = ASIDE if z.dtype == torch.float64 else ASIDE**0.5
+        low, high = inner.new_full((1,), -torch.inf), inner.new_full((1,), torch.inf)
+        return z.clamp(torch.cat([low, inner + aside])[piece], torch.cat([inner - aside, high])[piece])
+
+    def at_piece(
+        self, z: Float[Tensor, "*s m"], piece: Int[Tensor, "*s m"]
+    ) -> tuple[Float[Tensor, "*s m"], Float[Tensor, "*s m"], Float[Tensor, "*s m"]]:
+        """phi, phi' and phi'' of the given pieces, each continued beyond its ends by its derivatives there."""
+        inside = self.within(z, piece)
+        value, slope, bend = self.at(inside)
+        beyond = z - inside
+        return value + slope * beyond, slope + bend * beyond, bend
 
     def inverse(self, y: Float[Tensor, "s m"], margin: float) -> tuple[Float[Tensor, "s m"], Bool[Tensor, "s m"]]:
         """z with phi(z) = y, and where it is the only one for every value within `margin` of y."""
@@ -92,7 +120,7 @@ class Activation:
     def to(self, device: torch.device) -> "Activation":
         """The same for tensors on another device."""
         levels = None if self.levels is None else self.levels.to(device)
-        return Activation(self.function, self.breaks, levels, self.shared, self._moved)
+        return Activation(self.function, self.breaks, levels, self.shared, self.units, self._moved)
 
     def _for(self, z: Tensor) -> nn.Module:
         """The function in the precision, and on the device, of z."""
@@ -139,7 +167,7 @@ def recognise(function: nn.Module, units: int) -> Activation | None:
         if not _is_elementwise(function, units):
             return None
         shared, points = _is_shared(function, units), torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64)
-        probe = Activation(function, shared=shared)
+        probe = Activation(function, shared=shared, units=units)
         curve = lambda z: _on_curve(probe, z, units)  # noqa: E731
         points = points + REACH / POINTS / math.e  # no likely break among them
         slope, bend = curve(points)
@@ -149,7 +177,7 @@ def recognise(function: nn.Module, units: int) -> Activation | None:
         return None
     found = [_breaks(points, x, lambda z, k=k: curve(z)[k]) for k, x in enumerate((slope, bend))]
     breaks = tuple(torch.cat(found).unique().tolist())
-    return Activation(function, breaks, _levels(points, slope, breaks), shared)
+    return Activation(function, breaks, _levels(points, slope, breaks), shared, units)
 
 
 def _second(function: Callable[[Tensor], Tensor], slope: Tensor, z: Tensor) -> Tensor:

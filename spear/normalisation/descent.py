@@ -12,6 +12,7 @@ from spear.network.labels import decode
 from spear.network.problem import Targets
 from spear.normalisation.problem import NormalisedView, denormalise, normalise
 from spear.normalisation.replay import solve_inputs
+from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.statistics import Deviation
 from spear.published.lowrank import LowRank
 
@@ -27,7 +28,7 @@ def descend(
     inputs: Float[Tensor, "b n"],
     errors: Float[Tensor, "b outputs"],
     lows: Sequence[LowRank],
-    deviations: Sequence[Deviation],
+    deviations: Sequence[Deviation | None],
 ) -> tuple[Float[Tensor, "b n0"], Targets]:
     """Inputs of the network and targets, from the inputs of the last hidden layer and ∂L/∂logits.
 
@@ -63,6 +64,20 @@ def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor
 
 
 def _deltas(
+    view: NormalisedView, k: int, slopes: Float[Tensor, "b m"], low: LowRank, known: Deviation | None
+) -> Float[Tensor, "b m"]:
+    """∂L/∂z of hidden layer k from ∂L/∂y."""
+    norm = view.norms[k]
+    if norm is None:
+        return slopes
+    if norm.mixes:
+        return _behind_batch(view, k, slopes, low, known)
+    x = inputs_behind(view.network, norm, k, low, norm.scale * slopes)[0]
+    _, normal, deviation = normalise(norm, view.network.apply(k, x))
+    return denormalise(norm, slopes, normal, deviation)
+
+
+def _behind_batch(
     view: NormalisedView, k: int, slopes: Float[Tensor, "b m"], low: LowRank, known: Deviation
 ) -> Float[Tensor, "b m"]:
     """∂L/∂z behind BatchNorm from ∂L/∂y: γ/σ (dY - a) = U t + γ c / σ x̂ with x̂ = (W Rᵀ / σ) s, by least squares.

@@ -12,9 +12,10 @@ from spear.certificate import SAFETY, Certificate, norms, rms
 from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import Targets
 from spear.network.recovery import Judged, Reached
-from spear.normalisation.bounds import difference_bounds
+from spear.normalisation.batch_bounds import difference_bounds
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.replay import Run, corrected
+from spear.normalisation.sample_bounds import sample_bounds
 from spear.normalisation.statistics import Deviation
 from spear.published.lowrank import LowRank
 from spear.reconstruction import Budget, Reconstruction
@@ -56,14 +57,17 @@ def judge(
     inputs: Float[Tensor, "b n"],
     targets: Targets,
     lows: Sequence[LowRank],
-    deviations: Sequence[Deviation],
+    deviations: Sequence[Deviation | None],
     reached: Reached,
     budget: Budget,
 ) -> Reconstruction:
     """Inputs, less their mean where BatchNorm follows the first layer, and targets as a result."""
     network = view.network
     inputs, own, residual = corrected(view, inputs, targets)
-    bound = difference_bounds(view, own, lows, deviations, residual)
+    if view.mixes:
+        bound = difference_bounds(view, own, lows, deviations, residual)
+    else:
+        bound = sample_bounds(view, own, lows, residual)
     evidence = Certificate(
         copies=targets.copies.round().long(),
         disclosed=network.batch_size,
@@ -96,11 +100,15 @@ def _logits(view: NormalisedView, own: Run) -> Float[Tensor, "b outputs"]:
     return view.network.apply(view.network.last + 1, own.inputs[-1])
 
 
-def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequence[Deviation]) -> str:
+def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequence[Deviation | None]) -> str:
     """What speaks against the batch whatever its residual, in words."""
     if targets.error >= WHOLE_NUMBERS:
         return f"labels do not come out as whole numbers (off by {targets.error:.1e})"
+    if not targets.whole:
+        return "the samples' weights in the loss differ"
     for k, known in enumerate(deviations):
+        if known is None:
+            continue
         centred = own.inputs[k] - own.inputs[k].mean(0)
         sigma = ((centred @ view.network.weights[k].mT).square().mean(0) + view.norms[k].eps).sqrt()
         off = ((sigma / known.sigma - 1).abs() > AGREE * known.error) & known.known

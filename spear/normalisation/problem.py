@@ -65,6 +65,11 @@ class NormalisedView:
         return self.norms[self.network.last]
 
     @property
+    def mixes(self) -> bool:
+        """Whether samples mix behind the last hidden layer."""
+        return self.top is not None and self.top.mixes
+
+    @property
     def loses_mean(self) -> bool:
         """Whether the update does not depend on the mean input: BatchNorm follows the first layer."""
         return self.norms[0] is not None and self.norms[0].mixes

@@ -1,10 +1,15 @@
 """Whole batches of networks that normalise in training mode, from every layer of the update."""
 
+from jaxtyping import Float
+from torch import Tensor
+
 from spear.network.recovery import Reached, nothing
 from spear.normalisation.batch_search import MARGIN, BatchSearch
 from spear.normalisation.descent import descend
 from spear.normalisation.judge import judge
-from spear.normalisation.problem import NormalisedView
+from spear.normalisation.problem import NormalisedView, normalise
+from spear.normalisation.sample_descent import inputs_behind
+from spear.normalisation.sample_search import SampleSearch
 from spear.normalisation.spaces import open_spaces
 from spear.normalisation.statistics import Deviation, deviation
 from spear.published.lowrank import MIN_GAP, LowRank
@@ -15,7 +20,7 @@ EXACT, ROUNDINGS, ERRORS = 1e-9, 1e4, 30  # residual that a solution may have: a
 
 
 def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
-    """Recover the whole batch behind the gradients of a network with BatchNorm in front of each of its ReLU.
+    """Recover the whole batch behind the gradients of a network that normalises in front of its ReLU.
 
     Nothing is returned that the update does not support. Where BatchNorm follows the first layer, the inputs come with
     the mean that the running mean tells; `Reconstruction.difference_bound` says of which the differences are certain.
@@ -24,18 +29,28 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     """
     network = view.network
     lows = [network.factors(k) for k in range(len(view.norms))]
-    low = lows[-1]
-    _check_reach(view, low)
-    deviations = [_deviation(view, k, low.rank + 1) for k in range(len(view.norms))]
-    run = _search(view, low, deviations[-1], terms)
-    reached = Reached(low.rank + 1, low.noise / low.largest, len(run.found), run.starts, run.rounds)
+    _check_reach(view, lows[-1])
+    size = lows[-1].rank + view.mixes
+    deviations = [_deviation(view, k, size) if norm and norm.mixes else None for k, norm in enumerate(view.norms)]
+    run = _search(view, lows[-1], deviations[-1], terms)
+    reached = Reached(size, lows[-1].noise / lows[-1].largest, size - run.left, run.starts, run.rounds)
     if run.left:
         return nothing(network, str(reached), reached).entries(network, terms.budget.elapsed, "network")
-    found = run.found
-    inputs = (found.s - found.s.mean(0)) @ run.spaces.rows
-    errors = network.unit(run.spaces.batch) * found.d @ run.contrasts.mT
-    inputs, targets = descend(view, inputs, errors, lows, deviations)
+    inputs, targets = descend(view, *_solved(view, lows[-1], run), lows, deviations)
     return judge(view, inputs, targets, lows, deviations, reached, terms.budget)
+
+
+def _solved(
+    view: NormalisedView, low: LowRank, run: BatchSearch | SampleSearch
+) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b outputs"]]:
+    """The inputs of the last hidden layer, less their mean behind BatchNorm, and ∂L/∂logits."""
+    network, found = view.network, run.found
+    if isinstance(run, BatchSearch):
+        inputs = (found.s - found.s.mean(0)) @ run.spaces.rows
+        return inputs, network.unit(run.spaces.batch) * found.d @ run.contrasts.mT
+    inputs, factor = inputs_behind(network, view.top, network.last, low, found.t @ run.whole.basis.mT)
+    deviation = normalise(view.top, network.apply(network.last, inputs))[2]
+    return inputs, found.d * (deviation / factor[:, None])
 
 
 def _deviation(view: NormalisedView, k: int, size: int) -> Deviation:
@@ -43,15 +58,18 @@ def _deviation(view: NormalisedView, k: int, size: int) -> Deviation:
     return deviation(norm, network.weights[k], network.weight_gradients[k], 2 * network.precision, size)
 
 
-def _search(view: NormalisedView, low: LowRank, known: Deviation, terms: Terms) -> BatchSearch:
+def _search(view: NormalisedView, low: LowRank, known: Deviation | None, terms: Terms) -> BatchSearch | SampleSearch:
     """Rounds until all samples are found, the budget is spent or they find no more."""
     network = view.network
-    accept = max(EXACT, ROUNDINGS * 2 * network.precision, ERRORS * known.usual)
-    spaces = open_spaces(network, view.top, network.last, low, known)
-    run = BatchSearch(network, view.top, spaces, accept, terms.generator())
+    if known is None:
+        run = SampleSearch(network, view.top, low, terms.generator())
+    else:
+        accept = max(EXACT, ROUNDINGS * 2 * network.precision, ERRORS * known.usual)
+        spaces = open_spaces(network, view.top, network.last, low, known)
+        run = BatchSearch(network, view.top, spaces, accept, terms.generator())
     while run.left:
         run.round()
-        terms.report("network", len(run.found), spaces.batch, run.starts)
+        terms.report("network", len(run.found), len(run.found) + run.left, run.starts)
         if terms.budget.spent(run.starts) or run.idle >= IDLE:
             break
     return run
@@ -59,18 +77,19 @@ def _search(view: NormalisedView, low: LowRank, known: Deviation, terms: Terms) 
 
 def _check_reach(view: NormalisedView, low: LowRank) -> None:
     """Raises `Refusal` where the search cannot be trusted to say anything."""
-    network = view.network
-    plain = [k + 1 for k, norm in enumerate(view.norms) if norm is None or not norm.mixes]
-    if plain:
-        layers = ", ".join(map(str, plain))
-        raise Refusal(f"batch normalisation is attacked behind every hidden layer; not behind {layers} of this model")
+    network, kinds = view.network, {None if norm is None else norm.mixes for norm in view.norms}
+    if view.top is None or kinds > {True}:
+        raise Refusal("normalisation is attacked where one kind of it stands behind every hidden layer")
+    lacking = [k + 1 for k, norm in enumerate(view.norms) if not view.mixes and network.biases[k] is None]
+    if lacking:
+        layers = ", ".join(map(str, lacking))
+        raise Refusal(f"no bias in layer {layers}: behind a normalisation nothing else tells the length of an input")
+    size = low.rank + view.mixes
     if low.rank == min(network.weights[network.last].shape) and low.gap < MIN_GAP:
         raise Refusal("no gap in the singular values of the last hidden layer's gradient: a batch too large, or noise")
-    if network.batch_size not in (None, low.rank + 1):
-        shown = f"the gradient shows {low.rank + 1}: copies of a sample, or some too weak to see"
+    if view.mixes and network.batch_size not in (None, size):
+        shown = f"the gradient shows {size}: copies of a sample, or some too weak to see"
         raise Refusal(f"{network.batch_size} samples are disclosed, {shown}; behind batch normalisation all are needed")
     unknowns, narrow = 2 * low.rank + network.outputs + MARGIN, min(len(w) for w in network.weights[:-1])
     if narrow < unknowns:
-        raise Refusal(
-            f"a batch of {low.rank + 1} behind batch normalisation needs width {unknowns}; a layer has {narrow}"
-        )
+        raise Refusal(f"a batch of {size} behind a normalisation needs width {unknowns}; a layer has {narrow}")

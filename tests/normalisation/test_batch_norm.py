@@ -144,7 +144,7 @@ def test_what_is_needed():
     with pytest.raises(Refusal, match="without the gradients of its scale and shift"):
         spear.attack(plain.model, plain.update, method="network")
     crowded = sent((60, 40, 10), 20)
-    with pytest.raises(Refusal, match="a batch of 20 behind batch normalisation needs width 56; a layer has 40"):
+    with pytest.raises(Refusal, match="a batch of 20 behind a normalisation needs width 56; a layer has 40"):
         spear.attack(crowded.model, crowded.update, method="network")
 
 
