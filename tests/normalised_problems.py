@@ -22,19 +22,19 @@ class Sent:
 
 
 def chain(
-    sizes: tuple[int, ...], norm: Callable[[int], nn.Module], *, seed: int = 0, spread: float = 0.0
+    sizes: tuple[int, ...], norm: Callable[[int], nn.Module], *, seed: int = 0, spread: float = 0.0, drop: float = 0.0
 ) -> nn.Sequential:
-    """Linear, normalisation, ReLU and so on; γ and η scatter by `spread` around 1 and 0."""
+    """Linear, normalisation, ReLU, dropout and so on; γ and η scatter by `spread` around 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: list[nn.Module] = []
         for a, b in pairwise(sizes[:-1]):
-            parts += [nn.Linear(a, b), norm(b), nn.ReLU()]
+            parts += [nn.Linear(a, b), norm(b), nn.ReLU(), *([nn.Dropout(drop)] if drop else [])]
         model = nn.Sequential(*parts, nn.Linear(*sizes[-2:])).double()
     with torch.no_grad():
         for part in model:
-            if not isinstance(part, nn.Linear | nn.ReLU):
+            if not isinstance(part, nn.Linear):
                 for p in part.parameters():
                     p += spread * torch.randn(p.shape, generator=generator, dtype=torch.float64)
     return model
@@ -47,14 +47,17 @@ def sent(
     *,
     seed: int = 0,
     spread: float = 0.0,
+    drop: float = 0.0,
     **told: str,
 ) -> Sent:
     """A batch of Gaussian inputs, each away from the others, behind such a network."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(b, sizes[0], generator=generator, dtype=torch.float64) + 0.5
     y = torch.randint(sizes[-1], (b,), generator=generator)
-    model = chain(sizes, norm, seed=seed, spread=spread)
-    return Sent(model, x, y, gradient(model, x, y, **told))
+    model = chain(sizes, norm, seed=seed, spread=spread, drop=drop)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of what dropout draws
+        return Sent(model, x, y, gradient(model, x, y, **told))
 
 
 def less_mean(x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Noisy:
     """A problem whose gradients carry noise: `sigmas[k]` per entry of hidden layer k's gradient, factorised at `lows`.
 
     `weight` is the weight of every sample in the loss, or `None` where each sample has its own, at most `most`.
+    `turned`: all gradients came with the other sign.
     """
 
     problem: NetworkView
@@ -39,6 +40,7 @@ class Noisy:
     sigmas: tuple[float, ...]
     weight: float | None
     most: float
+    turned: bool = False
 
     @property
     def rank(self) -> int:

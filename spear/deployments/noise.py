@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from spear.deployments.likelihood import Estimate, Noisy, common_weight, measure, refine, sample_weights
 from spear.deployments.opening import Opening, open_noisy
+from spear.deployments.sign import multiple, turned_to
 from spear.directions import away_from, unit_rows
 from spear.federated.update import SharedUpdate, as_gradient
 from spear.network.factors import Factors
@@ -27,6 +28,7 @@ IDLE = 2  # rounds in a row that found nothing
 SPARE = 8  # dimensions that starts keep although all found samples are taken out of them
 FAINTEST = 1e-4  # of the largest entry of all [x; 1]: what their 1 counts for at least
 FITS, NEARLY = 1.15, 1.3  # a residual that many times larger than expected is no noise alone; not by samples missing
+ODD = 0.1  # how far the 1 of [x; 1] may be off, by the first layer, with a weight that all layers' biases show
 SAME_WEIGHT, CLEARLY = 0.01, 5  # by how much a weight is another: relative, in deviations of its median
 MOST_OFF = 2  # times the rank: a batch is of that size at most, else the weight has another cause
 MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
@@ -56,7 +58,7 @@ def recover(opening: Opening, terms: Terms) -> Reconstruction:
         if _merit(found) >= _merit(estimate):
             noisy, estimate = other, found
     noisy, estimate = _reweighed(noisy, estimate)
-    estimate, reason = _borne_out(estimate, _reason(noisy, estimate))
+    estimate, reason = _borne_out(estimate, _reason(noisy, estimate) + multiple(noisy, estimate))
     return _reconstruction(noisy, estimate, reason, terms.stats(used, trials))
 
 
@@ -107,6 +109,10 @@ def _reweighed(noisy: Noisy, estimate: Estimate | None) -> tuple[Noisy, Estimate
     factor, off = common_weight(noisy, estimate.inputs, estimate.labels)
     noisy = replace(noisy, weight=noisy.weight * factor, most=noisy.most * factor)
     estimate = refine(noisy, estimate.inputs, estimate.labels)
+    ones = torch.linalg.pinv(estimate.deltas.mT) @ problem.augmented(0)[:, -1]
+    if abs(length := float(ones.median()) - 1) > ODD:  # layers of unlike weight: the first alone makes the inputs
+        noisy = replace(noisy, weight=noisy.weight * (1 + length), most=noisy.most * (1 + length))
+        estimate = refine(noisy, estimate.inputs / (1 + length), estimate.labels)
     return noisy, replace(estimate, error=torch.hypot(estimate.error, torch.full_like(estimate.error, off)))
 
 
@@ -127,7 +133,7 @@ def _search(noisy: Noisy, terms: Terms) -> tuple[Noisy, Estimate | None, int, in
     while trials < TRIALS and idle < IDLE and not (trials and terms.budget.spent(used)):
         new, used = candidates(noisy, inputs, used=used, terms=terms, generator=generator)
         inputs, trials = torch.cat([inputs, new]), trials + 1
-        noisy = _weighed(noisy, inputs)
+        noisy = _weighed(turned_to(noisy, inputs), inputs)
         estimate, good = _supported(noisy, inputs) if len(inputs) else (None, inputs[:, 0] > 0)
         inputs = inputs[good]
         best, idle = (estimate, 0) if _merit(estimate) > _merit(best) else (best, idle + 1)
@@ -169,10 +175,6 @@ def _reason(noisy: Noisy, estimate: Estimate | None) -> str:
     seen = f"{noisy.rank} samples stand out of noise of {noisy.sigmas[0]:.1e} per entry"
     if estimate is None:
         return f"{seen}; none was found"
-    if noisy.weight is not None and noisy.problem.batch_size:
-        factor = noisy.weight / noisy.problem.unit(noisy.problem.batch_size)
-        same = abs(factor - 1) < SAME_WEIGHT
-        seen += "" if same else f"; the update is {factor:.4g} times their {noisy.problem.reduction}"
     fit = f"residual {estimate.fit:.3f} times the noise, {estimate.expected_fit:.3f} expected of a right answer"
     off = f"expected relative error {float(estimate.error.median()):.1e}, at worst {float(estimate.error.max()):.1e}"
     return f"{seen}; {len(estimate.labels)} recovered but for the noise: {off}; {fit}"

@@ -1,4 +1,4 @@
-"""Networks that normalise while they train, read from their graph: what stands between their linear layers.
+"""Networks that normalise or drop units while they train, read from their graph: what is between their linear layers.
 
 BatchNorm with the batch's own statistics is known by its module or its function; a normalisation of each sample
 (LayerNorm, RMSNorm, GroupNorm of one group, or the same written by hand) by trying what it computes.
@@ -15,12 +15,12 @@ from spear.models.activations import RELU
 from spear.models.entrywise import ROWS, Entrywise, Piece, find, relu_then
 from spear.models.graphs import extract
 from spear.models.layers import Behind, Layer, Shape
-from spear.models.modes import mode, modes, words
+from spear.models.modes import dropped, mode, modes, words
 from spear.models.traced import Traced
 from spear.models.tracing import LONGEST, cuts, ends_at, layer_at, outputs_of, source_of, traced_model
 from spear.reconstruction import Refusal
 
-WANTED = "a network that normalises in training mode is attacked where it is Linear, normalisation, ReLU, in turn"
+WANTED = "a network in training mode is attacked where it is Linear, normalisation, ReLU, dropout, in turn"
 BY_FUNCTION = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 BY_OPERATOR = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")  # torch.export's graphs
 USUAL = {"momentum": 0.1, "eps": 1e-5}
@@ -48,33 +48,46 @@ class Normaliser:
     rate: float = 0.0
 
 
-def normalised_chain(model: nn.Module, shape: Shape = None) -> tuple[list[Layer], list[Normaliser | None]] | None:
-    """The linear layers of data -> Linear -> (normalisation) -> ReLU -> ... -> Linear -> logits, and what normalises
-    the outputs of each hidden one.
+@dataclass(frozen=True)
+class Between:
+    """What follows a layer: its `norm`, its ReLU, dropout of a share `drop` of its units in training mode."""
+
+    behind: Behind
+    norm: Normaliser | None
+    drop: float
+
+
+def normalised_chain(model: nn.Module, shape: Shape = None) -> tuple[list[Layer], list[Between]] | None:
+    """The linear layers of data -> Linear -> (normalisation) -> ReLU -> (dropout) -> ... -> Linear -> logits, and what
+    follows each hidden one.
 
     Raises `Refusal` as `trace` does, and for a model of any other form, naming what is in the way; `None` for one that
-    normalises nowhere.
+    neither normalises nor drops anything.
     """
     traced = traced_model(model, shape)
     nodes = [node for node in traced.nodes if traced.is_linear(node)]
     between = [_between(traced, node) for node in nodes]
-    if not any(norm for _, norm in between) and not any(one.mixes for one in modes(traced, traced.nodes, on=True)):
+    if not any(one.norm for one in between) and not modes(traced, traced.nodes, on=True):
         return None
-    layers = [layer_at(traced, node, shape, behind) for node, (behind, _) in zip(nodes, between, strict=True)]
-    norms = [norm for _, norm in between]
-    _check(traced, nodes, layers, [behind for behind, _ in between], norms)
-    return layers, norms[:-1]
+    layers = [layer_at(traced, node, shape, one.behind) for node, one in zip(nodes, between, strict=True)]
+    _check(traced, nodes, layers, between)
+    return layers, between[:-1]
 
 
-def _between(traced: Traced, node: fx.Node) -> tuple[Behind, Normaliser | None]:
-    """What follows a layer, up to the first node that is neither its normalisation nor its ReLU."""
-    m = traced.part(node).out_features
+def _between(traced: Traced, node: fx.Node) -> Between:
+    """What follows a layer, up to the first node that is neither its normalisation, its ReLU nor dropout."""
+    m, drop = traced.part(node).out_features, 0.0
     same, norm, relu, origin, start, end = Entrywise.same(m), None, None, node, node, node
     for cut, _ in zip(cuts(node), range(LONGEST), strict=False):
-        if traced.is_linear(cut) or _is_on(traced, cut, mixes=False):
+        if traced.is_linear(cut):
             break
-        if _is_on(traced, cut, mixes=True):
-            if norm is not None or relu is not None:
+        if (share := dropped(traced, cut)) or _is_on(traced, cut):
+            if drop or (not share and (norm is not None or relu is not None)):
+                break
+            if share:
+                drop, end = share, cut
+                continue
+            if not mode(traced, cut).mixes:
                 break
             norm, start, end = _batch_norm(traced, cut, m), cut, cut
             continue
@@ -86,17 +99,19 @@ def _between(traced: Traced, node: fx.Node) -> tuple[Behind, Normaliser | None]:
             start, end = (cut if relu is None else start), cut
         elif relu is None and (found := relu_then(piece, m)) is not None and found.is_plain:
             relu = end = cut
-        elif relu is None and (norm is None or norm.kind != "batch"):  # its scale and shift may be steps of their own
+        elif (
+            relu is None and not drop and (norm is None or norm.kind != "batch")
+        ):  # its scale and shift may be steps of their own
             whole = extract(traced, origin, cut)
             if (found := sample_norm(Piece(whole), m)) is not None:
                 norm, start, end = _named(found, whole), cut, cut
-    return Behind(same, relu, RELU if relu else None, same, start, end), norm
+    return Between(Behind(same, relu, RELU if relu else None, same, start, end), norm, drop)
 
 
-def _is_on(traced: Traced, node: fx.Node, *, mixes: bool) -> bool:
-    """Whether a node is dropout, or normalisation that `mixes` the batch, in training mode."""
+def _is_on(traced: Traced, node: fx.Node) -> bool:
+    """Whether a node is dropout, or normalisation that mixes the batch, in training mode."""
     found = mode(traced, node)
-    return found is not None and found.on and found.mixes == mixes
+    return found is not None and found.on
 
 
 def _batch_norm(traced: Traced, node: fx.Node, m: int) -> Normaliser:
@@ -167,9 +182,7 @@ def _named(norm: Normaliser, module: fx.GraphModule) -> Normaliser:
     return Normaliser(norm.kind, norm.scale, norm.shift, norm.eps, names["scale"], names["shift"])
 
 
-def _check(
-    traced: Traced, nodes: list[fx.Node], layers: list[Layer], behind: list[Behind], norms: list[Normaliser | None]
-) -> None:
+def _check(traced: Traced, nodes: list[fx.Node], layers: list[Layer], between: list[Between]) -> None:
     """Raises `Refusal` where the layers are no chain from the data to the logits."""
     names, outputs = [layer.name for layer in layers], outputs_of(traced)
     on = words(modes(traced, traced.nodes, on=True))
@@ -181,12 +194,14 @@ def _check(
     shared = [name for name in names if f"{name}.weight" not in layers[0].own]
     if len(set(names)) < len(names) or shared:
         raise Refusal(f"{trained}; {', '.join(sorted(set(shared or names)))} shares its weights")
-    own = [norm.scale_name for norm in norms if norm is not None and norm.scale_name]
+    own = [one.norm.scale_name for one in between if one.norm is not None and one.norm.scale_name]
     if len(set(own)) < len(own):
         raise Refusal(f"{trained}; {max(own, key=own.count)} is of several layers")
     for k, layer in enumerate(layers[:-1]):
-        if layer.activation is None or behind[k].end is not source_of(nodes[k + 1]):
-            found = ", ".join(user.name for user in behind[k].end.users)
+        end = between[k].behind.end
+        if layer.activation is None or end is not source_of(nodes[k + 1]):
+            found = ", ".join(user.name for user in end.users)
             raise Refusal(f"{trained}; behind {layer.name} comes {found}")
-    if norms[-1] is not None or not ends_at(traced, behind[-1].end, outputs[0], layers[-1]):
+    last = between[-1]
+    if last.norm is not None or last.drop or not ends_at(traced, last.behind.end, outputs[0], layers[-1]):
         raise Refusal(f"{trained}; something else follows {names[-1]}")

@@ -122,7 +122,11 @@ def multiple(problem: NetworkView, targets: Targets) -> str:
     size, same = problem.batch_size or len(targets), problem.accuracy.weight
     factor = targets.copies * targets.unit / problem.unit(size)
     least, most = float(factor.min()), float(factor.max())
-    if most - least > same * abs(most) or abs(most - 1) < same:
+    if most - least > same * abs(most):
+        return (
+            "" if targets.whole else f"; their weights in the loss differ, from {least:.3g} to {most:.3g} of the mean's"
+        )
+    if abs(most - 1) < same:
         return ""
     if abs(most + 1) < same:
         return f"; the update has the opposite sign of their {problem.reduction}: that of after - before"

@@ -55,7 +55,7 @@ def difference_bounds(
         layer = _System.of(view, own, k, low, deviations[k], eps, below)
         if k == network.last:
             heads = network.weights[k + 1].mT @ contrasts(network.outputs, network.loss, own.inputs[0])
-            t, s = layer.with_heads(heads, own.outputs[k] > 0)
+            t, s = layer.with_heads(heads, own.active[k])
         else:
             t, s = layer.alone()
         below = (t + layer.turn_off).amax()
@@ -97,7 +97,7 @@ class _System:
             eps * rms(spaces.level) * torch.ones_like(ratio),
             eps * rms(spaces.slope) * normal.abs().amax(0),
             deviation.error[live] * ((t @ spaces.turned.mT).abs() + curved.abs()).amax(0),
-            view.network.weights[k + 1].norm(dim=0)[live] * below,
+            view.network.weights[k + 1].norm(dim=0)[live] * below / (1 - view.drops[k]),
         )
         noise = torch.stack(parts).norm(dim=0).clamp_min(1e-300)
         columns = torch.cat([spaces.turned, spaces.slope[:, None] * spaces.place], 1) / noise[:, None]

@@ -6,10 +6,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from spear.network.exact_step import different_masks
-from spear.network.problem import NetworkView
 from spear.network.spaces import contrasts
 from spear.normalisation.exact_step import ExactStep, settle
-from spear.normalisation.problem import Norm
+from spear.normalisation.problem import NormalisedView
 from spear.normalisation.reflections import Pieces, search
 from spear.normalisation.spaces import BatchSpaces, Found, Plane, plane
 
@@ -23,18 +22,18 @@ FEW_LEFT = 16  # samples left for which all classes take turns
 DRAWS = 400  # of y at random, for the mean outputs
 SAME = 1e-9  # of a cosine: two solutions that are one
 ROOM = 0.9  # share of the rows up to which the whole plane's unknowns are solved for, not those of the samples left
+ZERO = 1e-6  # of the largest entry: what is less is a unit that is not active
 MARGIN = 8  # rows beyond the unknowns: equations that a wrong answer fails
 
 
 class BatchSearch:
     """A search in progress at the last hidden layer: `found` samples, in `rounds` of `starts` together."""
 
-    def __init__(
-        self, problem: NetworkView, norm: Norm, spaces: BatchSpaces, accept: float, generator: Generator
-    ) -> None:
+    def __init__(self, view: NormalisedView, spaces: BatchSpaces, accept: float, generator: Generator) -> None:
+        problem, norm, self.drop = view.network, view.top, view.drops[-1]
         self.problem, self.spaces, self.accept, self.generator = problem, spaces, accept, generator
         live, last = spaces.live, problem.last + 1
-        self.head = problem.weights[last][:, live]
+        self.head = problem.weights[last][:, live] / (1 - self.drop)
         self.contrasts = contrasts(problem.outputs, problem.loss, self.head)
         rest = problem.weights[last][:, ~live] @ norm.shift[~live].clamp_min(0)  # units without a gradient are constant
         self.bias = rest if problem.biases[last] is None else rest + problem.biases[last]
@@ -68,12 +67,13 @@ class BatchSearch:
         return (d[:, 0] < 0).long() if self.problem.outputs == 1 else d.argmin(1)
 
     def outputs(self, y: Float[Tensor, "k m"]) -> Float[Tensor, "k outputs"]:
-        """What the loss sees of y at the live units."""
-        return self.problem.activate(y.clamp_min(0) @ self.head.mT.to(y.dtype) + self.bias.to(y.dtype))
+        """What the loss sees of the activations y of the live units, those that dropout keeps."""
+        return self.problem.activate(y @ self.head.mT.to(y.dtype) + self.bias.to(y.dtype))
 
     def _mean_outputs(self) -> Float[Tensor, " outputs"]:
         noise = torch.randn(DRAWS, len(self.spaces.scale), generator=self.generator, dtype=torch.float64)
-        return self.outputs(self.spaces.shift + self.spaces.scale * noise.to(self.head)).mean(0)
+        y = (self.spaces.shift + self.spaces.scale * noise.to(self.head)).clamp_min(0)
+        return self.outputs(y * (1 - self.drop)).mean(0)
 
     def round(self) -> None:
         """One round of starts, of a smaller h where the last found nothing."""
@@ -82,10 +82,12 @@ class BatchSearch:
         before, size = self.left, SHRINK[self.idle % len(SHRINK)] if self.idle and not squared else 1.0
         here = plane(self.spaces, self.found, self.size)
         if self.left == 1:  # the last one is what the others leave
-            self._accept(here, (here.y0 > 0)[None])
+            t, s = -self.found.t.sum(0), -self.found.s.sum(0)
+            g, y = self.spaces.gradients(t[None], s[None]), self.spaces.outputs(s[None])
+            self._accept(here, g.abs() > ZERO * g.abs().amax() if self.drop else y > 0)
         labels, d = self._draw(size)
         weight = self.weight * min(1.0, size)
-        pieces = Pieces(self.heads.float(), weight)
+        pieces = Pieces(self.heads.float(), weight, self.drop)
         wanted = self.problem.one_hot(labels).float()
         space = self.contrasts.float()
         mask, distance = search(
@@ -99,7 +101,7 @@ class BatchSearch:
         mask = mask[distance < NEAR][different_masks(mask[distance < NEAR], distance[distance < NEAR])]
         if len(mask):
             step = ExactStep.of(here, self.heads)
-            self._accept(here, settle(step, mask, accept=self.accept, near=NEAR, weight=weight))
+            self._accept(here, settle(step, mask, accept=self.accept, near=NEAR, weight=weight, dropped=self.drop > 0))
         self.starts, self.rounds = self.starts + len(labels), self.rounds + 1
         self.idle = 0 if self.left < before else self.idle + 1
 

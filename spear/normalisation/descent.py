@@ -11,7 +11,7 @@ from spear.directions import unit_rows
 from spear.network.labels import decode
 from spear.network.problem import Targets
 from spear.normalisation.problem import NormalisedView, denormalise, normalise
-from spear.normalisation.replay import solve_inputs
+from spear.normalisation.replay import Kept, solve_inputs
 from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.statistics import Deviation
 from spear.published.lowrank import LowRank
@@ -27,25 +27,33 @@ def descend(
     view: NormalisedView,
     inputs: Float[Tensor, "b n"],
     errors: Float[Tensor, "b outputs"],
+    mask: Bool[Tensor, "b m"] | None,
     lows: Sequence[LowRank],
     deviations: Sequence[Deviation | None],
-) -> tuple[Float[Tensor, "b n0"], Targets]:
-    """Inputs of the network and targets, from the inputs of the last hidden layer and ∂L/∂logits.
+) -> tuple[Float[Tensor, "b n0"], Targets, Kept]:
+    """Inputs of the network, targets and what dropout kept, from the inputs of the last hidden layer and ∂L/∂logits.
 
-    `inputs` are less their mean where BatchNorm follows; so are those that are returned.
+    `inputs` are less their mean where BatchNorm follows; so are those that are returned. `mask` are the active units of
+    the last hidden layer where dropout follows. Of a unit that is not positive it does not matter, and is taken to be
+    kept.
     """
     network, top = view.network, view.network.last
     y, normal, deviation = normalise(view.norms[top], network.apply(top, inputs))
-    activated = network.activate(network.apply(top + 1, y.relu()))
+    on, share = y > 0, 1 - view.drops[top]
+    kept: list[Tensor | None] = [None if mask is None else mask | ~on]
+    on = on if mask is None else on & mask
+    activated = network.activate(network.apply(top + 1, y * on / share))
     targets = replace(decode(network, errors, activated), measured=errors)
-    slopes = (targets.errors(activated) @ network.weights[top + 1]) * (y > 0)
+    slopes = (targets.errors(activated) @ network.weights[top + 1]) * on / share
     deltas = denormalise(view.norms[top], slopes, normal, deviation)
     x = solve_inputs(view, top, deltas)
     for k in range(top - 1, -1, -1):
-        slopes = (deltas @ network.weights[k + 1]) * active(view, k, x)
-        deltas = _deltas(view, k, slopes, lows[k], deviations[k])
+        on = active(view, k, x)
+        slopes = (deltas @ network.weights[k + 1]) * on / (1 - view.drops[k])
+        deltas, y = _deltas(view, k, slopes, lows[k], deviations[k])
+        kept.insert(0, on | (y <= 0) if view.drops[k] else None)
         x = solve_inputs(view, k, deltas)
-    return x, targets
+    return x, targets, tuple(kept)
 
 
 def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
@@ -58,29 +66,28 @@ def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor
     height = x - x.amin(0) if centred else x
     noise = float(height.quantile(QUANTILE, dim=0).abs().median()) if centred else float(-x.amin().clamp_max(0))
     on = height > max(NOISE * noise, ROUNDING * float(height.abs().max()))
-    if centred and own is not None and own.mixes:
+    if centred and own is not None and own.mixes and not view.drops[k]:
         on |= (x.square().mean(0) - own.scale.square()).abs() < WHOLE * own.scale.square()
     return on
 
 
 def _deltas(
     view: NormalisedView, k: int, slopes: Float[Tensor, "b m"], low: LowRank, known: Deviation | None
-) -> Float[Tensor, "b m"]:
-    """∂L/∂z of hidden layer k from ∂L/∂y."""
+) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]:
+    """∂L/∂z and y of hidden layer k from ∂L/∂y."""
     norm = view.norms[k]
-    if norm is None:
-        return slopes
-    if norm.mixes:
-        return _behind_batch(view, k, slopes, low, known)
-    x = inputs_behind(view.network, norm, k, low, norm.scale * slopes)[0]
-    _, normal, deviation = normalise(norm, view.network.apply(k, x))
-    return denormalise(norm, slopes, normal, deviation)
+    if norm is not None and norm.mixes:
+        z = _behind_batch(view, k, slopes, low, known)
+    else:
+        z = view.network.apply(k, inputs_behind(view, k, low, view.scale(k) * slopes)[0])
+    y, normal, deviation = normalise(norm, z)
+    return denormalise(norm, slopes, normal, deviation), y
 
 
 def _behind_batch(
     view: NormalisedView, k: int, slopes: Float[Tensor, "b m"], low: LowRank, known: Deviation
 ) -> Float[Tensor, "b m"]:
-    """∂L/∂z behind BatchNorm from ∂L/∂y: γ/σ (dY - a) = U t + γ c / σ x̂ with x̂ = (W Rᵀ / σ) s, by least squares.
+    """z less its mean behind BatchNorm: γ/σ (dY - a) = U t + γ c / σ x̂ with x̂ = (W Rᵀ / σ) s, by least squares.
 
     Where σ is known roughly, that of the samples themselves is nearer, and so on.
     """
@@ -93,8 +100,8 @@ def _behind_batch(
         wanted = (ratio * (slopes - slopes.mean(0))).mT[rows]
         size = columns.norm(dim=0).clamp_min(1e-300)
         both = torch.linalg.lstsq(columns / size, wanted, driver="gels").solution.mT / size
-        _, normal, deviation = normalise(norm, both[:, low.L.shape[1] :] @ lift.mT)
+        z = both[:, low.L.shape[1] :] @ lift.mT
         if known.usual < FINE:
             break
-        sigma, rows = deviation[0], torch.ones_like(rows)
-    return denormalise(norm, slopes, normal, deviation)
+        sigma, rows = normalise(norm, z)[2][0], torch.ones_like(rows)
+    return z

@@ -86,32 +86,36 @@ def _solve_triangular(triangle: Tensor, wanted: Tensor) -> Tensor:
 
 
 def evidence(
-    g: Float[Tensor, "k m"], y: Float[Tensor, "k m"], h: Float[Tensor, "k m"], weight: float
+    g: Float[Tensor, "k m"], y: Float[Tensor, "k m"], h: Float[Tensor, "k m"], weight: float, *, dropped: bool
 ) -> Float[Tensor, "k m"]:
     """How much nearer (g, y) is to an active unit, (h, y ≥ 0), than to an inactive one, (0, y ≤ 0), squared.
 
-    `weight` is that of y.
+    `weight` is that of y. Where units may be `dropped`, an inactive one has any y.
     """
-    return g.square() - (g - h).square() + (weight * y.clamp_min(0)).square() - (weight * y.clamp_max(0)).square()
+    near = g.square() - (g - h).square() - (weight * y.clamp_max(0)).square()
+    return near if dropped else near + (weight * y.clamp_min(0)).square()
 
 
 def settle(
-    step: ExactStep, mask: Bool[Tensor, "k m"], *, accept: float, near: float, weight: float
+    step: ExactStep, mask: Bool[Tensor, "k m"], *, accept: float, near: float, weight: float, dropped: bool
 ) -> Bool[Tensor, "j m"]:
     """Masks of samples, of masks near them: renewed as they are, then with doubtful rows left out.
 
-    Solved is a mask with a residual under `accept` that is that of its own y; renewed are those under `near`.
+    Solved is a mask with a residual under `accept` that is that of its own y, or a part of it where units may be
+    `dropped`; renewed are those under `near`.
     """
     solved = []
     for k in range(SETTLING + 1):
         at = step(mask)
-        good = (at.residual < accept) & (mask == (at.y > 0)).all(1)
+        own = at.y > 0
+        good = (at.residual < accept) & ((mask & own if dropped else own) == mask).all(1)
         solved.append(mask[good])
         at = at[~good & (at.residual < near)]
         if not len(at.residual):
             break
         for _ in range(TRIMS * (k == SETTLING - 1)):
-            sure = evidence(at.g, at.y, at.h, weight)
+            sure = evidence(at.g, at.y, at.h, weight, dropped=dropped)
             at = step.trimmed(sure > 0, sure.abs())
-        mask = at.y > 0 if k == SETTLING - 1 else evidence(at.g, at.y, at.h, weight) > 0
+        by_y = k == SETTLING - 1 and not dropped
+        mask = at.y > 0 if by_y else evidence(at.g, at.y, at.h, weight, dropped=dropped) > 0
     return torch.cat(solved)

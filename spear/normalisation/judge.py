@@ -14,14 +14,15 @@ from spear.network.problem import Targets
 from spear.network.recovery import Judged, Reached
 from spear.normalisation.batch_bounds import difference_bounds
 from spear.normalisation.problem import NormalisedView
-from spear.normalisation.replay import Run, corrected
+from spear.normalisation.replay import Kept, Run, corrected
 from spear.normalisation.sample_bounds import sample_bounds
 from spear.normalisation.statistics import Deviation
 from spear.published.lowrank import LowRank
 from spear.reconstruction import Budget, Reconstruction
 
-WHOLE = "every gradient is that of the recovered batch, with its own statistics"
+WHOLE = "every gradient is that of the recovered batch"
 CONFUSED = 1e-8  # singular value of W, of the largest, under which its rows do not tell the mean input
+UNLIKELY = 8  # standard deviations of what dropout takes
 AGREE = 100  # errors by which the batch's own deviation may differ from that which the update tells
 
 
@@ -56,14 +57,15 @@ def judge(
     view: NormalisedView,
     inputs: Float[Tensor, "b n"],
     targets: Targets,
+    kept: Kept,
     lows: Sequence[LowRank],
     deviations: Sequence[Deviation | None],
     reached: Reached,
     budget: Budget,
 ) -> Reconstruction:
-    """Inputs, less their mean where BatchNorm follows the first layer, and targets as a result."""
+    """Inputs, less their mean where BatchNorm follows the first layer, targets and what dropout kept as a result."""
     network = view.network
-    inputs, own, residual = corrected(view, inputs, targets)
+    inputs, own, residual = corrected(view, inputs, targets, kept)
     if view.mixes:
         bound = difference_bounds(view, own, lows, deviations, residual)
     else:
@@ -77,7 +79,7 @@ def judge(
         allowed=network.accuracy.recovered,
         doubt=_doubt(view, own, targets, deviations),
     )
-    error, reason = evidence.error_bound, evidence.why_not() or WHOLE
+    error, reason = evidence.error_bound, (evidence.why_not() or WHOLE) + _dropped(view, own)
     if view.loses_mean:
         mean = common_mean(view, deviations)
         inputs = inputs - inputs.mean(0)
@@ -96,6 +98,18 @@ def judge(
     return replace(made, difference_bound=evidence.error_bound)
 
 
+def _dropped(view: NormalisedView, own: Run) -> str:
+    """What dropout took, as far as that can be told; in words."""
+    said = []
+    for k, share in enumerate(view.drops):
+        if share:
+            positive = int((own.outputs[k] > 0).sum())
+            took = positive - int(own.active[k].sum())
+            said.append(f"{took / max(positive, 1):.1%} of the positive units of layer {k + 1} (p = {share:g})")
+    unknown = "of the others it cannot be told, and does not matter"
+    return f"; dropout took {', '.join(said)}; {unknown}" if said else ""
+
+
 def _logits(view: NormalisedView, own: Run) -> Float[Tensor, "b outputs"]:
     return view.network.apply(view.network.last + 1, own.inputs[-1])
 
@@ -106,6 +120,11 @@ def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequenc
         return f"labels do not come out as whole numbers (off by {targets.error:.1e})"
     if not targets.whole:
         return "the samples' weights in the loss differ"
+    for k, share in enumerate(view.drops):
+        positive = (own.outputs[k] > 0).double().sum()
+        took = 1 - float(own.active[k].sum() / positive)
+        if abs(took - share) > UNLIKELY * (share * (1 - share) / float(positive)) ** 0.5 and share:
+            return f"dropout would have taken {took:.1%} of the positive units of layer {k + 1}, with p = {share:g}"
     for k, known in enumerate(deviations):
         if known is None:
             continue

@@ -1,4 +1,4 @@
-"""From a model and an update to what the server knows of a network that normalises in training mode."""
+"""From a model and an update to what the server knows of a network that normalises, or drops units as it trains."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,7 +33,7 @@ def open_normalised(
 ) -> NormalisedView | None:
     """The chain behind a model, with the update's gradients and statistics: float64 on `device`, or on the CPU.
 
-    `None` for a model that normalises nowhere.
+    `None` for a model that neither normalises nor drops anything.
 
     Raises `Refusal` for a model that is not such a chain, and `ValueError` as `spear.attack` does for gradients that do
     not fit.
@@ -47,7 +47,7 @@ def open_normalised(
     check_count(count)
     check_size(count, layers[0].linear.in_features, update)
     check_width(batch_size, layers[0].linear.out_features, layers[0].name)
-    behind = [*found, None]
+    behind = [*(one.norm for one in found), None]
     biased = [_has_bias(layer, norm) for layer, norm in zip(layers, behind, strict=True)]
     for layer, has in zip(layers, biased, strict=True):
         if (missing := layer.missing(gradients)) and (has or not missing.endswith("bias")):
@@ -68,7 +68,7 @@ def open_normalised(
         coarsest(model, update),
     )
     norms = tuple(_norm(model, update, gradients, layer, norm) for layer, norm in zip(layers, behind, strict=True))
-    return NormalisedView(network, tuple(norm and norm.to(device) for norm in norms[:-1]))
+    return NormalisedView(network, tuple(norm and norm.to(device) for norm in norms[:-1]), tuple(x.drop for x in found))
 
 
 def _one_output(layers: list[Layer]) -> bool:

@@ -1,7 +1,8 @@
-"""The network as the server sees it, with what normalises the pre-activations of its hidden layers.
+"""The network as the server sees it, with what normalises the pre-activations of its hidden layers, and dropout.
 
 Behind linear layer k, z = W x + β, stands y = γ x̂ + η and then ReLU: x̂ is z less its mean, over its deviation, over
 the batch (BatchNorm), over the layer (LayerNorm, GroupNorm of one group), or z over its root mean square (RMSNorm).
+Dropout then sets each activation to zero with probability p and divides the others by 1 - p.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -54,10 +55,12 @@ class NormalisedView:
     """A chain of linear layers with ReLU between them, and the normalisation behind each hidden layer (or `None`).
 
     The `network` holds weights and gradients; a bias in front of BatchNorm is none of its biases (`Norm.offset`).
+    `drops` are the shares p of dropout, 0 where there is none.
     """
 
     network: NetworkView
     norms: tuple[Norm | None, ...]
+    drops: tuple[float, ...]
 
     @property
     def top(self) -> Norm | None:
@@ -74,13 +77,23 @@ class NormalisedView:
         """Whether the update does not depend on the mean input: BatchNorm follows the first layer."""
         return self.norms[0] is not None and self.norms[0].mixes
 
+    @property
+    def drops_units(self) -> bool:
+        """Whether an activation is missing by chance at the last hidden layer."""
+        return self.drops[-1] > 0
+
+    def scale(self, k: int) -> Float[Tensor, " m"]:
+        """γ of hidden layer k; ones where it has no normalisation."""
+        norm, W = self.norms[k], self.network.weights[k]
+        return W.new_ones(len(W)) if norm is None else norm.scale
+
 
 def normalise(
     norm: Norm | None, z: Float[Tensor, "b m"]
 ) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"], Float[Tensor, "#b #m"]]:
     """y = γ x̂ + η of pre-activations z, x̂, and the deviation σ that z was divided by, over the samples given."""
     if norm is None:
-        return z, z, z.new_ones(1, 1)
+        return z, z, z.new_ones(len(z), 1)
     dim = 0 if norm.mixes else 1
     centred = z if norm.kind == "rms" else z - z.mean(dim, keepdim=True)
     deviation = (centred.pow(2).mean(dim, keepdim=True) + norm.eps).sqrt()

@@ -1,7 +1,7 @@
 """Phase retrieval on (g, y): relaxed reflections between a plane and the units' pieces, then plain projections.
 
-A unit is active, (h_j, y_j ≥ 0), or not, (0, y_j ≤ 0); h = heads · d is refitted on the active units as it goes,
-towards what the forward pass makes of y.
+A unit is active, (h_j, y_j ≥ 0), or not, (0, y_j ≤ 0), or dropped, (0, y_j); h = heads · d is refitted on the active
+units as it goes, towards what the forward pass makes of y.
 """
 
 import math
@@ -23,10 +23,11 @@ FLOOR = 1e-3  # of the mean square of all h: keeps the fit of few active units f
 
 @dataclass(frozen=True)
 class Pieces:
-    """What reflections are told: `heads` (m, c), the `weight` of y beside g."""
+    """What reflections are told: `heads` (m, c), the `weight` of y beside g, the share `drop` of units dropped."""
 
     heads: Float[Tensor, "m c"]
     weight: float
+    drop: float = 0.0
 
     def fit(
         self, active: Bool[Tensor, "k m"], g: Float[Tensor, "k m"], prior: Float[Tensor, "k c"], ridge: float
@@ -69,23 +70,25 @@ def search(
 ) -> tuple[Bool[Tensor, "k m"], Float[Tensor, " k"]]:
     """From starts with these d and y at random: where each ends, its mask and relative distance from its pieces.
 
-    `targets` makes of the y of each start the d of its forward pass.
+    `targets` makes of the activations of each start the d of its forward pass.
     """
     project, d, m = Projector.of(plane, pieces.weight), d.float(), len(plane.g0)
     noise = torch.randn(len(d), m, generator=generator, dtype=torch.float64).to(plane.g0).float()
     y = project(torch.cat([torch.zeros_like(noise), noise], 1))[:, m:]
     y = y * (pieces.weight * math.sqrt(m) / y.norm(dim=1, keepdim=True).clamp_min(TINY))
-    v = torch.cat([(y > 0) * (d @ pieces.heads.mT), y], 1)
+    kept = torch.rand(y.shape, generator=generator).to(y) >= pieces.drop
+    v = torch.cat([((y > 0) & kept) * (d @ pieces.heads.mT), y], 1)
     for k in range(STEPS + PLAIN):
         g, y, h = v[:, :m], v[:, m:], d @ pieces.heads.mT
-        active = evidence(g, y, h, 1.0) > 0
-        nearest = torch.cat([active * h, torch.where(active, y.clamp_min(0), y.clamp_max(0))], 1)
+        active = evidence(g, y, h, 1.0, dropped=pieces.drop > 0) > 0
+        nearest = torch.cat([active * h, torch.where(active, y.clamp_min(0), y if pieces.drop else y.clamp_max(0))], 1)
         if k < STEPS:
             on = project(2 * nearest - v)
             v = v + RELAXATION * (on - nearest)
         else:
             v = on = project(nearest)
         if k >= FIRST_FIT and k % FITS == 0:
-            d = pieces.fit(active, on[:, :m], targets(on[:, m:] / pieces.weight), ridge)
+            positive = on[:, m:].clamp_min(0) / pieces.weight
+            d = pieces.fit(active, on[:, :m], targets(positive * active if pieces.drop else positive), ridge)
     target = nearest[:, :m]
     return active, (target - v[:, :m]).norm(dim=1) / target.norm(dim=1).clamp_min(1e-9)

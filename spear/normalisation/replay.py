@@ -17,37 +17,36 @@ CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 @dataclass(frozen=True)
 class Run:
     """What a batch does in each layer: `inputs[k]` (b, n_k), x̂ `normals[k]` and `outputs[k]` y (b, m_k) of the hidden
-    ones, ∂L/∂y `slopes[k]` and ∂L/∂z `deltas[k]` (b, m_k); `errors` (b, outputs) is ∂L/∂logits."""
+    ones, ∂L/∂y `slopes[k]` and ∂L/∂z `deltas[k]` (b, m_k), the last of which is ∂L/∂logits. `active[k]` (b, m_k) are
+    the units that are positive and not dropped."""
 
     inputs: tuple[Float[Tensor, "b _in"], ...]
     normals: tuple[Float[Tensor, "b _m"], ...]
     outputs: tuple[Float[Tensor, "b _m"], ...]
     slopes: tuple[Float[Tensor, "b _m"], ...]
     deltas: tuple[Float[Tensor, "b _out"], ...]
+    active: tuple[Bool[Tensor, "b _m"], ...]
 
 
-def logits(view: NormalisedView, inputs: Float[Tensor, "b n"]) -> Float[Tensor, "b outputs"]:
-    """The outputs of a batch, by its own statistics."""
-    network, x = view.network, inputs
-    for k, norm in enumerate(view.norms):
-        x = normalise(norm, network.apply(k, x))[0].relu()
-    return network.apply(network.last + 1, x)
+Kept = tuple[Bool[Tensor, "b _m"] | None, ...]  # what dropout kept in each hidden layer; None where there is none
 
 
-def run(view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets) -> Run:
-    """Forward and backward pass of a batch with its labels."""
-    network, states, passed = view.network, [inputs], []
+def run(view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets, kept: Kept) -> Run:
+    """Forward and backward pass of a batch with its labels, and what dropout kept."""
+    network, states, passed, active = view.network, [inputs], [], []
     for k, norm in enumerate(view.norms):
         passed.append(normalise(norm, network.apply(k, states[-1])))
-        states.append(passed[-1][0].relu())
+        y = passed[-1][0]
+        active.append(y > 0 if kept[k] is None else (y > 0) & kept[k])
+        states.append(y * active[-1] / (1 - view.drops[k]))
     deltas = [targets.errors(network.activate(network.apply(network.last + 1, states[-1])))]
     slopes: list[Tensor] = []
     for k in range(network.last, -1, -1):
-        y, normal, deviation = passed[k]
-        slopes.insert(0, (deltas[0] @ network.weights[k + 1]) * (y > 0))
+        _, normal, deviation = passed[k]
+        slopes.insert(0, (deltas[0] @ network.weights[k + 1]) * active[k] / (1 - view.drops[k]))
         deltas.insert(0, denormalise(view.norms[k], slopes[0], normal, deviation))
     outputs, normals = [p[0] for p in passed], [p[1] for p in passed]
-    return Run(tuple(states), tuple(normals), tuple(outputs), tuple(slopes), tuple(deltas))
+    return Run(tuple(states), tuple(normals), tuple(outputs), tuple(slopes), tuple(deltas), tuple(active))
 
 
 def gradients(view: NormalisedView, own: Run) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,10 +80,10 @@ def solve_inputs(view: NormalisedView, k: int, deltas: Float[Tensor, "b m"]) -> 
 
 
 def corrected(
-    view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets
+    view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets, kept: Kept
 ) -> tuple[Float[Tensor, "b n"], Run, float]:
     """The inputs after corrections by what is left of the first layer's gradient, as long as these help."""
-    own = run(view, inputs, targets)
+    own = run(view, inputs, targets, kept)
     best = misfit(view, own)
     for _ in range(CORRECTIONS):
         if not best < float("inf") or best < view.network.accuracy.explained:
@@ -92,7 +91,7 @@ def corrected(
         trial = solve_inputs(view, 0, own.deltas[0])
         if view.loses_mean:
             trial = trial + inputs.mean(0)
-        following = run(view, trial, targets)
+        following = run(view, trial, targets, kept)
         now = misfit(view, following)
         if not now < best:
             break
@@ -101,8 +100,3 @@ def corrected(
         if slow:
             break
     return inputs, own, best
-
-
-def masks(own: Run) -> tuple[Bool[Tensor, "b _m"], ...]:
-    """Which units are active, layer by layer."""
-    return tuple(y > 0 for y in own.outputs)

@@ -1,4 +1,4 @@
-"""When a batch behind LayerNorm or RMSNorm is the only one, and how far its inputs can be from the truth.
+"""When a batch that does not mix is the only one, and how far its inputs can be from the truth.
 
 **Theorem.** Let a batch of b samples be found, [∂L/∂W | ∂L/∂β] of each hidden layer of rank b. At the last hidden layer
 let span[U, 1, A] (`sample_search`) and D_i ∘ γ ∘ W_outᵀ Z meet, for every sample i, in the line of g_i alone, and let
@@ -38,16 +38,16 @@ def sample_bounds(view: NormalisedView, own: Run, lows: Sequence[LowRank], misfi
     unknown = torch.full_like(own.inputs[0][:, 0], torch.inf)
     eps, moved = max(2 * network.precision, misfit), torch.zeros_like(unknown)
     for k in range(network.last, -1, -1):
-        norm, low = view.norms[k], lows[k]
-        g, W = norm.scale * own.slopes[k], network.weights[k]
+        norm, low, scale = view.norms[k], lows[k], view.scale(k)
+        g, W = scale * own.slopes[k], network.weights[k]
         span = columns(norm, low, network.affine(k))
         basis, triangle = torch.linalg.qr(span)
         if low.rank != size or len(span) < span.shape[1] or bool((triangle.diagonal().abs() < DEPENDENT).any()):
             return unknown
         turned = (eps + moved) * g.norm(dim=1)
         if k == network.last:
-            heads = norm.scale[:, None] * (network.weights[k + 1].mT @ contrasts(network.outputs, network.loss, g))
-            turned = turned / _sines(basis, heads, own.outputs[k] > 0, g)
+            heads = scale[:, None] * (network.weights[k + 1].mT @ contrasts(network.outputs, network.loss, g))
+            turned = turned / _sines(basis, heads, own.active[k], g)
         eye = torch.eye(len(triangle), dtype=g.dtype, device=g.device)
         inverse = torch.linalg.matrix_norm(torch.linalg.solve_triangular(triangle, eye, upper=True), 2)
         deviation = normalise(norm, network.apply(k, own.inputs[k]))[2]
@@ -60,8 +60,8 @@ def sample_bounds(view: NormalisedView, own: Run, lows: Sequence[LowRank], misfi
         length = deviation[:, 0] * len(W) ** 0.5
         moved = 2 * inverse * turned / t.norm(dim=1) + 2 * torch.linalg.matrix_norm(W, 2) * off / length
         if k:
-            below = view.norms[k - 1].scale
-            size_below = (below * own.slopes[k - 1]).norm(dim=1)
+            below = view.scale(k - 1) / (1 - view.drops[k - 1])
+            size_below = (view.scale(k - 1) * own.slopes[k - 1]).norm(dim=1)
             moved = moved * own.deltas[k].norm(dim=1) * torch.linalg.matrix_norm(W * below, 2) / size_below
     return (SAFETY * off / norms(own.inputs[0])).nan_to_num(torch.inf, torch.inf)
 

@@ -9,16 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.network.layerwise import solve
-from spear.network.problem import NetworkView
-from spear.normalisation.problem import Norm
+from spear.normalisation.problem import NormalisedView
 from spear.normalisation.sample_search import columns
 from spear.published.lowrank import LowRank
 
 
 def inputs_behind(
-    problem: NetworkView, norm: Norm, k: int, low: LowRank, g: Float[Tensor, "b m"]
+    view: NormalisedView, k: int, low: LowRank, g: Float[Tensor, "b m"]
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, " b"]]:
     """The inputs of layer k, and the factor by which each row of g is more than γ ∘ ∂L/∂y of its sample over σ."""
-    t = torch.linalg.lstsq(columns(norm, low, problem.affine(k)), g.mT, driver="gels").solution.mT[:, : low.rank]
+    t = torch.linalg.lstsq(columns(view.norms[k], low, view.network.affine(k)), g.mT, driver="gels").solution.mT[
+        :, : low.rank
+    ]
     rows = solve(t, low.R)
     return rows[:, :-1] / rows[:, -1:], 1 / rows[:, -1]

@@ -34,7 +34,8 @@ def test_of_a_sample(kind, eps):
     with torch.no_grad():
         for p in made.parameters():
             p.copy_(torch.randn(M, generator=generator))
-    layers, (norm,) = normalised_chain(network(made, nn.ReLU()), (N,))
+    layers, (between,) = normalised_chain(network(made, nn.ReLU()), (N,))
+    norm = between.norm
     assert [layer.name for layer in layers] == ["1", "4"]
     assert norm.kind == ("rms" if kind == "rms" else "layer")
     assert norm.eps == pytest.approx(eps, rel=1e-3)
@@ -47,16 +48,34 @@ def test_of_a_sample(kind, eps):
 
 @pytest.mark.parametrize(("momentum", "rate"), [(0.1, 0.1), (0.3, 0.3), (None, 1.0)])
 def test_of_the_batch(momentum, rate):
-    _, (norm,) = normalised_chain(network(nn.BatchNorm1d(M, momentum=momentum, eps=1e-4), nn.ReLU()).train(), (N,))
+    _, (between,) = normalised_chain(network(nn.BatchNorm1d(M, momentum=momentum, eps=1e-4), nn.ReLU()).train(), (N,))
+    norm = between.norm
     assert (norm.kind, norm.eps, norm.rate) == ("batch", 1e-4, rate)
     names = (norm.scale_name, norm.shift_name, norm.mean_name, norm.variance_name)
     assert names == ("2.weight", "2.bias", "2.running_mean", "2.running_var")
 
 
 def test_by_function():
-    _, (norm,) = normalised_chain(ByFunction().train(), (N,))
+    _, (between,) = normalised_chain(ByFunction().train(), (N,))
+    norm = between.norm
     assert (norm.kind, norm.eps, norm.rate) == ("batch", 1e-4, 0.2)
     assert norm.variance_name == "norm.running_var"
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        (nn.ReLU(), nn.Dropout(0.3)),
+        (nn.Dropout(0.3), nn.ReLU(inplace=True)),
+        (nn.BatchNorm1d(M), nn.ReLU(), nn.Dropout(0.3, inplace=True)),
+        (nn.LayerNorm(M), nn.Dropout(0.3), nn.ReLU()),
+    ],
+)
+def test_dropout(between):
+    _, (found,) = normalised_chain(network(*between).train(), (N,))
+    assert found.drop == pytest.approx(0.3)
+    off = normalised_chain(network(*between).eval(), (N,))
+    assert off is None or not off[1][0].drop
 
 
 def test_what_normalises_nowhere():
@@ -69,7 +88,9 @@ def test_what_normalises_nowhere():
     ("between", "message"),
     [
         ((nn.BatchNorm1d(M), nn.ReLU(), nn.BatchNorm1d(M)), "behind 1 comes"),
-        ((nn.BatchNorm1d(M), nn.ReLU(), nn.Dropout(0.5)), "behind 1 comes"),
+        ((nn.Dropout(0.5), nn.BatchNorm1d(M), nn.ReLU()), "behind 1 comes"),
+        ((nn.ReLU(), nn.AlphaDropout(0.5)), "behind 1 comes"),
+        ((nn.ReLU(), nn.Dropout(0.5), nn.Dropout(0.2)), "behind 1 comes"),
         ((nn.LayerNorm(M), nn.Softmax(1)), "behind 1 comes"),
         ((nn.BatchNorm1d(M),), "behind 1 comes"),
     ],

@@ -93,7 +93,7 @@ def test_a_changed_update_is_not_certified(name, size):
     noise = torch.randn(g[name].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     g[name] = g[name] + size * g[name].abs().max() * noise
     try:
-        result = spear.attack(case.model, replace(case.update, gradients=g), method="network", max_proposals=200)
+        result = spear.attack(case.model, replace(case.update, gradients=g), method="network", max_proposals=60)
     except Refusal:
         return
     assert not result.certified.any()
@@ -109,7 +109,7 @@ def test_copies_are_not_certified(seed):
     with pytest.raises(Refusal, match="8 samples are disclosed, the gradient shows 7"):
         spear.attack(case.model, update, method="network")
     for count in (None, 7):
-        result = spear.attack(case.model, replace(update, count=count), method="network", max_proposals=200)
+        result = spear.attack(case.model, replace(update, count=count), method="network", max_proposals=60)
         assert not result.certified.any()
         assert not result.differences.any()
 

@@ -75,14 +75,14 @@ def test_negative_scales():
 
 
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight"])
-@pytest.mark.parametrize("size", [1e-2, 1e-5])
+@pytest.mark.parametrize("size", [1e-5])
 def test_a_changed_update_is_not_certified(name, size):
     case = sent((30, 80, 5), 8, nn.LayerNorm, seed=6)
     g = dict(case.update.gradients)
     noise = torch.randn(g[name].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     g[name] = g[name] + size * g[name].abs().max() * noise
     try:
-        result = spear.attack(case.model, replace(case.update, gradients=g), method="network", max_proposals=200)
+        result = spear.attack(case.model, replace(case.update, gradients=g), method="network", max_proposals=60)
     except Refusal:
         return
     assert not result.certified.any()
@@ -94,7 +94,7 @@ def test_copies_and_counts(count):
     x, y = case.inputs.clone(), case.labels.clone()
     x[1], y[1] = x[0], y[0]
     update = replace(spear.federated.gradient(case.model, x, y), count=count)
-    result = spear.attack(case.model, update, method="network", max_proposals=200)
+    result = spear.attack(case.model, update, method="network", max_proposals=60)
     assert not result.certified.any()
 
 
@@ -102,5 +102,5 @@ def test_a_length_that_nothing_tells():
     case = sent((30, 80, 5), 8, nn.LayerNorm, seed=1)
     bare = nn.Sequential(nn.Linear(30, 80, bias=False, dtype=torch.float64), *case.model[1:])
     update = spear.federated.gradient(bare, case.inputs, case.labels)
-    with pytest.raises(Refusal, match="no bias in layer 1: behind a normalisation nothing else tells the length"):
+    with pytest.raises(Refusal, match="no bias in layer 1: nothing else that is used here tells the length"):
         spear.attack(bare, update, method="network")
