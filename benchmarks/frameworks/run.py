@@ -31,7 +31,7 @@ from spear.reconstruction import Reconstruction
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE, WORK = ROOT / "benchmarks" / "frameworks.csv", ROOT / "build" / "frameworks"
-SETS, BATCHES, WIDTH, SEED = ("mnist", "cifar10"), (16, 64), 400, 0
+SETS, BATCHES, WIDTH, SEED = ("cifar10", "mnist"), (16, 64), 400, 0
 RECOGNISED = 20.0  # dB of PSNR, from which on an image counts as recovered
 LONGEST = 160  # letters of a reason
 
@@ -72,8 +72,8 @@ def tasks() -> list[Path]:
     paths = []
     folder = WORK / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SETS:
-        for batch in BATCHES:
+    for batch in BATCHES:
+        for name in SETS:
             path = folder / f"{name}-{batch}.safetensors"
             if not path.is_file():
                 images, labels = data.load(name, count=batch, seed=SEED)
@@ -149,13 +149,12 @@ def _found(result: Reconstruction | None, task: Task, reason: str) -> dict:
 
 def attacks(names: Sequence[str], again: str | None, limit: float) -> None:
     """Attack what is not in the table yet; it is written after each update, so that nothing is lost."""
-    tasks()
     rows = {row.key: row for row in read()}
-    for name in names:
-        for path in sorted((WORK / "updates" / name).glob("*.safetensors")):
+    for task in tasks():
+        for path in sorted(p for name in names for p in (WORK / "updates" / name).glob(f"{task.stem}-*.safetensors")):
             words = about(path)
             own = [row for row in rows.values() if _is_of(row, words)]
-            is_open = bool(own) and own[0].recovered < own[0].batch
+            is_open = not any(row.told == "nothing" and row.recovered == row.batch for row in own)
             if own and not (again == "all" or (again == "open" and is_open)):
                 continue
             for row in own:
