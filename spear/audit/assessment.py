@@ -13,17 +13,18 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from spear import inversion
-from spear.audit import protection, simulation
+from spear.audit import leaks, protection, simulation
 from spear.audit.protection import Tested
 from spear.audit.sample import Sample, choose, input_shape, outputs
 from spear.audit.simulation import Comparison, Options, Reach
 from spear.federated.clients import gradient
-from spear.federated.update import SharedUpdate
+from spear.federated.update import SharedUpdate, check_told
 from spear.models import tracing
 from spear.models.layers import Layer
 from spear.published import theory
 from spear.reconstruction import Reconstruction, Refusal, check_number
 
+LARGEST = 2**28  # entries of all samples that simulated clients hold together
 COUNT = 16  # samples of a simulated client, unless told
 
 
@@ -32,7 +33,8 @@ class Risk:
     """What a linear layer gives away of a batch. `inputs` n, `width` m; `from_data`: it reads the data itself.
 
     `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows, or where
-    training leaves an `obstacle`.
+    training leaves an `obstacle`. `jointly` says what it gives away together with all other layers, where it
+    gives nothing by itself; `limit` is then the whole network's.
     `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals.
     """
 
@@ -45,10 +47,13 @@ class Risk:
     obstacle: str
     limit: int
     sampling: int
+    jointly: str = ""
 
     @property
     def gives_away(self) -> str:
         """In words, what the layer's gradient gives away."""
+        if self.jointly:
+            return self.jointly
         if not self.relu:
             return "not attacked by itself: no ReLU follows"
         if self.obstacle:
@@ -63,7 +68,8 @@ class Audit:
 
     `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
     attacked (None: the data), `not_attacked` what else of the model no attack here read, and why; `count` is the batch
-    size of the simulations. `result` is what came back, `outcome` its
+    size of the simulations. `statistics` says what batch normalisation's buffers give away beside the gradients, where
+    clients send them. `result` is what came back, `outcome` its
     comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
     `time_limit` and `trial_limit` are the seconds that the attack and each simulated one had, `seconds` is what the
     audit took, `memory` the largest that the process has been until then, in bytes.
@@ -77,6 +83,7 @@ class Audit:
     layer: str | None
     layers: tuple[Risk, ...]
     not_attacked: tuple[str, ...]
+    statistics: tuple[str, ...]
     result: Reconstruction
     truth: Tensor | None
     outcome: Comparison | None
@@ -130,12 +137,15 @@ def audit(
     check_number("time_limit", time_limit, 0)
     check_number("trial_limit", trial_limit, 0)
     check_number("count", count, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
+    check_told({"input_shape": input_shape})
     started, say = time.monotonic(), progress or (lambda words: None)
     shape = input_shape or (update.input_shape if update else None)
     layers = assess(model, shape)
     target = _target(layers, layer)
     options = Options(None if target.from_data and layer is None else target.name, trial_limit, seed, device)
-    most = max(target.limit, protection.AGGREGATED * (count or COUNT))
+    _check_size(count or COUNT, target.inputs)
+    most = max(min(target.limit, LARGEST // target.inputs), protection.AGGREGATED * (count or COUNT))
     sample, words = _sample(model, update, data, shape, most, seed)
     say("attack on the update" if update else "attack on a simulated update")
     attacked = update or gradient(model, *sample.take(count or COUNT))
@@ -151,6 +161,7 @@ def audit(
         layer=options.layer,
         layers=layers,
         not_attacked=_not_attacked(model, layers, target, options),
+        statistics=leaks.statistics(model, shape),
         result=result,
         truth=truth,
         outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
@@ -164,6 +175,15 @@ def audit(
     )
 
 
+def _check_size(count: int, n: int) -> None:
+    """Raises `ValueError` for simulated clients whose samples, of n entries, take more memory than is reasonable."""
+    if protection.AGGREGATED * count * n > LARGEST:
+        most = LARGEST // (protection.AGGREGATED * n)
+        raise ValueError(
+            f"a simulated client of {count:,} samples is too large: at most {most:,} of {n:,} entries each"
+        )
+
+
 def peak_memory() -> int:
     """The largest resident set that this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -173,7 +193,9 @@ def peak_memory() -> int:
 def assess(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Risk, ...]:
     """Every linear layer of the model and what it gives away; `shape` is that of a sample. Raises `ValueError` where
     the model cannot be traced."""
-    return tuple(_risk(layer) for layer in tracing.linear_layers(model, shape))
+    joint = leaks.jointly(model, shape)
+    found = [_risk(layer) for layer in tracing.linear_layers(model, shape)]
+    return tuple(replace(risk, **joint.get(risk.name, {})) for risk in found)
 
 
 def _risk(layer: Layer) -> Risk:
@@ -213,6 +235,8 @@ def _target(layers: tuple[Risk, ...], name: str | None) -> Risk:
 def _not_attacked(model: nn.Module, layers: tuple[Risk, ...], target: Risk, options: Options) -> tuple[str, ...]:
     """The parts of the model with weights of their own that no attack here reads, in words, and why."""
     risks, whole = {risk.name: risk for risk in layers}, options.layer is None and _is_chain(model)
+    if options.layer is None and any(risk.jointly for risk in layers):
+        return ()
     words = []
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
@@ -246,7 +270,7 @@ def _sample(
         shape = input_shape(model, shape)
         sample = choose(data, shape, outputs(model, shape), most=most, seed=seed)
         sample = replace(sample, inputs=sample.inputs.to(next(model.parameters())))
-        gradient(model, *sample.take(1))
+        gradient(model, *sample.take(2))  # batch normalisation needs two
     except ValueError as error:
         if update is None:
             raise
