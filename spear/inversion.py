@@ -75,9 +75,12 @@ def attack(
     `"layer"`, its weights and gradient coupled (batches of up to a third of its width). Of a fully connected network:
     `"network"`, every layer (batches of hundreds). `"auto"` is the strongest method whose preconditions hold, and the
     next where it ends without the whole batch; `Reconstruction.method` says which it was.
-    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
-    layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on
-    with weights that are not the client's), inputs come without labels, and up to their length (`certify_layer`).
+    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping, or, where
+    its gradient was not sent, the next whose was: then the features that enter it come. Of one layer (a private head:
+    the update holds that layer's gradient only, and `model` ends with its ReLU or goes on with weights that are not the
+    client's) inputs come without labels, and up to their length, which what reads the layer pins (`certify_layer`).
+    What a client did beside what it says is read off the update, undone and said: the sign, a factor, weight decay, the
+    first step of Adam and its kin, another loss, steps (`spear.federated.decoding`).
     `batch_size` is read off the gradient's rank unless given, and nothing is certified where neither it nor the update
     says it (`spear.certificate`); of several local steps it is the number of samples in all. `time_limit` (seconds)
     bounds the searches of all methods together, `max_proposals` (kernels that sampling tests, starts of the others)
