@@ -27,7 +27,8 @@ IDLE = 2  # rounds in a row that found nothing
 SPARE = 8  # dimensions that starts keep although all found samples are taken out of them
 FAINTEST = 1e-4  # of the largest entry of all [x; 1]: what their 1 counts for at least
 FITS, NEARLY = 1.15, 1.3  # a residual that many times larger than expected is no noise alone; not by samples missing
-SAME_WEIGHT, CLEARLY = 0.01, 5  # by how much a weight is another: relative, in deviations of its median
+SAME_WEIGHT, CLEARLY = 0.01, 3  # by how much a weight is another: relative, in deviations of its median
+UNLIKE = 0.1  # of a cosine, in the mean: by which labels fit one sign better than the other
 MOST_OFF = 2  # times the rank: a batch is of that size at most, else the weight has another cause
 MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
 TRIALS = 8  # searches, each without what the update supports of those before
@@ -80,6 +81,14 @@ def _size(noisy: Noisy) -> int:
     return size if noisy.rank <= MOST_OFF * size and size <= MOST_OFF * noisy.rank else noisy.rank
 
 
+def _turned(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Noisy:
+    """With the opposite sign where the samples' labels fit that better: an update may be after - before."""
+    if not len(inputs):
+        return noisy
+    alike = _alike(noisy, inputs)
+    return noisy.turned() if float((-alike).amax(0).sum()) > float(alike.amax(0).sum()) + UNLIKE * len(inputs) else noisy
+
+
 def _weighed(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Noisy:
     """With the samples' common weight as the update itself has it, where that is clearly another than was thought.
 
@@ -127,7 +136,7 @@ def _search(noisy: Noisy, terms: Terms) -> tuple[Noisy, Estimate | None, int, in
     while trials < TRIALS and idle < IDLE and not (trials and terms.budget.spent(used)):
         new, used = candidates(noisy, inputs, used=used, terms=terms, generator=generator)
         inputs, trials = torch.cat([inputs, new]), trials + 1
-        noisy = _weighed(noisy, inputs)
+        noisy = _weighed(_turned(noisy, inputs), inputs)
         estimate, good = _supported(noisy, inputs) if len(inputs) else (None, inputs[:, 0] > 0)
         inputs = inputs[good]
         best, idle = (estimate, 0) if _merit(estimate) > _merit(best) else (best, idle + 1)
@@ -169,6 +178,8 @@ def _reason(noisy: Noisy, estimate: Estimate | None) -> str:
     seen = f"{noisy.rank} samples stand out of noise of {noisy.sigmas[0]:.1e} per entry"
     if estimate is None:
         return f"{seen}; none was found"
+    if noisy.reversed:
+        seen += f"; the update has the opposite sign of their {noisy.problem.reduction}: that of after - before"
     if noisy.weight is not None and noisy.problem.batch_size:
         factor = noisy.weight / noisy.problem.unit(noisy.problem.batch_size)
         same = abs(factor - 1) < SAME_WEIGHT
@@ -248,8 +259,13 @@ def _labelled(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Bool[Tensor, " s"]:
 
 def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
     """The class whose back-propagated vector is nearest in direction to the one measured in the update."""
+    return _alike(noisy, inputs).argmax(0)
+
+
+def _alike(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Float[Tensor, "classes s"]:
+    """The cosine of each class's back-propagated vector to the one measured in the update."""
     seen, _ = measure(noisy.problem, 0, noisy.problem.augmented(0), inputs)
-    return torch.stack([F.cosine_similarity(seen, d) for d in each_class(noisy.problem, inputs)]).argmax(0)
+    return torch.stack([F.cosine_similarity(seen, d) for d in each_class(noisy.problem, inputs)])
 
 
 def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> tuple[Estimate | None, Bool[Tensor, " s"]]:
