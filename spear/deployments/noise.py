@@ -86,7 +86,9 @@ def _turned(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Noisy:
     if not len(inputs):
         return noisy
     alike = _alike(noisy, inputs)
-    return noisy.turned() if float((-alike).amax(0).sum()) > float(alike.amax(0).sum()) + UNLIKE * len(inputs) else noisy
+    return (
+        noisy.turned() if float((-alike).amax(0).sum()) > float(alike.amax(0).sum()) + UNLIKE * len(inputs) else noisy
+    )
 
 
 def _weighed(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Noisy:
