@@ -16,6 +16,8 @@ from spear.federated import decoding
 from spear.federated.naming import unwrapped
 from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
+from spear.models.memory import remembered
+from spear.models.tracing import Sent, next_sent
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network, plain
 from spear.normalisation.opening import open_normalised
@@ -97,27 +99,59 @@ def attack(
     check_number("batch_size", batch_size, 1, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
-    model = unwrapped(model)
-    read = decoding.read(model, update)
-    doubted = claims.contradicted(model, read.update)
-    request = Request(model, read.update, layer, batch_size, device, terms, doubted)
-    result = as_given(model, read.update, layer, _by_loss(request, chosen))
-    reason = "; ".join([result.reason + (request.denial if doubted else ""), *read.words])
-    return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
+    with remembered():
+        model = unwrapped(model)
+        read = decoding.read(model, update)
+        doubted = claims.contradicted(model, read.update)
+        sent = next_sent(model, read.update.gradients, read.update.input_shape) if layer is None else Sent(layer)
+        request = Request(model, read.update, sent.layer, batch_size, device, terms, doubted)
+        result = as_given(model, read.update, sent.layer, _as_read(request, chosen))
+    if read.doubt and bool(result.certified.any()):
+        nobody = torch.zeros_like(result.certified)
+        result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")
+    said = [result.reason + (request.denial if doubted else ""), *sent.words, *read.words]
+    return replace(result, reason="; ".join(said), stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 
-def _by_loss(request: "Request", method: Method) -> Reconstruction:
-    """The result with the loss that was told; where inputs have no labels by that, with another that explains them."""
-    result = request.attack(method)
-    if not len(result.inputs) or result.labels is not None or bool(result.certified.any()) or request.layer is not None:
-        return result
-    for reading in decoding.other_losses(request.update):
-        if request.terms.budget.spent(0):
-            break
-        found = replace(request, update=reading.update).attack(method)
-        if found.labels is not None and found.expected_error is None:
-            return replace(found, reason="; ".join([found.reason, *reading.words]))
+def _as_read(request: "Request", method: Method) -> Reconstruction:
+    """The result with what was told; where that explains no inputs' labels, with a loss or steps that do."""
+    update, result, refusal = request.update, None, None
+    try:
+        result = request.attack(method)
+    except Refusal as error:
+        if update.local_steps == 1:
+            raise
+        refusal = error
+    explained = result is not None and (result.labels is not None or not len(result.inputs))
+    whole = explained and (_distinct(result) >= result.rank or result.expected_error is not None)
+    if request.layer is None and not whole:
+        losses = () if explained or update.local_steps > 1 else decoding.other_losses(update)
+        seen = update.local_steps > 1 or len(result.inputs) > 0
+        steps = decoding.other_steps(update) if isinstance(method, Auto | Network) and seen else ()
+        for reading in (*steps, *losses):
+            if request.terms.budget.spent(0):
+                break
+            found = _with(request, reading, method)
+            if found is not None:
+                return replace(found, reason="; ".join([found.reason, *reading.words]))
+    if result is None:
+        raise refusal
     return result
+
+
+def _distinct(result: Reconstruction) -> int:
+    return len(torch.unique(result.inputs.flatten(1), dim=0)) if len(result.inputs) else 0
+
+
+def _with(request: "Request", reading: decoding.Reading, method: Method) -> Reconstruction | None:
+    """What comes of another reading; `None` where that does not explain the whole batch."""
+    several = reading.update.local_steps > 1
+    try:
+        found = replace(request, update=reading.update).attack(Network() if several else method)
+    except Refusal:
+        return None
+    labelled = found.labels is not None and found.expected_error is None and len(found.inputs) >= found.rank
+    return found if (found.complete if several else labelled) else None
 
 
 def _chosen(method: str | Method, layer: str | None) -> Method:

@@ -281,7 +281,11 @@ def test_a_frozen_first_layer() -> None:
     model.fc1.requires_grad_(False)
     update = spear.federated.gradient(model, x, y)
     with pytest.raises(Refusal, match=r"no gradient for fc1.weight \(the layer is frozen\)"):
-        spear.attack(model, update, time_limit=5)
+        spear.attack(model, update, layer="fc1", time_limit=5)
+    result = spear.attack(model, update, time_limit=30)
+    features = model.fc1(x.flatten(1)).relu().detach()
+    assert float(torch.cdist(features, result.inputs).amin(1).max()) < 1e-6
+    assert "what enters fc2: the update has no gradient for fc1.weight (the layer is frozen)" in result.reason
 
 
 def test_what_the_client_did_in_training_mode() -> None:

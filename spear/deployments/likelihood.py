@@ -32,7 +32,7 @@ class Noisy:
     """A problem whose gradients carry noise: `sigmas[k]` per entry of hidden layer k's gradient, factorised at `lows`.
 
     `weight` is the weight of every sample in the loss, or `None` where each sample has its own, at most `most`.
-    `reversed` says that the gradients are those that arrived with the opposite sign.
+    `turned`: all gradients came with the other sign.
     """
 
     problem: NetworkView
@@ -40,16 +40,7 @@ class Noisy:
     sigmas: tuple[float, ...]
     weight: float | None
     most: float
-    reversed: bool = False
-
-    def turned(self) -> "Noisy":
-        """The same with the gradients' signs changed."""
-        problem = self.problem
-        weights = tuple(-g for g in problem.weight_gradients)
-        biases = tuple(None if g is None else -g for g in problem.bias_gradients)
-        lows = tuple(replace(low, R=-low.R) for low in self.lows)
-        problem = replace(problem, weight_gradients=weights, bias_gradients=biases)
-        return replace(self, problem=problem, lows=lows, reversed=not self.reversed)
+    turned: bool = False
 
     @property
     def rank(self) -> int:

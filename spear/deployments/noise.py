@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from spear.deployments.likelihood import Estimate, Noisy, common_weight, measure, refine, sample_weights
 from spear.deployments.opening import Opening, open_noisy
+from spear.deployments.sign import multiple, turned_to
 from spear.directions import away_from, unit_rows
 from spear.federated.update import SharedUpdate, as_gradient
 from spear.network.factors import Factors
@@ -27,8 +28,8 @@ IDLE = 2  # rounds in a row that found nothing
 SPARE = 8  # dimensions that starts keep although all found samples are taken out of them
 FAINTEST = 1e-4  # of the largest entry of all [x; 1]: what their 1 counts for at least
 FITS, NEARLY = 1.15, 1.3  # a residual that many times larger than expected is no noise alone; not by samples missing
+ODD = 0.1  # how far the 1 of [x; 1] may be off, by the first layer, with a weight that all layers' biases show
 SAME_WEIGHT, CLEARLY = 0.01, 3  # by how much a weight is another: relative, in deviations of its median
-UNLIKE = 0.1  # of a cosine, in the mean: by which labels fit one sign better than the other
 MOST_OFF = 2  # times the rank: a batch is of that size at most, else the weight has another cause
 MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
 TRIALS = 8  # searches, each without what the update supports of those before
@@ -57,7 +58,7 @@ def recover(opening: Opening, terms: Terms) -> Reconstruction:
         if _merit(found) >= _merit(estimate):
             noisy, estimate = other, found
     noisy, estimate = _reweighed(noisy, estimate)
-    estimate, reason = _borne_out(estimate, _reason(noisy, estimate))
+    estimate, reason = _borne_out(estimate, _reason(noisy, estimate) + multiple(noisy, estimate))
     return _reconstruction(noisy, estimate, reason, terms.stats(used, trials))
 
 
@@ -79,16 +80,6 @@ def _size(noisy: Noisy) -> int:
         return noisy.rank
     size = round(problem.unit(1) / noisy.weight)
     return size if noisy.rank <= MOST_OFF * size and size <= MOST_OFF * noisy.rank else noisy.rank
-
-
-def _turned(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Noisy:
-    """With the opposite sign where the samples' labels fit that better: an update may be after - before."""
-    if not len(inputs):
-        return noisy
-    alike = _alike(noisy, inputs)
-    return (
-        noisy.turned() if float((-alike).amax(0).sum()) > float(alike.amax(0).sum()) + UNLIKE * len(inputs) else noisy
-    )
 
 
 def _weighed(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Noisy:
@@ -118,6 +109,10 @@ def _reweighed(noisy: Noisy, estimate: Estimate | None) -> tuple[Noisy, Estimate
     factor, off = common_weight(noisy, estimate.inputs, estimate.labels)
     noisy = replace(noisy, weight=noisy.weight * factor, most=noisy.most * factor)
     estimate = refine(noisy, estimate.inputs, estimate.labels)
+    ones = torch.linalg.pinv(estimate.deltas.mT) @ problem.augmented(0)[:, -1]
+    if abs(length := float(ones.median()) - 1) > ODD:  # layers of unlike weight: the first alone makes the inputs
+        noisy = replace(noisy, weight=noisy.weight * (1 + length), most=noisy.most * (1 + length))
+        estimate = refine(noisy, estimate.inputs / (1 + length), estimate.labels)
     return noisy, replace(estimate, error=torch.hypot(estimate.error, torch.full_like(estimate.error, off)))
 
 
@@ -138,7 +133,7 @@ def _search(noisy: Noisy, terms: Terms) -> tuple[Noisy, Estimate | None, int, in
     while trials < TRIALS and idle < IDLE and not (trials and terms.budget.spent(used)):
         new, used = candidates(noisy, inputs, used=used, terms=terms, generator=generator)
         inputs, trials = torch.cat([inputs, new]), trials + 1
-        noisy = _weighed(_turned(noisy, inputs), inputs)
+        noisy = _weighed(turned_to(noisy, inputs), inputs)
         estimate, good = _supported(noisy, inputs) if len(inputs) else (None, inputs[:, 0] > 0)
         inputs = inputs[good]
         best, idle = (estimate, 0) if _merit(estimate) > _merit(best) else (best, idle + 1)
@@ -180,12 +175,6 @@ def _reason(noisy: Noisy, estimate: Estimate | None) -> str:
     seen = f"{noisy.rank} samples stand out of noise of {noisy.sigmas[0]:.1e} per entry"
     if estimate is None:
         return f"{seen}; none was found"
-    if noisy.reversed:
-        seen += f"; the update has the opposite sign of their {noisy.problem.reduction}: that of after - before"
-    if noisy.weight is not None and noisy.problem.batch_size:
-        factor = noisy.weight / noisy.problem.unit(noisy.problem.batch_size)
-        same = abs(factor - 1) < SAME_WEIGHT
-        seen += "" if same else f"; the update is {factor:.4g} times their {noisy.problem.reduction}"
     fit = f"residual {estimate.fit:.3f} times the noise, {estimate.expected_fit:.3f} expected of a right answer"
     off = f"expected relative error {float(estimate.error.median()):.1e}, at worst {float(estimate.error.max()):.1e}"
     return f"{seen}; {len(estimate.labels)} recovered but for the noise: {off}; {fit}"
@@ -261,13 +250,8 @@ def _labelled(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Bool[Tensor, " s"]:
 
 def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
     """The class whose back-propagated vector is nearest in direction to the one measured in the update."""
-    return _alike(noisy, inputs).argmax(0)
-
-
-def _alike(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Float[Tensor, "classes s"]:
-    """The cosine of each class's back-propagated vector to the one measured in the update."""
     seen, _ = measure(noisy.problem, 0, noisy.problem.augmented(0), inputs)
-    return torch.stack([F.cosine_similarity(seen, d) for d in each_class(noisy.problem, inputs)])
+    return torch.stack([F.cosine_similarity(seen, d) for d in each_class(noisy.problem, inputs)]).argmax(0)
 
 
 def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> tuple[Estimate | None, Bool[Tensor, " s"]]:

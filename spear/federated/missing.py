@@ -49,8 +49,8 @@ def cuts(tensors: Mapping[str, Tensor]) -> Cuts:
         return Cuts(None, False, {})
     ends: dict[str, tuple[float, ...]] = {}
     rows, above, around, zeros, alone = set(), [], [], 0, False
-    for name, tensor in tensors.items():
-        size = tensor.detach().abs()
+    for name, tensor in ((name, tensor.detach()) for name, tensor in tensors.items()):
+        size = tensor.abs()
         rows |= _rows(size == largest)
         alone |= _in_no_other_row(size == largest, tensor)
         above.append(size[(size >= largest / 2) & (size < largest)][:LOOKED_AT])

@@ -50,10 +50,16 @@ LOOKED_AT, FEWEST, MOSTLY = 2**16, 64, 0.9  # entries of each tensor; of all at 
 
 @dataclass(frozen=True)
 class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, each computed when it is asked for: together they may be too large."""
+    """Tensors by name, each computed when it is asked for: together they may be too large.
+
+    `rounding` is the share of each that what they were computed from had lost, where that is more than their spacing,
+    `noise` the standard deviation of what that leaves in an entry, where it is more than rounding.
+    """
 
     names: tuple[str, ...]
     compute: Callable[[str], Tensor]
+    rounding: float = 0.0
+    noise: float = 0.0
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -286,10 +292,38 @@ def under_names_of(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate
     change = update.buffers is None and update.learning_rate is not None
     after = naming.statistics(model, received if update.buffers is None else update.buffers, change=change)
     update = replace(update, buffers=after or None)
-    if found.names.keys() == received.keys() or not found.names:
+    if not found.names:
         return update, ()
-    named = Lazy(tuple(found.names), lambda own: received[found.names[own]])
-    return replace(update, gradients=named), found.words
+    parameters = dict(model.named_parameters())
+    shapes = {own: (received[name].shape, parameters[own].shape) for own, name in found.names.items()}
+    matrices = [pair for pair in shapes.values() if [len(set(shape)) for shape in pair] == [2, 2]]
+    turned = bool(matrices) and all(tuple(came) == tuple(reversed(wanted)) for came, wanted in matrices)
+    fit = {own: _fitting(*pair, turned) for own, pair in shapes.items()}
+    changed = sorted(own for own, change in fit.items() if change is not _as_it_is)
+    words = found.words
+    if changed:
+        words += (f"{', '.join(changed)} came in another shape than the parameter's, with as many entries",)
+    if found.names.keys() == received.keys() and not changed:
+        return update, words
+    named = Lazy(tuple(found.names), lambda own: fit[own](received[found.names[own]]))
+    return replace(update, gradients=named), words
+
+
+def _as_it_is(g: Tensor) -> Tensor:
+    return g
+
+
+def _fitting(came: torch.Size, wanted: torch.Size, turned: bool) -> Callable[[Tensor], Tensor]:
+    """What gives a tensor the shape that is wanted: flat, with sides of 1, or as (inputs, outputs); or nothing does.
+
+    `turned` says that the other matrices came so: then a square one did.
+    """
+    if len(wanted) == 2 and tuple(came) == tuple(reversed(wanted)) and (turned or came != wanted):
+        return lambda g: g.T
+    if came == wanted or came.numel() != wanted.numel():
+        return _as_it_is
+    without = [size for size in came if size != 1] == [size for size in wanted if size != 1]
+    return (lambda g: g.reshape(wanted)) if without or len(came) == 1 else _as_it_is
 
 
 def computed_in(update: SharedUpdate) -> torch.dtype:
@@ -363,8 +397,9 @@ def difference(
 
     def changed(name: str) -> Tensor:
         earlier, later = before[old[name]].detach(), after[new[name]].detach()
-        unknown = (later == 0) | cut.unknown(name, later)
-        return torch.where(unknown & (earlier != later), torch.nan, earlier - later)
+        unknown = ((later == 0) | cut.unknown(name, later)) & (earlier != later)
+        alike = int(unknown.sum()) > 1 and len(earlier[unknown].unique()) == 1  # and so they are where nothing was cut
+        return earlier - later if alike else torch.where(unknown, torch.nan, earlier - later)
 
     change = Lazy(names, changed)
     buffers = naming.statistics(model, after)

@@ -46,6 +46,14 @@ class Entrywise:
         factor, shift = other.factor * self.factor[taken], other.factor * self.shift[taken] + other.shift
         return Entrywise(self.entries[taken], factor, shift, max(self.rounding, other.rounding))
 
+    def then_of(self, u: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        """The v of each u."""
+        return self.slope_of(u) + self.shift.to(u)
+
+    def slope_of(self, u: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        """What v gains with u."""
+        return self.factor.to(u) * u[:, self.entries.to(u.device)]
+
     def back(self, v: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """The u of each v."""
         u = torch.empty_like(v)

@@ -1,16 +1,17 @@
 """Where a linear layer stands in a model: found by tracing the computation and trying its pieces, never by a name."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from spear.models.activations import RELU, recognise
 from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
 from spear.models.graphs import as_rows, extract, guesses, is_size, trace
 from spear.models.layers import Behind, Layer, Path, Shape
+from spear.models.memory import once
 from spear.models.modes import modes, words
 from spear.models.traced import Traced, operation
 from spear.reconstruction import Refusal
@@ -69,6 +70,30 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
     return chosen
 
 
+@dataclass(frozen=True)
+class Sent:
+    """The layer whose gradient there is to attack, `None` for the one that reads the data; and why it is another."""
+
+    layer: str | None = None
+    words: tuple[str, ...] = ()
+
+
+def next_sent(model: nn.Module, received: Mapping[str, Tensor], shape: Shape = None) -> Sent:
+    """The first layer behind the data's whose gradient was received, where that of the data's own was not."""
+    first = ""
+    try:
+        for layer in each_layer(model, shape):
+            missing = layer.missing(received)
+            if not first and layer.from_data and not missing:
+                return Sent()
+            if first and layer.relu and not layer.obstacle and not missing:
+                return Sent(layer.name, (f"what enters {layer.name}: the update has no gradient for {first}",))
+            first = first or (missing if layer.from_data else "")
+    except Refusal:  # a model that cannot be traced: each method says so
+        pass
+    return Sent()
+
+
 def doubts(model: nn.Module, shape: Shape = None) -> str:
     """Dropout and batch normalisation that are off here, in words; empty where there are none."""
     traced = traced_model(model, shape)
@@ -90,13 +115,16 @@ def one_output(model: nn.Module, shape: Shape = None) -> bool:
 
 
 def traced_model(model: nn.Module, shape: Shape) -> Traced:
-    if shape is not None:
-        return trace(model, [shape])
     sizes = [p.shape[1] for p in model.parameters() if p.ndim == 2]
-    return trace(model, guesses(sizes[0]) if sizes else [])
+    likely = guesses(sizes[0]) if sizes else []
+    return once((model, shape), lambda: trace(model, likely if shape is None else [shape]))
 
 
 def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
+    return once(("layer", node, shape), lambda: _looked_at(traced, node, shape, behind))
+
+
+def _looked_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
     linear, before = traced.part(node), behind.before
     path = _path(traced, node, linear.in_features, shape)
     tail, unknown = _tail(traced, node, behind.start, path)
@@ -118,7 +146,15 @@ def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Lay
         turned=frozenset(traced.turned),
         outer_bias=bool(outer),
         obstacle=_obstacle(traced, node, behind.relu),
+        readers=_readers(traced, behind.end, linear.out_features) if behind.relu is not None else (),
     )
+
+
+def _readers(traced: Traced, end: fx.Node, m: int) -> tuple[str, ...]:
+    """The linear layers that read the value of a node, each once, one vector of m entries of each sample."""
+    users = [str(user.target) for user in end.users if traced.is_linear(user) and traced.part(user).in_features == m]
+    calls = [str(node.target) for node in traced.nodes if traced.is_linear(node)]
+    return tuple(name for name in users if calls.count(name) == 1)
 
 
 def source_of(node: fx.Node) -> fx.Node:
@@ -126,6 +162,10 @@ def source_of(node: fx.Node) -> fx.Node:
 
 
 def _behind(traced: Traced, node: fx.Node) -> Behind:
+    return once(("behind", node), lambda: _followed(traced, node))
+
+
+def _followed(traced: Traced, node: fx.Node) -> Behind:
     """What follows a layer, up to the first node that is neither an activation nor a map of entries.
 
     Where one elementwise function follows another, they are one activation.

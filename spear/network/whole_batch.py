@@ -101,7 +101,8 @@ def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
     widths = [len(w) for w in problem.weights[:-1]]
     rank, live = spaces.rank, int((spaces.basis.norm(dim=1) > many_classes.DEAD).sum())
     if problem.batch_size and rank > 2 * problem.batch_size and low.gap < MIN_GAP:
-        raise Refusal(f"rank {rank} without a gap from a batch of {problem.batch_size}: there is noise on the gradient")
+        seen = f"rank {rank} without a gap from a batch of {problem.batch_size}"
+        raise Refusal(f"{seen}: there is noise on the gradient, or something was added to it (control variates)")
     if rank == min(problem.augmented(problem.last).shape) and low.gap < MIN_GAP:
         least = f"the last of {rank} is {low.smallest / low.largest:.0e} of the first"
         where = f"no gap in the singular values of the last hidden layer's gradient: {least}"
