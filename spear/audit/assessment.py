@@ -32,8 +32,8 @@ class Risk:
     """What a linear layer gives away of a batch. `inputs` n, `width` m; `from_data`: it reads the data itself.
 
     `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows, or where
-    training leaves an `obstacle`. `jointly` says what it gives away together with all other layers, where these
-    normalise, or drop units in training; `limit` is then the whole network's.
+    training leaves an `obstacle`. `jointly` says what it gives away together with all other layers, where it
+    gives nothing by itself; `limit` is then the whole network's.
     `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals.
     """
 

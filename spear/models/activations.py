@@ -105,9 +105,14 @@ class Activation:
 
     def inverse(self, y: Float[Tensor, "s m"], margin: float) -> tuple[Float[Tensor, "s m"], Bool[Tensor, "s m"]]:
         """z with phi(z) = y, and where it is the only one for every value within `margin` of y."""
-        g, table = self._table(y)
-        found = [self._bracket(part, margin, table) for part in y.split(max(1, AT_ONCE // (y.shape[1] * TABLE)))]
-        sure, index = (torch.cat(x) for x in zip(*found, strict=True))
+        ends = math.asinh(FARTHEST)
+        g = torch.sinh(torch.linspace(-ends, ends, TABLE, dtype=y.dtype, device=y.device))
+        table = self.value(g[:, None].expand(-1, y.shape[1]).contiguous())
+        if self.shared:
+            sure, index = (x.view_as(y) for x in _bracket(y.reshape(1, -1), margin, table[:, :1]))
+        else:
+            sure, index = _bracket(y.T.contiguous(), margin, table)
+            sure, index = sure.T, index.T
         low, high = g[index], g[index + 1]
         rising = self.value(high) > self.value(low)
         for _ in range(HALVINGS):
@@ -138,20 +143,22 @@ class Activation:
             slope = torch.where(z > edge, levels[k + 1], slope)
         return slope
 
-    def _table(self, like: Float[Tensor, "s m"]) -> tuple[Float[Tensor, " g"], Float[Tensor, "g m"]]:
-        ends = math.asinh(FARTHEST)
-        g = torch.sinh(torch.linspace(-ends, ends, TABLE, dtype=like.dtype, device=like.device))
-        return g, self.value(g[:, None].expand(-1, like.shape[1]).contiguous())
 
-    def _bracket(self, y: Float[Tensor, "s m"], margin: float, table: Float[Tensor, "g m"]) -> tuple[Tensor, Tensor]:
-        """Where the table passes every value near y once, and between which entries it passes y."""
-        sure, places = torch.ones_like(y, dtype=torch.bool), []
-        for off in (-margin, margin, 0.0):
-            above = table > (y + off)[:, None]
-            passing = above[:, 1:] != above[:, :-1]
-            sure &= passing.sum(1) == 1
-            places.append(passing.to(torch.int8).argmax(1))
-        return sure & ((places[0] - places[1]).abs() <= 1), places[2]
+def _bracket(y: Float[Tensor, "u s"], margin: float, table: Float[Tensor, "g u"]) -> tuple[Tensor, Tensor]:
+    """Where a table passes every value near y once, and between which of its entries it passes y.
+
+    The steps of the table that hold a value are those that begin at or under it, less those that end there.
+    """
+    steps = torch.stack([table[:-1].T, table[1:].T])
+    low, first = steps.amin(0).sort(1)
+    high, last = steps.amax(0).sort(1)
+    summed = [torch.nn.functional.pad(order.cumsum(1), (1, 0)) for order in (first, last)]
+    sure, places = torch.ones_like(y, dtype=torch.bool), []
+    for off in (-margin, margin, 0.0):
+        begun, ended = (torch.searchsorted(edge.contiguous(), y + off, right=True) for edge in (low, high))
+        sure &= begun - ended == 1
+        places.append(summed[0].gather(1, begun) - summed[1].gather(1, ended))
+    return sure & ((places[0] - places[1]).abs() <= 1), places[2].clamp(0, len(table) - 2)
 
 
 RELU = Activation(nn.ReLU(), (0.0,), torch.tensor([[0.0], [1.0]], dtype=torch.float64))

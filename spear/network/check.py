@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.certificate import Certificate
+from spear.network.curved_bounds import Levers
 from spear.network.error_bounds import input_bounds
 from spear.network.labels import WHOLE_NUMBERS, reweighed
 from spear.network.problem import NetworkView, Targets, passes
@@ -56,15 +57,23 @@ def check(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) 
     return Misfit(tuple(layers), error), inputs + step[:, : inputs.shape[1]]
 
 
-def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, reached: Reached) -> Judged:
-    """The whole batch held against the update, after corrections that rounding allows."""
+def judge(
+    problem: NetworkView,
+    inputs: Float[Tensor, "s n"],
+    targets: Targets,
+    reached: Reached,
+    known: Levers | None = None,
+) -> Judged:
+    """The whole batch held against the update, after corrections that rounding allows; `known` as in `input_bounds`."""
     least, most = float(targets.copies.min()), float(targets.copies.max())
     if least == most > 1 and len(targets) == problem.batch_size:  # one of each, times a factor
         targets = replace(targets, whole=False)
     if not targets.whole:
         targets = reweighed(problem, inputs, targets)
     final, inputs = best_check(problem, inputs, targets)
-    evidence = certificate(problem, final, targets, input_bounds(problem, passes(problem, inputs, targets), targets))
+    evidence = certificate(
+        problem, final, targets, input_bounds(problem, passes(problem, inputs, targets), targets, known)
+    )
     return conclude(problem, evidence, inputs, targets, final, reached, WHOLE)
 
 

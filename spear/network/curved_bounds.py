@@ -19,22 +19,41 @@ excludes those with the same activation patterns; here all of them form one regi
 counting: each sample solves m - b equations in b - 1 unknowns, and the search keeps what solves them to rounding.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spear.certificate import SAFETY, inverse_columns, norms, rms
-from spear.federated.losses import activate_along
+from spear.network.derivatives import turned
 from spear.network.layerwise import solve
 from spear.network.problem import NetworkView, Passes, Targets
 
-MOST_ENTRIES = 2**23  # of derivatives that are held at once
 PROBES = 4  # random directions that measure the size of a derivative
-FLATTEST = 1e-12  # squared singular value, relative to the largest, under which a direction is undetermined
+MOST_UNEQUAL = 1e12  # squared condition of a derivative past which its inverse is rounding
 
 
-def curved_bounds(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tensor, " s"]:
-    """A bound on each input's relative error; infinite where the batch is not isolated, or a layer has no bias."""
+class Levers(NamedTuple):
+    """Of each sample |T⁺|, |(1 - P) J| and |(1 - P) J x|, in Frobenius norms."""
+
+    inverse: Float[Tensor, " s"]
+    reach: Float[Tensor, " s"]
+    along: Float[Tensor, " s"]
+
+    @classmethod
+    def joined(cls, parts: "list[Levers]") -> "Levers":
+        """Those of all parts."""
+        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def curved_bounds(
+    problem: NetworkView, run: Passes, targets: Targets, known: Levers | None = None
+) -> Float[Tensor, " s"]:
+    """A bound on each input's relative error; infinite where the batch is not isolated, or a layer has no bias.
+
+    `known` are the levers, where Newton's last step computed them.
+    """
     G, X, total = run.deltas[0], problem.extend(0, run.inputs[0]), problem.augmented(0)
     unknown = G.new_full((len(G),), torch.inf)
     lost = len(G) > min(total.shape) or any(b is None for b in problem.biases[:-1])
@@ -43,68 +62,34 @@ def curved_bounds(problem: NetworkView, run: Passes, targets: Targets) -> Float[
     rest, eps = torch.addmm(total, G.T, X, alpha=-1), 2 * problem.precision
     entry, bias = (max(rms(x), eps * rms(y)) for x, y in ((rest, total), (rest[:, -1], total[:, -1])))
     row, column, size = inverse_columns(G), inverse_columns(X), norms(run.inputs[0])
-    lever, reach, along = _levers(problem, run, targets)
+    if known is None:
+        basis = torch.linalg.qr(G.T)[0]
+        parts = turned(problem, run, targets, basis, *probes(run.inputs[0]))
+        known = Levers.joined([levers(free @ free.mT, own) for _, free, own in parts])
+    lever, reach, along = known
     own = row * (entry * X.shape[1] ** 0.5 + bias * size)
-    turned = lever * (entry * column + row * (entry * reach + bias * along))
-    error = SAFETY * (own + turned) / size + solve(G, rest).norm(dim=1) / size
+    moved = lever * (entry * column + row * (entry * reach + bias * along))
+    error = SAFETY * (own + moved) / size + solve(G, rest).norm(dim=1) / size
     return error.nan_to_num(torch.inf, torch.inf)
 
 
-def _levers(problem: NetworkView, run: Passes, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each sample |T⁺|, |J| (Frobenius norms), and |J x|."""
-    x = run.inputs[0]
-    E = torch.linalg.qr((x[1:] - x[:1]).T)[0]
-    probes = torch.randn(x.shape[1], PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
-    basis = torch.linalg.qr(run.deltas[0].T)[0]
-    common = torch.cat([E, probes], 1).T @ problem.weights[0].T
-    parts = torch.arange(len(x), device=x.device).split(max(1, MOST_ENTRIES // max(1, common.numel())))
-    derived = Derivatives.of(problem, run, targets)
-    found = []
-    for index in parts:
-        own = (x[index] @ problem.weights[0].T)[:, None]
-        moved = derived.along(torch.cat([common.expand(len(index), -1, -1), own], 1), index)
-        free = moved[:, : E.shape[1]]
-        free = free - (free @ basis) @ basis.T
-        lengths = moved[:, E.shape[1] :].norm(dim=2)
-        found.append((_inverse_norm(free), lengths[:, :-1].pow(2).mean(1).sqrt(), lengths[:, -1]))
-    lever, reach, along = (torch.cat(x) for x in zip(*found, strict=True))
-    return lever, reach, along
+def probes(x: Float[Tensor, "s n"]) -> Float[Tensor, "probes s n"]:
+    """Random changes of the inputs, and the inputs: what measures the size of a derivative."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(PROBES, *x.shape, generator=generator, dtype=torch.float64).to(x)
+    return torch.cat([random, x[None]])
 
 
-def _inverse_norm(rows: Float[Tensor, "s q m"]) -> Float[Tensor, " s"]:
-    """The Frobenius norm of each matrix's pseudo-inverse; infinite where its rows are dependent."""
-    if not rows.shape[1]:
-        return rows.new_zeros(len(rows))
-    squared = torch.linalg.eigvalsh(rows @ rows.mT)
-    sure = squared[:, 0] > FLATTEST * squared[:, -1]
-    return torch.where(sure, squared.clamp_min(1e-300).reciprocal().sum(1).sqrt(), torch.inf)
+def levers(gram: Float[Tensor, "s q q"], own: Float[Tensor, "s probes m"]) -> Levers:
+    """From T Tᵀ, rows being directions, and the derivatives along the `probes`."""
+    lengths = own.norm(dim=2)
+    return Levers(_inverse_norm(gram), lengths[:, :-1].pow(2).mean(1).sqrt(), lengths[:, -1])
 
 
-class Derivatives:
-    """The derivative of each sample's ∂L/∂z of the first layer along changes of that layer's pre-activations."""
-
-    def __init__(self, problem: NetworkView, run: Passes, targets: Targets, bends: list[Tensor]) -> None:
-        self.problem, self.run, self.targets, self.bends = problem, run, targets, bends
-        self.logits = problem.apply(problem.last + 1, run.inputs[-1])
-
-    @classmethod
-    def of(cls, problem: NetworkView, run: Passes, targets: Targets) -> "Derivatives":
-        """Of the batch whose passes are given: each hidden layer's vector before its slope, times phi''."""
-        bends = []
-        for k, activation in enumerate(problem.activations):
-            bends.append((run.deltas[k + 1] @ problem.weights[k + 1]) * activation.at(run.z[k])[2])
-        return cls(problem, run, targets, bends)
-
-    def along(self, dz: Float[Tensor, "s q m"], index: Tensor) -> Float[Tensor, "s q m"]:
-        """Of the samples `index`, for q changes each: forward with the slopes, back with slopes and bends."""
-        problem, changes = self.problem, [dz]
-        slopes = [slope[index][:, None] for slope in self.run.slopes]
-        for k in range(problem.last):
-            changes.append((changes[-1] * slopes[k]) @ problem.weights[k + 1].T)
-        moved = (changes[-1] * slopes[-1]) @ problem.weights[-1].T
-        logits = self.logits[index][:, None].expand_as(moved)
-        along = activate_along(problem.loss, logits.flatten(0, 1), moved.flatten(0, 1)).unflatten(0, moved.shape[:2])
-        back = self.targets.unit * self.targets.copies[index][:, None, None] * along
-        for k in range(problem.last, -1, -1):
-            back = (back @ problem.weights[k + 1]) * slopes[k] + self.bends[k][index][:, None] * changes[k]
-        return back
+def _inverse_norm(gram: Float[Tensor, "s q q"]) -> Float[Tensor, " s"]:
+    """The Frobenius norm of each T⁺ from T Tᵀ; infinite where the rows of T are dependent."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    inverse = torch.cholesky_inverse(factor) if gram.shape[1] else gram
+    squared, size = (x.diagonal(dim1=1, dim2=2).sum(1) for x in (inverse, gram))
+    sure = (failed == 0) & (squared * size < MOST_UNEQUAL)
+    return torch.where(sure, squared.clamp_min(0).sqrt(), torch.inf)

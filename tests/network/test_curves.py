@@ -7,9 +7,11 @@ from torch import Generator, nn
 
 from spear import federated, metrics, models
 from spear.inversion import attack
-from spear.network.curved_bounds import Derivatives, curved_bounds
+from spear.network.curved_bounds import curved_bounds
 from spear.network.curves.layer import Curves, Known, Layer
 from spear.network.curves.reflections import nearest
+from spear.network.derivatives import Derivatives
+from spear.network.newton import correct
 from spear.network.problem import NetworkView, Targets, open_network, passes
 from spear.reconstruction import Refusal
 
@@ -185,6 +187,18 @@ def test_bounds_hold_for_gradients_with_noise(activation, depth):
     bound = curved_bounds(problem, passes(problem, moved, targets), targets)
     assert bool(((moved - x).norm(dim=1) / x.norm(dim=1) <= bound).all())
     assert float(curved_bounds(problem, run_, targets).max()) < 1e-9
+
+
+@pytest.mark.parametrize("activations", [[nn.GELU], [nn.Softplus], [nn.Tanh, nn.ReLU], [nn.ReLU, nn.SiLU]])
+def test_newton_makes_a_nearly_right_batch_exact(activations):
+    x, y = batch(9)
+    problem = view(network(activations, m=80), x, y)
+    targets = Targets(F.one_hot(y, 10).double(), problem.unit(9), 0.0)
+    inside = torch.randn(9, 9, generator=Generator().manual_seed(5), dtype=torch.float64) @ x
+    found, levers = correct(problem, x + 1e-5 * inside, targets)
+    assert float((found - x).norm(dim=1).max()) < 1e-9
+    bounds = [curved_bounds(problem, passes(problem, found, targets), targets, known) for known in (levers, None)]
+    torch.testing.assert_close(*bounds, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh, nn.Softplus, nn.LeakyReLU])

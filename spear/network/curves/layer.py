@@ -152,12 +152,27 @@ class Curves:
     def forth(self, at: "Points", v: Float[Tensor, "k q"]) -> Float[Tensor, "k m"]:
         """The derivative of the residual along v."""
         moved = self.turn(at, v @ self.frame.T)
-        moved = moved - at.unit * (at.unit * moved).sum(1, keepdim=True)
-        return moved - project(moved, self.basis)
+        moved = torch.addcmul(moved, _along(at, moved), at.unit, value=-1)
+        return torch.addmm(moved, moved @ self.basis, self.basis.T, alpha=-1)
+
+    def matrix(self, at: "Points") -> Float[Tensor, "k q m"]:
+        """The derivative of the residual along every direction, one row each."""
+        dz = self.frame.T
+        along = (at.slope[:, None] * dz) @ self.head.T
+        logits = at.logits[:, None].expand_as(along).flatten(0, 1)
+        along = activate_along(self.problem.loss, logits, along.flatten(0, 1)).view_as(along)
+        moved = (along @ self.head).mul_(at.slope[:, None]).addcmul_(at.bend[:, None], dz).div_(at.size[:, None])
+        moved = torch.baddbmm(moved, moved @ at.unit[:, :, None], at.unit[:, None], alpha=-1)
+        return moved - (moved @ self.basis) @ self.basis.T
 
     def back(self, at: "Points", u: Float[Tensor, "k m"]) -> Float[Tensor, "k q"]:
         """Its transpose, of u that are orthogonal to span(U)."""
-        return self.turn(at, u - at.unit * (at.unit * u).sum(1, keepdim=True)) @ self.frame
+        return self.turn(at, torch.addcmul(u, _along(at, u), at.unit, value=-1)) @ self.frame
+
+
+def _along(at: "Points", x: Float[Tensor, "k m"]) -> Float[Tensor, "k 1"]:
+    """Of each x the part along delta."""
+    return torch.linalg.vecdot(at.unit, x)[:, None]
 
 
 @dataclass(frozen=True)

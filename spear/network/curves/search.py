@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from spear.directions import TINY, apart
-from spear.network.curves.fit import Effort, fit
+from spear.network.curves.fit import Effort, finish, fit
 from spear.network.curves.layer import Curves, Known, Layer
 from spear.network.curves.reflections import polish, reflect
 from spear.network.problem import NetworkView
@@ -17,8 +17,8 @@ from spear.published.lowrank import LowRank
 
 SPREADS = (2.0, 1.0, 0.5)  # of starts around their class mean, in units of the mean's own spread over the units
 STARTS, FEWEST = 64, 16  # of a round, at most and at least
-ROUGH = Effort(steps=40, inner=40, arrived=1e-4)  # of every start, in single precision
-FINE = Effort(steps=12, inner=100, arrived=1e-13)  # of one that arrived
+ROUGH = Effort(steps=40, inner=25, arrived=1e-4)  # of every start, in single precision
+EXACT = 1e-11  # the sine against the whole gradient that needs no step: the batch as a whole is made exact later
 REFLECTIONS, LONGEST = 150, 4  # steps of a start, and how many times as many after rounds that found nothing
 POLISH = Effort(steps=8, inner=40, arrived=1e-10)  # of one with its pieces
 NEAR = 1e-3  # the sine under which a start in single precision has arrived
@@ -123,13 +123,11 @@ class CurveSearch:
         w, labels = w[arrived].to(s), labels[arrived]
         one = apart(curves.base + w @ curves.frame.T, curves.base.new_zeros(0, len(curves.base)), ROUGHLY_SAME)
         w, labels = w[one], labels[one]
-        w, sine = fit(curves, w, labels, self._effort(FINE))
-        good = sine < self.accept**0.5
-        return curves.samples(w[good]) @ self.layer.right, labels[good]
+        return curves.samples(w) @ self.layer.right, labels
 
     def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"]) -> Known:
         """Ends made exact against the whole gradient: those that fit it and are new, the best first."""
-        w, sine = fit(self.curves, self.curves.coordinates(s), labels, self._effort(FINE))
+        w, sine = finish(self.curves, self.curves.coordinates(s), labels, arrived=EXACT)
         at = self.curves.at(w, labels)
         found = Known(self.curves.samples(w), at.unit @ self.whole.basis, labels)
         unit = self.problem.unit(self.problem.batch_size or self.whole.rank)

@@ -12,6 +12,7 @@ from spear.network.curves.descent import descend
 from spear.network.curves.search import CurveSearch
 from spear.network.labels import decode
 from spear.network.layerwise import solve
+from spear.network.newton import correct
 from spear.network.one_by_one import KnownSamples, unit_weight, witness
 from spear.network.problem import NetworkView
 from spear.network.recovery import Judged, Reached, nothing, number
@@ -71,7 +72,9 @@ def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reac
     activated = problem.activate(at.logits)
     errors = (activated - problem.one_hot(run.known.labels)) * (weight / at.size[:, 0])[:, None]
     if not run.left and bool(sure.all()):
-        return judge(problem, inputs, decode(problem, errors, activated), reached)
+        targets = decode(problem, errors, activated)
+        inputs, known = correct(problem, inputs, targets)
+        return judge(problem, inputs, targets, reached, known)
     known = KnownSamples(inputs[sure], F.one_hot(run.known.labels[sure], problem.classes).to(inputs))
     return partly(problem, known, reached)
 
@@ -89,7 +92,8 @@ def conclude_slopes(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: 
     inputs, sure = descend(problem, y, deltas, whole=True)
     if not bool(sure.all()):
         return nothing(problem, f"{reached}; too few units below tell their pre-activations", reached)
-    return judge(problem, inputs, targets, reached)
+    inputs, known = correct(problem, inputs, targets)
+    return judge(problem, inputs, targets, reached, known)
 
 
 def _outputs(problem: NetworkView, y: Float[Tensor, "s in"]) -> Float[Tensor, "s outputs"]:
