@@ -20,6 +20,7 @@ from spear.models.memory import remembered
 from spear.models.tracing import Sent, next_sent
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network, plain
+from spear.normalisation import entry
 from spear.normalisation.opening import open_normalised
 from spear.normalisation.recover import recover as recover_normalised
 from spear.published.algorithm import Sampling
@@ -97,6 +98,7 @@ def attack(
     check_number("time_limit", time_limit, 0)
     check_number("max_proposals", max_proposals, 0, whole=True)
     check_number("batch_size", batch_size, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
     with remembered():
@@ -104,8 +106,10 @@ def attack(
         read = decoding.read(model, update)
         doubted = claims.contradicted(model, read.update)
         sent = next_sent(model, read.update.gradients, read.update.input_shape) if layer is None else Sent(layer)
-        request = Request(model, read.update, sent.layer, batch_size, device, terms, doubted)
-        result = as_given(model, read.update, sent.layer, _as_read(request, chosen))
+        fixed, known = entry.with_statistics(model, read.update)
+        request = Request(fixed, read.update, sent.layer, batch_size, device, terms, doubted)
+        result = as_given(fixed, read.update, sent.layer, _as_read(request, chosen))
+        result = entry.confirmed(model, read.update, result, known)
     if read.doubt and bool(result.certified.any()):
         nobody = torch.zeros_like(result.certified)
         result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")

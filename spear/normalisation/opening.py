@@ -1,9 +1,10 @@
 """From a model and an update to what the server knows of a network that normalises, or drops units as it trains."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from spear.federated.received import (
@@ -96,14 +97,25 @@ def _norm(
         raise Refusal(f"batch normalisation behind {layer.name}: {why}")
     bias = layer.linear.bias
     norm = replace(norm, offset=torch.zeros_like(norm.shift) if bias is None else bias.detach().double())
-    return _with_statistics(norm, found, dict(model.named_buffers()), update.buffers or {})
+    told = told_statistics(found, dict(model.named_buffers()), update.buffers or {})
+    return norm if told is None else replace(norm, **vars(told))
 
 
-def _with_statistics(norm: Norm, found: Normaliser, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Norm:
-    """With the batch's mean and variance, where its running statistics came and moved at a known rate."""
+@dataclass(frozen=True)
+class Told:
+    """A batch's mean and variance (m,), the latter over b - 1, as running statistics tell them, with their rounding."""
+
+    mean: Float[Tensor, " m"]
+    mean_error: Float[Tensor, " m"]
+    variance: Float[Tensor, " m"]
+    variance_error: Float[Tensor, " m"]
+
+
+def told_statistics(found: Normaliser, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Told | None:
+    """The batch's statistics, where its running ones came and moved at a known rate."""
     names = found.mean_name, found.variance_name
     if not found.rate or not all(name in before and name in after for name in names):
-        return norm
+        return None
     told = []
     for name in names:
         old, new = before[name], after[name].to(before[name].device)
@@ -111,6 +123,4 @@ def _with_statistics(norm: Norm, found: Normaliser, before: Mapping[str, Tensor]
         old, new = old.double(), new.double()
         kept = (1 - found.rate) * old
         told += [(new - kept) / found.rate, eps * (new.abs() + kept.abs()) / found.rate]
-    if not bool((told[2] > 0).all()):
-        return norm
-    return replace(norm, mean=told[0], mean_error=told[1], variance=told[2], variance_error=told[3])
+    return Told(*told) if bool((told[2] > -told[3]).all()) else None
