@@ -17,7 +17,7 @@ from spear.federated.received import (
     input_shape,
     rounding_unit,
 )
-from spear.federated.update import SharedUpdate
+from spear.federated.update import Lazy, SharedUpdate
 from spear.models.layers import Layer
 from spear.models.normalised import Normaliser, normalised_chain
 from spear.network.problem import NetworkView
@@ -56,6 +56,7 @@ def open_normalised(
     moved = lambda x: x.detach().to(device, torch.float64)  # noqa: E731
     received = lambda layer, kind: moved(layer.gradient(f"{layer.name}.{kind}", gradients))  # noqa: E731
     pairs = list(zip(layers, biased, strict=True))
+    idle = {layer.own.get(f"{layer.name}.bias") for layer, has in pairs if not has}
     network = NetworkView(
         tuple(moved(layer.linear.weight) for layer in layers),
         tuple(moved(layer.linear.bias) if has else None for layer, has in pairs),
@@ -63,13 +64,20 @@ def open_normalised(
         tuple(received(layer, "bias") if has else None for layer, has in pairs),
         batch_size or update.count,
         update.reduction,
-        rounding_unit(model, update) / 2,
+        rounding_unit(model, _without(update, idle)) / 2,
         input_shape(layers[0].name, layers[0].linear.in_features, update),
         "binary_cross_entropy" if update.loss == "cross_entropy" and _one_output(layers) else update.loss,
         coarsest(model, update),
     )
     norms = tuple(_norm(model, update, gradients, layer, norm) for layer, norm in zip(layers, behind, strict=True))
     return NormalisedView(network, tuple(norm and norm.to(device) for norm in norms[:-1]), tuple(x.drop for x in found))
+
+
+def _without(update: SharedUpdate, names: set[str | None]) -> SharedUpdate:
+    """The update without the gradients that are zero but for rounding: those of biases in front of BatchNorm."""
+    g = update.gradients
+    lost = (g.rounding, g.noise) if isinstance(g, Lazy) else ()
+    return replace(update, gradients=Lazy(tuple(name for name in g if name not in names), g.__getitem__, *lost))
 
 
 def _one_output(layers: list[Layer]) -> bool:
