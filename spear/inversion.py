@@ -13,8 +13,11 @@ from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
 from spear.federated import decoding
 from spear.federated.naming import unwrapped
+from spear.federated.received import check_gradients
 from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
+from spear.fronts.recovery import behind
+from spear.models.fronts import cut
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network, plain
 from spear.published.algorithm import Sampling
@@ -98,9 +101,22 @@ def attack(
     read = decoding.read(model, update)
     doubted = claims.contradicted(model, read.update)
     request = Request(model, read.update, layer, batch_size, device, terms, doubted)
-    result = as_given(model, read.update, layer, _by_loss(request, chosen))
+    result = as_given(model, read.update, layer, _through(request, chosen))
     reason = "; ".join([result.reason + (request.denial if doubted else ""), *read.words])
     return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
+
+
+def _through(request: "Request", method: Method) -> Reconstruction:
+    """The result; where features enter the layer, first they, then what a front computes them from."""
+    update, found = request.update, None
+    if request.layer is None and update.local_steps == 1 and update.pruning is None:
+        found = cut(request.model, update.input_shape)
+    if found is None:
+        return _by_loss(request, method)
+    check_gradients(request.model, as_gradient(update) if is_perturbed(update) else update)
+    head = replace(update, gradients=found.of_head(update.gradients), input_shape=None)
+    result = _by_loss(replace(request, model=found.head, update=head), method)
+    return behind(found, request.model, update, result, request.terms)
 
 
 def _by_loss(request: "Request", method: Method) -> Reconstruction:

@@ -123,6 +123,8 @@ class Reconstruction:
     made it: one of `spear.inversion.METHODS`, or "noise", "pruning" or "local training". No certified input's relative
     error is above its `error_bound` (k,), infinite where there is none, and that is at most `limit`: 1e-6 where model
     and update are float64, else 1e-3 (`spear.certificate`).
+    `features_of` is empty where the inputs are samples; else it names the linear layer of the model that they enter:
+    features, which do not determine the samples, or from which these were not found.
     """
 
     inputs: Float[Tensor, "k *input_shape"]
@@ -138,6 +140,7 @@ class Reconstruction:
     method: str = ""
     error_bound: Float[Tensor, " k"] | None = None
     limit: float = 1e-6
+    features_of: str = ""
 
     def __post_init__(self) -> None:
         if self.error_bound is None:

@@ -24,6 +24,8 @@ def as_given(model: nn.Module, update: SharedUpdate, layer: str | None, result: 
         found = next(chosen, None)
         if found is not None and found.path is not None:
             result = _as_entered(result, found) if found.rows > 1 else _undone(result, found, update.input_shape)
+        elif found is not None:
+            result = replace(result, features_of=found.name)
     if update.loss == "cross_entropy" and one_output(model, update.input_shape):
         result = replace(result, reason=f"{result.reason}; the model has one output: binary cross-entropy was assumed")
     if not result.complete and (off := doubts(model, update.input_shape)):
