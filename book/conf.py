@@ -27,6 +27,7 @@ BESIDE = {
 }
 include_patterns = ["README.md", "notebooks/*.ipynb", *(f"{page}.md" for page in BESIDE.values())]
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # links in outputs lead to pages, as those in text
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 html_theme = "sphinx_book_theme"

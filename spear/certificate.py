@@ -27,6 +27,7 @@ the number of samples must be disclosed, is taken on trust, and must be that of 
 batch is the only one in its linear region: one with other activation patterns is not excluded.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spear.directions import unit_rows
+from spear.models.streaming import Blocks
 
 SAFETY = 10.0  # what first order, and noise that is not quite independent, leave out
 NO_ANGLE = 1e-12  # squared sine of two spaces that meet
@@ -187,3 +189,29 @@ def length_slack(linear: Float[Tensor, "b m"], bias: Float[Tensor, " m"]) -> Flo
     longer = torch.where(turn > 1, turn - 1, torch.inf).amin(1)
     shorter = torch.where((turn > 0) & (turn < 1), 1 - turn, 1.0).amin(1)
     return torch.maximum(longer, shorter)
+
+
+def length_by_reader(
+    outputs: Float[Tensor, "b m1"], slopes: Float[Tensor, "b m1"], J: Blocks, eps: float
+) -> tuple[Float[Tensor, " b"], float]:
+    """By what share each input can be longer or shorter, from the gradient J of a linear layer that reads `outputs`.
+
+    J = C Y for the rows Y of `outputs`, [y; 1] of the samples, whatever the loss and that layer's weights. An input
+    that is longer by a share t moves its row by t times that of `slopes`: what J shows beside the rows of Y tells t, by
+    least squares. Infinite where it does not. Also returned: what is left of J, relative to it. Its rounding is `eps`.
+    """
+    Q, R = torch.linalg.qr(outputs.mT)
+    beside = slopes - (slopes @ Q) @ Q.mT
+    found = J.times(torch.cat([Q, beside.mT], 1))
+    C = torch.linalg.solve_triangular(R, found[:, : len(outputs)].mT, upper=True)  # J = Cᵀ Y
+    gram = (C @ C.mT) * (beside @ beside.mT)
+    inverse, wrong = torch.linalg.inv_ex(gram + torch.finfo(gram.dtype).eps * gram.diagonal().diag())
+    if int(wrong) or not bool(inverse.isfinite().all() and (gram.diagonal() > 0).all()):
+        return torch.full_like(gram[0], torch.inf), torch.inf
+    shares = inverse @ (C * found[:, len(outputs) :].mT).sum(1)
+    rest, whole = 0.0, 0.0
+    for part, block in J:
+        own = block - found[part, : len(outputs)] @ Q.mT - (C[:, part].mT * shares) @ beside
+        rest, whole = math.hypot(rest, float(own.norm())), math.hypot(whole, float(block.norm()))
+    entries = max(rest, eps * whole) / math.prod(J.shape) ** 0.5
+    return shares.abs() + SAFETY * entries * inverse.diagonal().clamp_min(0).sqrt(), rest / max(whole, 1e-300)

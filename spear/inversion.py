@@ -9,6 +9,7 @@ from torch import nn
 
 from spear.deployments import claims, noise, pruning
 from spear.deployments.local_training import retrace
+from spear.deployments.opening import holds_few_values, open_noisy
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
 from spear.federated import decoding
@@ -18,8 +19,12 @@ from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
 from spear.fronts.recovery import behind
 from spear.models.fronts import cut
+from spear.models.memory import remembered
+from spear.models.tracing import Sent, next_sent
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network, plain
+from spear.normalisation.opening import open_normalised
+from spear.normalisation.recover import recover as recover_normalised
 from spear.published.algorithm import Sampling
 from spear.published.guided import Guided
 from spear.published.one_layer import AFFORDABLE, attack_layer, hopeless
@@ -97,13 +102,18 @@ def attack(
     check_number("batch_size", batch_size, 1, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
-    model = unwrapped(model)
-    read = decoding.read(model, update)
-    doubted = claims.contradicted(model, read.update)
-    request = Request(model, read.update, layer, batch_size, device, terms, doubted)
-    result = as_given(model, read.update, layer, _through(request, chosen))
-    reason = "; ".join([result.reason + (request.denial if doubted else ""), *read.words])
-    return replace(result, reason=reason, stats=replace(result.stats, seconds=terms.budget.elapsed))
+    with remembered():
+        model = unwrapped(model)
+        read = decoding.read(model, update)
+        doubted = claims.contradicted(model, read.update)
+        sent = next_sent(model, read.update.gradients, read.update.input_shape) if layer is None else Sent(layer)
+        request = Request(model, read.update, sent.layer, batch_size, device, terms, doubted)
+        result = as_given(model, read.update, sent.layer, _through(request, chosen))
+    if read.doubt and bool(result.certified.any()):
+        nobody = torch.zeros_like(result.certified)
+        result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")
+    said = [result.reason + (request.denial if doubted else ""), *sent.words, *read.words]
+    return replace(result, reason="; ".join(said), stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 
 def _through(request: "Request", method: Method) -> Reconstruction:
@@ -112,25 +122,52 @@ def _through(request: "Request", method: Method) -> Reconstruction:
     if request.layer is None and update.local_steps == 1 and update.pruning is None:
         found = cut(request.model, update.input_shape)
     if found is None:
-        return _by_loss(request, method)
+        return _as_read(request, method)
     check_gradients(request.model, as_gradient(update) if is_perturbed(update) else update)
     head = replace(update, gradients=found.of_head(update.gradients), input_shape=None)
-    result = _by_loss(replace(request, model=found.head, update=head), method)
+    result = _as_read(replace(request, model=found.head, update=head), method)
     return behind(found, request.model, update, result, request.terms)
 
 
-def _by_loss(request: "Request", method: Method) -> Reconstruction:
-    """The result with the loss that was told; where inputs have no labels by that, with another that explains them."""
-    result = request.attack(method)
-    if not len(result.inputs) or result.labels is not None or bool(result.certified.any()) or request.layer is not None:
-        return result
-    for reading in decoding.other_losses(request.update):
-        if request.terms.budget.spent(0):
-            break
-        found = replace(request, update=reading.update).attack(method)
-        if found.labels is not None and found.expected_error is None:
-            return replace(found, reason="; ".join([found.reason, *reading.words]))
+def _as_read(request: "Request", method: Method) -> Reconstruction:
+    """The result with what was told; where that explains no inputs' labels, with a loss or steps that do."""
+    update, result, refusal = request.update, None, None
+    try:
+        result = request.attack(method)
+    except Refusal as error:
+        if update.local_steps == 1:
+            raise
+        refusal = error
+    explained = result is not None and (result.labels is not None or not len(result.inputs))
+    whole = explained and (_distinct(result) >= result.rank or result.expected_error is not None)
+    if request.layer is None and not whole:
+        losses = () if explained or update.local_steps > 1 else decoding.other_losses(update)
+        seen = update.local_steps > 1 or len(result.inputs) > 0
+        steps = decoding.other_steps(update) if isinstance(method, Auto | Network) and seen else ()
+        for reading in (*steps, *losses):
+            if request.terms.budget.spent(0):
+                break
+            found = _with(request, reading, method)
+            if found is not None:
+                return replace(found, reason="; ".join([found.reason, *reading.words]))
+    if result is None:
+        raise refusal
     return result
+
+
+def _distinct(result: Reconstruction) -> int:
+    return len(torch.unique(result.inputs.flatten(1), dim=0)) if len(result.inputs) else 0
+
+
+def _with(request: "Request", reading: decoding.Reading, method: Method) -> Reconstruction | None:
+    """What comes of another reading; `None` where that does not explain the whole batch."""
+    several = reading.update.local_steps > 1
+    try:
+        found = replace(request, update=reading.update).attack(Network() if several else method)
+    except Refusal:
+        return None
+    labelled = found.labels is not None and found.expected_error is None and len(found.inputs) >= found.rank
+    return found if (found.complete if several else labelled) else None
 
 
 def _chosen(method: str | Method, layer: str | None) -> Method:
@@ -211,10 +248,16 @@ class Request:
         """Every layer, for what is disclosed: noise or rounding, pruning, or nothing of these."""
         if is_perturbed(told):
             return noise.denoise(self.model, told, self.batch_size, self.device, self.terms)
-        network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
+        try:
+            network = open_network(self.model, told, batch_size=self.batch_size, device=self.device)
+        except Refusal:
+            view = open_normalised(self.model, told, batch_size=self.batch_size, device=self.device)
+            if view is None:
+                raise
+            return recover_normalised(view, self.terms)
         if told.pruning is not None:
             return pruning.recover(plain(network), self.terms)
-        return _exact_or_not(network, told.clip is not None, self.terms)
+        return _exact_or_not(network, told, self.terms)
 
     def following(self, auto: Auto) -> Iterator[Method]:
         """The methods that `auto` tries in turn; sampling does not stand noise."""
@@ -256,15 +299,19 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
     return replace(result, reason="; ".join([result.reason, *tried]))
 
 
-def _exact_or_not(network: NetworkView, clipped: bool, terms: Terms) -> Reconstruction:
+def _exact_or_not(network: NetworkView, told: SharedUpdate, terms: Terms) -> Reconstruction:
     """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
+    rounded = network.is_relu and not network.folded and holds_few_values(network)
+    found = noise.recover(open_noisy(network, told), terms) if rounded else None
+    if found is not None and len(found.inputs):
+        return found
     exact = whole_batch.recover(network, terms)
-    if len(exact.inputs) or network.folded or not network.is_relu:
-        return exact
+    if len(exact.inputs) or rounded or network.folded or not network.is_relu:
+        return exact if found is None else larger(found, exact)
     if pruning.is_pruned(network):
         return pruning.recover(network, terms)
-    noisy = noise.open_noisy(network, sigma=None, weighted=clipped)
-    seen = network.precision > COARSE or noise.is_visible(noisy)
-    found = noise.recover(noisy, terms) if seen else exact
+    opening = open_noisy(network, told)
+    seen = network.precision > COARSE or opening.is_visible
+    found = noise.recover(opening, terms) if seen else exact
     # Samples that the layers merge leave fewer directions, and pass for noise: then the estimate's errors mean nothing.
     return found if len(found.inputs) >= (network.batch_size or 1) else exact

@@ -122,7 +122,10 @@ class Reconstruction:
     clipping, or an average over unequal clients, made them differ from sample to sample. `method` is the method that
     made it: one of `spear.inversion.METHODS`, or "noise", "pruning" or "local training". No certified input's relative
     error is above its `error_bound` (k,), infinite where there is none, and that is at most `limit`: 1e-6 where model
-    and update are float64, else 1e-3 (`spear.certificate`).
+    and update are float64, else 1e-3 (`spear.certificate`). Where the update does not depend on the mean of the batch
+    (batch normalisation behind the first layer), inputs that are not certified may be so up to one image that is added
+    to all of them: `difference_bound` (k,) then bounds the error of each less their mean, relative to that; else it is
+    `None`.
     `features_of` is empty where the inputs are samples; else it names the linear layer of the model that they enter:
     features, which do not determine the samples, or from which these were not found.
     """
@@ -140,11 +143,19 @@ class Reconstruction:
     method: str = ""
     error_bound: Float[Tensor, " k"] | None = None
     limit: float = 1e-6
+    difference_bound: Float[Tensor, " k"] | None = None
     features_of: str = ""
 
     def __post_init__(self) -> None:
         if self.error_bound is None:
             object.__setattr__(self, "error_bound", torch.full_like(self.residuals, torch.inf))
+
+    @property
+    def differences(self) -> Bool[Tensor, " k"]:
+        """Which inputs, less the mean of the batch, are beyond doubt: those that are certified among them."""
+        if self.difference_bound is None:
+            return self.certified
+        return self.certified | (self.difference_bound <= self.limit)
 
 
 def larger(first: Reconstruction, second: Reconstruction) -> Reconstruction:
@@ -167,4 +178,4 @@ def _joined(sure: Reconstruction, more: Reconstruction) -> Reconstruction:
     residuals = torch.cat([sure.residuals, more.residuals[new]])
     parts = {name: torch.cat([getattr(sure, name), getattr(more, name)[new]]) for name in ("certified", "error_bound")}
     words = {"reason": f"{sure.reason}; {more.reason}", "method": f"{sure.method}, {more.method}"}
-    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, **parts, **words)
+    return replace(sure, inputs=inputs, labels=labels, residuals=residuals, difference_bound=None, **parts, **words)

@@ -133,12 +133,14 @@ def test_a_claim_that_cannot_be_seen_through_at_once_is_dropped_where_it_leads_n
     assert "the client claims noise of 10 per entry" in result.reason
 
 
-@pytest.mark.parametrize("claimed", [{"learning_rate": 0.1}, {"count": 9, "local_steps": 2**39, "learning_rate": 0.1}])
-def test_absurd_counts_take_no_memory_and_no_time(claimed):
+def test_absurd_counts_take_no_memory_and_no_time():
     model = chain()
-    update = replace(send(model, "plain"), **{"count": 2**39, "mini_batch": 3} | claimed)
+    update = replace(send(model, "plain"), count=2**39, mini_batch=3, learning_rate=0.1)
     with pytest.raises(Refusal, match="samples"):
         spear.attack(model, update, time_limit=5)
+    result = spear.attack(model, replace(update, count=9, local_steps=2**39), time_limit=5)
+    assert f"the update is that of one step, told were {2**39}" in result.reason
+    assert len(result.inputs) == BATCH
 
 
 @pytest.mark.parametrize(

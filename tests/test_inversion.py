@@ -247,18 +247,24 @@ def test_gradients_that_do_not_fit():
     problem = make()
     for name in ("fc1.weight", "fc1.bias"):
         with pytest.raises(ValueError, match=f"the update has no gradient for {name}; it has "):
-            attack(problem.model, without(problem.update, name))
+            attack(problem.model, without(problem.update, name), layer="fc1")
+        assert (
+            f"what enters fc2: the update has no gradient for {name}"
+            in attack(problem.model, without(problem.update, name)).reason
+        )
     gradients = problem.update.gradients
     with pytest.raises(
-        ValueError, match=r"the gradient of fc1.weight has shape \(40, 80\), the model's parameter \(80, 40\)"
+        ValueError, match=r"the gradient of fc1.weight has shape \(80, 39\), the model's parameter \(80, 40\)"
     ):
-        attack(problem.model, SharedUpdate({**gradients, "fc1.weight": gradients["fc1.weight"].mT}))
+        attack(problem.model, SharedUpdate({**gradients, "fc1.weight": gradients["fc1.weight"][:, 1:]}))
     with pytest.raises(ValueError, match="the update has a gradient for 'other', which the model does not have"):
         attack(problem.model, SharedUpdate({**gradients, "other": gradients["fc1.bias"]}))
     with pytest.raises(ValueError, match="the gradient has rank 0"):
         attack(problem.model, SharedUpdate({k: 0 * g for k, g in gradients.items()}))
+    steps = replace(problem.update, local_steps=3)
     with pytest.raises(ValueError, match="an update of 3 local steps is not the gradient of one batch"):
-        attack(problem.model, replace(problem.update, local_steps=3))
+        attack(problem.model, steps, method="layer")
+    assert "the update is that of one step, told were 3" in attack(problem.model, steps, method="network").reason
 
 
 def test_batches_too_large_for_the_layer():

@@ -281,18 +281,24 @@ def test_a_frozen_first_layer() -> None:
     model.fc1.requires_grad_(False)
     update = spear.federated.gradient(model, x, y)
     with pytest.raises(Refusal, match=r"no gradient for fc1.weight \(the layer is frozen\)"):
-        spear.attack(model, update, time_limit=5)
+        spear.attack(model, update, layer="fc1", time_limit=5)
+    result = spear.attack(model, update, time_limit=30)
+    features = model.fc1(x.flatten(1)).relu().detach()
+    assert float(torch.cdist(features, result.inputs).amin(1).max()) < 1e-6
+    assert "what enters fc2: the update has no gradient for fc1.weight (the layer is frozen)" in result.reason
 
 
 def test_what_the_client_did_in_training_mode() -> None:
     x, y = normal(0)
     hidden = made(lambda: Net(act=nn.Sequential(nn.ReLU(), nn.Dropout(0.5))), 0).train()
+    torch.manual_seed(0)
     update = sent(hidden, F.cross_entropy(hidden(x), y), count=BATCH)
+    all_back(spear.attack(hidden, update, time_limit=60), x.flatten(1), y)
     with pytest.raises(Refusal, match=r"the client trained with dropout act.1 \(p = 0.5\) on behind fc1"):
-        spear.attack(hidden, update, time_limit=5)
+        spear.attack(hidden, update, method="layer", time_limit=5)
     mixed = made(lambda: Normalised(False, True), 0).train()
     update = sent(mixed, F.cross_entropy(mixed(x), y), count=BATCH)
-    with pytest.raises(Refusal, match="batch normalisation body.2.0 on behind body.1: it mixes the samples"):
+    with pytest.raises(Refusal, match="where one kind of it stands behind every hidden layer"):
         spear.attack(mixed, update, time_limit=5)
     first = made(lambda: Net(before=nn.Dropout(0.2)), 0).train()
     update = sent(first, F.cross_entropy(first(x), y), count=BATCH)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from spear import inversion
-from spear.audit import protection, simulation
+from spear.audit import leaks, protection, simulation
 from spear.audit.protection import Tested
 from spear.audit.sample import Sample, choose, input_shape, outputs
 from spear.audit.simulation import Comparison, Options, Reach
@@ -32,7 +32,8 @@ class Risk:
     """What a linear layer gives away of a batch. `inputs` n, `width` m; `from_data`: it reads the data itself.
 
     `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows, or where
-    training leaves an `obstacle`.
+    training leaves an `obstacle`. `jointly` says what it gives away together with all other layers, where it
+    gives nothing by itself; `limit` is then the whole network's.
     `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals.
     """
 
@@ -45,10 +46,13 @@ class Risk:
     obstacle: str
     limit: int
     sampling: int
+    jointly: str = ""
 
     @property
     def gives_away(self) -> str:
         """In words, what the layer's gradient gives away."""
+        if self.jointly:
+            return self.jointly
         if not self.relu:
             return "not attacked by itself: no ReLU follows"
         if self.obstacle:
@@ -63,7 +67,8 @@ class Audit:
 
     `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
     attacked (None: the data), `not_attacked` what else of the model no attack here read, and why; `count` is the batch
-    size of the simulations. `result` is what came back, `outcome` its
+    size of the simulations. `statistics` says what batch normalisation's buffers give away beside the gradients, where
+    clients send them. `result` is what came back, `outcome` its
     comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
     `time_limit` and `trial_limit` are the seconds that the attack and each simulated one had, `seconds` is what the
     audit took, `memory` the largest that the process has been until then, in bytes.
@@ -77,6 +82,7 @@ class Audit:
     layer: str | None
     layers: tuple[Risk, ...]
     not_attacked: tuple[str, ...]
+    statistics: tuple[str, ...]
     result: Reconstruction
     truth: Tensor | None
     outcome: Comparison | None
@@ -151,6 +157,7 @@ def audit(
         layer=options.layer,
         layers=layers,
         not_attacked=_not_attacked(model, layers, target, options),
+        statistics=leaks.statistics(model, shape),
         result=result,
         truth=truth,
         outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
@@ -173,7 +180,9 @@ def peak_memory() -> int:
 def assess(model: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[Risk, ...]:
     """Every linear layer of the model and what it gives away; `shape` is that of a sample. Raises `ValueError` where
     the model cannot be traced."""
-    return tuple(_risk(layer) for layer in tracing.linear_layers(model, shape))
+    joint = leaks.jointly(model, shape)
+    found = [_risk(layer) for layer in tracing.linear_layers(model, shape)]
+    return tuple(replace(risk, **joint.get(risk.name, {})) for risk in found)
 
 
 def _risk(layer: Layer) -> Risk:
@@ -213,6 +222,8 @@ def _target(layers: tuple[Risk, ...], name: str | None) -> Risk:
 def _not_attacked(model: nn.Module, layers: tuple[Risk, ...], target: Risk, options: Options) -> tuple[str, ...]:
     """The parts of the model with weights of their own that no attack here reads, in words, and why."""
     risks, whole = {risk.name: risk for risk in layers}, options.layer is None and _is_chain(model)
+    if options.layer is None and any(risk.jointly for risk in layers):
+        return ()
     words = []
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
@@ -246,7 +257,7 @@ def _sample(
         shape = input_shape(model, shape)
         sample = choose(data, shape, outputs(model, shape), most=most, seed=seed)
         sample = replace(sample, inputs=sample.inputs.to(next(model.parameters())))
-        gradient(model, *sample.take(1))
+        gradient(model, *sample.take(2))  # batch normalisation needs two
     except ValueError as error:
         if update is None:
             raise

@@ -59,6 +59,7 @@ def to_json(audit: Audit) -> str:
             "source": audit.source,
             "layer": audit.layer,
             "not_attacked": list(audit.not_attacked),
+            "differences": int(audit.result.differences.sum()),
             "rank": audit.result.rank,
             "recovered": len(audit.result.inputs),
             "certified": int(audit.result.certified.sum()),
@@ -68,6 +69,7 @@ def to_json(audit: Audit) -> str:
             "labels": None if audit.result.labels is None else audit.result.labels.tolist(),
             "against_truth": None if audit.outcome is None else asdict(audit.outcome),
         },
+        "statistics": list(audit.statistics),
         "sample": audit.sample,
         "count": audit.count,
         "largest_batch": [asdict(reach) for reach in audit.reaches],
@@ -87,7 +89,9 @@ def verdict(audit: Audit) -> str:
         time = "" if audit.in_time else f" in the {audit.time_limit:g} s given: more time may find more"
         return f"Nothing was recovered from {audit.source} of {audit.count} samples{time}.{_untried(audit)}"
     whole = "the whole batch" if audit.result.complete else f"a batch of {audit.result.rank}"
-    return f"{found} samples were recovered from {audit.source}, {whole}; {certified} of them are certified."
+    known = int(audit.result.differences.sum())
+    more = f", and of {known} the difference from their mean" if known > certified else ""
+    return f"{found} samples were recovered from {audit.source}, {whole}; {certified} of them are certified{more}."
 
 
 def _untried(audit: Audit) -> str:
@@ -122,6 +126,8 @@ def _caption(audit: Audit) -> str:
 def _expected(audit: Audit) -> str:
     layers = [risk for risk in audit.layers if risk.limit and audit.layer in (None, risk.name)]
     sampled = max(layers, key=lambda risk: risk.from_data)
+    if sampled.jointly:
+        return f"SPEAR's sampling reads one layer alone, which {sampled.name} does not allow; all layers together do."
     budget = f"{inversion.AFFORDABLE:.0e} proposals"
     return f"SPEAR's expectation for independent draws: {budget} reach a batch of {sampled.sampling} at {sampled.name}."
 

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, fx, nn
 from spear.data import catalog, packs
 from spear.data.known import BUILT_IN
 from spear.models import expansion, tracing
+from spear.models.graphs import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ def outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
         return 0
     like = next(model.parameters())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             logits = model(torch.zeros(2, *shape, dtype=like.dtype, device=like.device))
     except Exception:  # the model's own code may raise anything
         return 0

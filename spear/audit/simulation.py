@@ -16,7 +16,7 @@ from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate
 from spear.metrics import evaluation
 from spear.models.watching import linear_layer, watched
-from spear.reconstruction import Reconstruction, Refusal
+from spear.reconstruction import Reconstruction
 
 RECOGNISED = 20.0  # dB: from about here on a picture shows what it shows
 FINENESS = 8  # the largest batch is found to one part in so many
@@ -38,7 +38,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Reach:
-    """The largest batch that `method` recovered whole, each sample certified, in simulation.
+    """The largest batch that `method` recovered whole, each sample certified, or its difference from the mean, in
+    simulation.
 
     `failed` is the smallest batch tried that did not come back whole, with its `reason`; None where all did, up to
     `most`, the largest batch that was to be tried. `seconds` is the time that the largest one took.
@@ -54,11 +55,21 @@ class Reach:
 
 def reach(model: nn.Module, sample: Sample, method: str, *, most: int, options: Options = Options()) -> Reach:
     """Double the batch until one does not come back whole, then halve the gap; `most` is the largest batch to try."""
-    found, batch = Reach(method, 0, 0.0, None, "", most), min(1, most)
+    found, batch = Reach(method, 0, 0.0, None, "", most), min(_least(model, sample), most)
     while batch != found.largest:
         found = _tried(found, batch, model, sample, options)
         batch = _following(found)
     return found
+
+
+def _least(model: nn.Module, sample: Sample) -> int:
+    """The smallest batch that is worth a try: batch normalisation leaves nothing of one sample, of two but its
+    epsilon."""
+    try:
+        gradient(model, *sample.take(1))
+    except ValueError:
+        return 3
+    return 1
 
 
 def _tried(found: Reach, batch: int, model: nn.Module, sample: Sample, options: Options) -> Reach:
@@ -66,9 +77,9 @@ def _tried(found: Reach, batch: int, model: nn.Module, sample: Sample, options: 
     started = time.monotonic()
     try:
         result = options.attack(model, gradient(model, *sample.take(batch)), found.method)
-    except Refusal as refusal:
-        return replace(found, failed=batch, reason=str(refusal))
-    if not result.complete:
+    except ValueError as error:  # a refusal, or a batch too small for batch normalisation
+        return replace(found, failed=batch, reason=str(error))
+    if not result.complete and not (len(result.inputs) == batch and bool(result.differences.all())):
         return replace(found, failed=batch, reason=result.reason)
     return replace(found, largest=batch, seconds=time.monotonic() - started)
 

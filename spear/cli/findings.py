@@ -17,6 +17,8 @@ def show(audit: Audit) -> None:
     print(f"{audit.seconds:.0f} s, at most {audit.memory / 2**30:.1f} GiB; attacks below: {audit.trial_limit:g} s each")
     layers = [(x.name, f"{x.width}", x.gives_away, f"{x.limit or '-'}") for x in audit.layers]
     _table(("linear layer", "width", "its gradient gives away", "batches up to"), layers)
+    for words in audit.statistics:
+        print(printable(f"buffers of batch normalisation, where clients send them: {words}"))
     reaches = [(r.method, f"{r.largest}", f"{r.failed}: {r.reason}" if r.failed else "-") for r in audit.reaches]
     _table(("method", "largest batch", "what ended it"), reaches)
     defences = [(t.name, _counts(t), t.verdict) for t in audit.defences]

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from spear.federated.received import PRECISIONS, check_gradients, rounding_unit
-from spear.federated.update import SharedUpdate
+from spear.federated.update import Lazy, SharedUpdate
 from spear.published.lowrank import decompose
 
 
 def words(update: SharedUpdate) -> str:
-    """What the client claims; empty where it claims nothing."""
-    noise = f"noise of {update.noise:g} per entry" if update.noise else ""
+    """What the client claims; empty where it claims nothing. Noise that was read off the update is no claim."""
+    known = isinstance(update.gradients, Lazy) and update.gradients.noise == update.noise
+    noise = f"noise of {update.noise:g} per entry" if update.noise and not known else ""
     bits = "" if update.bits is None else f"rounding to {update.bits} bits"
     pruning = "" if update.pruning is None else f"{update.pruning} pruning"
     return ", ".join(claim for claim in (noise, bits, pruning) if claim)

@@ -32,6 +32,7 @@ class Noisy:
     """A problem whose gradients carry noise: `sigmas[k]` per entry of hidden layer k's gradient, factorised at `lows`.
 
     `weight` is the weight of every sample in the loss, or `None` where each sample has its own, at most `most`.
+    `turned`: all gradients came with the other sign.
     """
 
     problem: NetworkView
@@ -39,6 +40,7 @@ class Noisy:
     sigmas: tuple[float, ...]
     weight: float | None
     most: float
+    turned: bool = False
 
     @property
     def rank(self) -> int:
@@ -69,6 +71,16 @@ class Estimate:
         """The samples that are `good`."""
         each = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: x[good] for name, x in each.items() if isinstance(x, Tensor)})
+
+    @property
+    def misfit(self) -> float:
+        """How many times larger the residual is than that of a right answer."""
+        return self.fit / self.expected_fit
+
+    @property
+    def scale(self) -> Float[Tensor, " s"]:
+        """How many times larger each measured vector is, along the sample's own, than that."""
+        return (self.measured * self.deltas).sum(1) / self.deltas.pow(2).sum(1)
 
     @property
     def residuals(self) -> Float[Tensor, " s"]:
@@ -222,6 +234,16 @@ def sample_weights(
         gram, right = _normal_equations(noisy.problem, deltas)
         weights = torch.linalg.solve(gram, right)
     return weights.clamp(LIGHTEST * noisy.most, noisy.most)
+
+
+def common_weight(noisy: Noisy, inputs: Float[Tensor, "s n"], labels: Int[Tensor, " s"]) -> tuple[float, float]:
+    """By what factor all samples weigh more than `noisy.weight`, by least squares on all bias gradients; its error."""
+    deltas = _plain(noisy.problem, inputs, labels)
+    D, g = bias_system(noisy.problem, [noisy.weight * d for d in deltas])
+    whole = D.sum(0)
+    size = whole.square().sum()
+    factor = whole @ g / size
+    return float(factor), float(((g - factor * whole) * whole).norm() / size)
 
 
 def weight_error(

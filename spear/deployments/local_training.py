@@ -210,12 +210,15 @@ class Retraced:
         """Samples with the evidence for them; none where they leave much of the update unexplained."""
         count, size = len(samples.inputs), self.problem.extend(0, samples.inputs).norm(dim=1) / norms(samples.inputs)
         bound, once = SAFETY * size * seen.error, torch.ones_like(samples.labels)
-        evidence = Certificate(once, self.training.count, max(seen.layers), EXACT.layer, bound, EXACT.recovered)
+        told = self.training.count + self.training.dropped
+        evidence = Certificate(once, told, max(seen.layers), EXACT.layer, bound, EXACT.recovered)
         reason = "simulating the local training gives the update in every layer"
         if not evidence.holds:
             left = f"{max(seen.layers):.1e} of a layer's change, {seen.misfit:.1f} times the weights' rounding"
             off = f"expected relative error {float(seen.error.max()):.1e} at worst"
             reason = f"simulating the local training from {count} samples leaves {left}: {off}"
+            if self.training.dropped:
+                reason += f"; {count} of {told} samples fill whole mini-batches, the others were dropped"
         if max(seen.layers) > EXPLAINED:
             nobody = replace(samples, inputs=samples.inputs[:0], labels=samples.labels[:0])
             return self.unverified(nobody, f"what was found does not explain the update: {reason}", starts)

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
-from spear.deployments.likelihood import Estimate, Noisy, measure, refine, sample_weights
+from spear.deployments.likelihood import Estimate, Noisy, common_weight, measure, refine, sample_weights
+from spear.deployments.opening import Opening, open_noisy
+from spear.deployments.sign import multiple, turned_to
 from spear.directions import away_from, unit_rows
 from spear.federated.update import SharedUpdate, as_gradient
 from spear.network.factors import Factors
-from spear.network.problem import NetworkView, Targets, open_network, passes, plain
+from spear.network.problem import Targets, open_network, passes, plain
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
-from spear.published.lowrank import LowRank, rank_under_noise
 from spear.reconstruction import Reconstruction, Refusal, Stats, Terms
 
 SAME = 0.97  # cosine of two pre-activation vectors under noise that are one sample's
@@ -26,114 +27,119 @@ ROUNDS, FEWEST = 8, 48  # of starts, and starts in each at least: one in three a
 IDLE = 2  # rounds in a row that found nothing
 SPARE = 8  # dimensions that starts keep although all found samples are taken out of them
 FAINTEST = 1e-4  # of the largest entry of all [x; 1]: what their 1 counts for at least
-FITS = 1.15  # a residual that many times larger than expected is no noise
+FITS, NEARLY = 1.15, 1.3  # a residual that many times larger than expected is no noise alone; not by samples missing
+ODD = 0.1  # how far the 1 of [x; 1] may be off, by the first layer, with a weight that all layers' biases show
+SAME_WEIGHT, CLEARLY = 0.01, 5  # by how much a weight is another: relative, in deviations of its median
+MOST_OFF = 2  # times the rank: a batch is of that size at most, else the weight has another cause
 MOVED = 0.65  # what a round moves a sample is its error before and after: measured, over both in quadrature
-TRIALS = 3  # searches, each without what the update supports of those before
-ROUNDING = 1e-12  # error of the linear algebra here, relative to the first singular value
-EDGE, SETTLING = 1.02, 10  # a little above the edge of pure noise; rounds in which rank and level settle
-SQUARED = 1e-6  # of the largest singular value: smaller ones are lost in the Gram matrix, whose unit is its square
-LOUD = 30  # roundings of an entry: what is under that is rounding, no noise
-SHORT, LONG = 1.5, 3  # times the edge of pure noise: its spectrum ends there; that of noise in proportion to entries,
-CLEAR = 10  # which must lie that far below the batch's
+TRIALS = 8  # searches, each without what the update supports of those before
 RELATED = 0.6  # sine to the first gradient of a label's back-propagated vector: wrong images have none so near
 DROPS = 4  # rounds of refinement without the samples that the update does not support
 ALIKE, OFF, WORST = 0.6, 0.35, 0.5  # cosine, size and expected error up to which the update supports a sample
 
 
-def level(J: Float[Tensor, "m n"], sigma: float | None = None, most: int | None = None) -> tuple[LowRank, float]:
-    """The part of a gradient that stands out of noise, and the noise's standard deviation per entry.
-
-    `sigma` is the level where it is known, `most` the largest rank there can be. Rows and columns that are zero carry
-    no noise and are not counted.
-    """
-    m, n = int(J.any(1).sum()), int(J.any(0).sum())
-    s, L = _left(J)
-    bound = min(most or len(s), m - 1, n - 1)
-    rank = max(1, min(rank_under_noise(s[: min(m, n)], (m, n), sigma), bound))
-    rounding = ROUNDING * float(s[0]) / (m * n) ** 0.5
-    for _ in range(SETTLING):
-        seen = max(float(s[rank:].norm()) / max((m - rank) * (n - rank), 1) ** 0.5, rounding)
-        before, above = rank, rank_under_noise(s, (m, n), EDGE * (seen if sigma is None else sigma))
-        rank = max(1, min(above, bound))
-        if rank == before:
-            break
-    beyond = float(s[rank]) if rank < len(s) else 0.0
-    low = LowRank(rank, L[:, :rank], L[:, :rank].mT @ J, float(s[rank - 1]) / max(beyond, 1e-300), beyond)
-    return low, seen if sigma is None else sigma
-
-
-def _left(J: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " k"], Float[Tensor, "m k"]]:
-    """Singular values and left singular vectors; by the smaller Gram matrix where squaring loses nothing."""
-    wide = J if J.shape[0] <= J.shape[1] else J.mT
-    values, U = torch.linalg.eigh(wide @ wide.mT)
-    s, U = values.flip(0).clamp_min(0).sqrt(), U.flip(1)
-    if s.median() < SQUARED * s[0]:
-        U, s, _ = torch.linalg.svd(torch.linalg.qr(wide.mT, mode="r")[1].mT, full_matrices=False)
-    if wide is J:
-        return s, U
-    return s, torch.linalg.qr(J @ U / s.clamp_min(1e-300 + ROUNDING * s[0]))[0]
-
-
-def open_noisy(problem: NetworkView, *, sigma: float | None, weighted: bool) -> Noisy:
-    """The noisy problem behind gradients: spaces of every hidden layer, noise levels, weights of the samples.
-
-    `sigma` is the noise per entry where it is disclosed, `weighted` says that samples were clipped, and so have
-    weights of their own, at most the common one.
-    """
-    count = problem.batch_size
-    if not all(bool(g.any()) for g in problem.weight_gradients):
-        raise ValueError("a gradient has rank 0: it is zero everywhere")
-    found = [level(problem.augmented(k), sigma, count) for k in range(problem.last + 1)]
-    unit = problem.unit(count or found[0][0].rank)
-    lows, sigmas = zip(*found, strict=True)
-    return Noisy(problem, lows, sigmas, None if weighted else unit, unit)
-
-
-def is_visible(noisy: Noisy) -> bool:
-    """Whether what the samples leave of the first gradient looks like noise: above rounding, its spectrum short.
-
-    Noise in proportion to the entries, as half precision leaves it, has a longer spectrum: it must lie far below.
-    """
-    low, sigma, J = noisy.lows[0], noisy.sigmas[0], noisy.problem.augmented(0)
-    rounding = max(LOUD * noisy.problem.precision, 10 * ROUNDING) * float(J.norm()) / J.numel() ** 0.5
-    edge = sigma * (J.shape[0] ** 0.5 + J.shape[1] ** 0.5)
-    longest = (LONG if low.smallest > CLEAR * low.noise else SHORT) * edge
-    return sigma > rounding and low.noise < longest and edge < low.smallest
-
-
-def recover(noisy: Noisy, terms: Terms) -> Reconstruction:
+def recover(opening: Opening, terms: Terms) -> Reconstruction:
     """Find, refine, drop what the update does not support, and search on without what it does.
 
-    Nothing is certified; each sample has its expected error. The budget bounds the search; the refinement of what was
-    found is not cut short.
+    Nothing is certified; each sample has its expected error. Where the number of samples was not disclosed, the weight
+    of those found tells it. Samples that do not explain the update are returned if they nearly do, each with an error
+    that is larger by that. The budget bounds the search; the refinement of what was found is not cut short.
     """
+    noisy = opening.noisy()
     try:
         _check_reach(noisy)
     except Refusal as refusal:
         return _reconstruction(noisy, None, str(refusal), terms.stats())
-    estimate, used, trials = _search(noisy, terms)
-    reason = _reason(noisy, estimate)
-    if estimate is not None and estimate.fit > FITS * estimate.expected_fit:
-        estimate, reason = None, f"{reason}: what was found does not explain the update"
+    noisy, estimate, used, trials = _search(noisy, terms)
+    size = _size(noisy)
+    if estimate is not None and size != noisy.rank and not terms.budget.spent(used):
+        other, found, more, again = _search(opening.noisy(size), terms)
+        used, trials = used + more, trials + again
+        if _merit(found) >= _merit(estimate):
+            noisy, estimate = other, found
+    noisy, estimate = _reweighed(noisy, estimate)
+    estimate, reason = _borne_out(estimate, _reason(noisy, estimate) + multiple(noisy, estimate))
     return _reconstruction(noisy, estimate, reason, terms.stats(used, trials))
 
 
-def _search(noisy: Noisy, terms: Terms) -> tuple[Estimate | None, int, int]:
-    """The best estimate, the starts used, and the trials."""
-    used, trials, generator = 0, 0, terms.generator()
+def _borne_out(estimate: Estimate | None, reason: str) -> tuple[Estimate | None, str]:
+    """What is returned of an estimate, by how well it explains the update, and the reason with that."""
+    if estimate is None or estimate.misfit <= FITS:
+        return estimate, reason
+    reason = f"{reason}: what was found does not explain the update"
+    if not estimate.misfit <= NEARLY:
+        return None, reason
+    larger = replace(estimate, error=estimate.error * estimate.misfit**2)
+    return larger, f"{reason}, each sample is known less well by that"
+
+
+def _size(noisy: Noisy) -> int:
+    """The size of a batch that was not disclosed, by the weight of the samples found: in a mean one over it."""
+    problem = noisy.problem
+    if noisy.weight is None or problem.batch_size or problem.reduction != "mean":
+        return noisy.rank
+    size = round(problem.unit(1) / noisy.weight)
+    return size if noisy.rank <= MOST_OFF * size and size <= MOST_OFF * noisy.rank else noisy.rank
+
+
+def _weighed(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Noisy:
+    """With the samples' common weight as the update itself has it, where that is clearly another than was thought.
+
+    A rate, a count or a norm for clipping that was not disclosed, or wrongly, shows there.
+    """
+    if noisy.weight is None or not len(inputs):
+        return noisy
+    counts = F.one_hot(label(noisy, inputs), noisy.problem.classes).to(inputs)
+    own = passes(noisy.problem, inputs, Targets(counts, noisy.weight, 0.0)).deltas[0]
+    seen, _ = measure(noisy.problem, 0, noisy.problem.augmented(0), inputs)
+    factor = (seen * own).sum(1) / own.pow(2).sum(1)
+    middle = factor.median()
+    spread = (factor - middle).abs().median() / len(factor) ** 0.5
+    if float((middle - 1).abs()) < max(SAME_WEIGHT, CLEARLY * float(spread)) or not middle > 0:
+        return noisy
+    return replace(noisy, weight=noisy.weight * float(middle), most=noisy.most * float(middle))
+
+
+def _reweighed(noisy: Noisy, estimate: Estimate | None) -> tuple[Noisy, Estimate | None]:
+    """A whole batch's common weight, where it was read off, by the bias gradients of all layers; its error too."""
+    problem = noisy.problem
+    told = problem.unit(problem.batch_size or noisy.rank)
+    if estimate is None or noisy.weight in (None, told) or len(estimate.labels) < noisy.rank:
+        return noisy, estimate
+    factor, off = common_weight(noisy, estimate.inputs, estimate.labels)
+    noisy = replace(noisy, weight=noisy.weight * factor, most=noisy.most * factor)
+    estimate = refine(noisy, estimate.inputs, estimate.labels)
+    ones = torch.linalg.pinv(estimate.deltas.mT) @ problem.augmented(0)[:, -1]
+    if abs(length := float(ones.median()) - 1) > ODD:  # layers of unlike weight: the first alone makes the inputs
+        noisy = replace(noisy, weight=noisy.weight * (1 + length), most=noisy.most * (1 + length))
+        estimate = refine(noisy, estimate.inputs / (1 + length), estimate.labels)
+    return noisy, replace(estimate, error=torch.hypot(estimate.error, torch.full_like(estimate.error, off)))
+
+
+def _merit(estimate: Estimate | None) -> tuple[bool, int]:
+    """What makes an estimate better than another: that it explains the update nearly, and the number of samples."""
+    return (False, 0) if estimate is None else (estimate.misfit <= NEARLY, len(estimate.labels))
+
+
+def _search(noisy: Noisy, terms: Terms) -> tuple[Noisy, Estimate | None, int, int]:
+    """The best estimate, with its weights; the starts used, and the trials.
+
+    Each trial searches in what is left without the samples of the last that the update supports. They end with the
+    whole batch, or once `IDLE` in a row found no more.
+    """
+    used, trials, idle, generator = 0, 0, 0, terms.generator()
     inputs = noisy.problem.weights[0].new_zeros(0, noisy.problem.weights[0].shape[1])
-    estimate = None
-    while trials < TRIALS and not (trials and terms.budget.spent(used)):
+    best = None
+    while trials < TRIALS and idle < IDLE and not (trials and terms.budget.spent(used)):
         new, used = candidates(noisy, inputs, used=used, terms=terms, generator=generator)
         inputs, trials = torch.cat([inputs, new]), trials + 1
+        noisy = _weighed(turned_to(noisy, inputs), inputs)
+        estimate, good = _supported(noisy, inputs) if len(inputs) else (None, inputs[:, 0] > 0)
+        inputs = inputs[good]
+        best, idle = (estimate, 0) if _merit(estimate) > _merit(best) else (best, idle + 1)
         if len(inputs) == noisy.rank:
-            estimate = _supported(noisy, inputs)
-            if estimate is not None and len(estimate.labels) == noisy.rank:
-                break
-            inputs = inputs[:0] if estimate is None else estimate.inputs
-    if len(inputs) and len(inputs) < noisy.rank:
-        estimate = _supported(noisy, inputs)
-    return estimate, used, trials
+            break
+    return noisy, best, used, trials
 
 
 def _reconstruction(noisy: Noisy, estimate: Estimate | None, reason: str, stats: Stats) -> Reconstruction:
@@ -248,35 +254,36 @@ def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
     return torch.stack([F.cosine_similarity(seen, d) for d in each_class(noisy.problem, inputs)]).argmax(0)
 
 
-def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Estimate | None:
-    """The refined samples whose measured gradient has the direction and size of their own; none: `None`.
+def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> tuple[Estimate | None, Bool[Tensor, " s"]]:
+    """The refined samples whose measured gradient has the direction and size of their own, and which these are.
 
     Where samples are missing, one round has to do, since what they add to the update is only guessed; the others are
-    known less well than the noise alone would allow: by how far they moved.
+    known less well than the noise alone would allow: by how far they moved. Where there is none: `None`.
     """
-    whole = len(inputs) == noisy.rank
-    raw, estimate = inputs, refine(noisy, inputs, label(noisy, inputs), rounds=15 if whole else 1)
+    whole, kept = len(inputs) == noisy.rank, torch.arange(len(inputs), device=inputs.device)
+    estimate = refine(noisy, inputs, label(noisy, inputs), rounds=15 if whole else 1)
     if whole:
         estimate = refine(noisy, estimate.inputs, label(noisy, estimate.inputs))
     for _ in range(DROPS):
         good = _is_good(estimate)
         if bool(good.all()) or not bool(good.any()):
             break
-        raw = raw[good]
-        estimate = refine(noisy, raw, estimate.labels[good], rounds=1)
+        kept = kept[good]
+        estimate = refine(noisy, inputs[kept], estimate.labels[good], rounds=1)
+    there = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
     if not bool(good.all()):
-        return None
-    if len(raw) < noisy.rank:
-        moved = (estimate.inputs - raw).norm(dim=1) / raw.norm(dim=1)
+        return None, there
+    if len(kept) < noisy.rank:
+        moved = (estimate.inputs - inputs[kept]).norm(dim=1) / inputs[kept].norm(dim=1)
         estimate = replace(estimate, error=MOVED * torch.hypot(estimate.error, moved))
-        estimate = estimate.only(_is_good(estimate))
-    return estimate if len(estimate.labels) else None
+        good = _is_good(estimate)
+        estimate, kept = estimate.only(good), kept[good]
+    there[kept] = True
+    return (estimate if len(kept) else None), there
 
 
 def _is_good(estimate: Estimate) -> Bool[Tensor, " s"]:
-    seen, own = estimate.measured, estimate.deltas
-    scale = (seen * own).sum(1) / own.pow(2).sum(1)
-    alike = (F.cosine_similarity(seen, own) > ALIKE) & ((scale - 1).abs() < OFF)
+    alike = (F.cosine_similarity(estimate.measured, estimate.deltas) > ALIKE) & ((estimate.scale - 1).abs() < OFF)
     return alike & (estimate.error < WORST) & estimate.inputs.isfinite().all(1)
 
 
@@ -288,4 +295,4 @@ def denoise(
     Raises `Refusal` for a model that is no chain of linear layers.
     """
     problem = plain(open_network(model, as_gradient(update), batch_size=batch_size, device=device))
-    return recover(open_noisy(problem, sigma=update.noise or None, weighted=update.clip is not None), terms)
+    return recover(open_noisy(problem, update), terms)

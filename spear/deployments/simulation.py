@@ -17,12 +17,16 @@ MOST_STEPS = 10_000  # that are simulated, whatever a client says
 
 @dataclass(frozen=True)
 class Training:
-    """What a client disclosed of its local training: sample count, the steps' sizes, learning rate and momentum."""
+    """What a client disclosed of its local training: sample count, the steps' sizes, learning rate and momentum.
+
+    `dropped` samples of those told are in no step: the last mini-batch of an epoch, a smaller one, is left out.
+    """
 
     count: int
     sizes: tuple[int, ...]
     rate: float | int
     momentum: float | int
+    dropped: int = 0
 
     @classmethod
     def of(cls, update: SharedUpdate) -> "Training":
@@ -37,11 +41,14 @@ class Training:
         if update.count > largest or update.local_steps > MOST_STEPS:
             what = f"{update.count:,} samples in {update.local_steps:,} local steps"
             raise Refusal(f"{what} are not simulated: at most {largest:,} in {MOST_STEPS:,}")
-        epoch = [len(part) for part in torch.arange(update.count).split(update.mini_batch)]
+        epoch, whole = _epoch(update.count, update.mini_batch), update.count // update.mini_batch * update.mini_batch
+        if update.local_steps % len(epoch) and whole:
+            epoch = _epoch(whole, update.mini_batch)
         if update.local_steps % len(epoch):
             raise Refusal(f"{update.local_steps} local steps are no whole epochs of {len(epoch)} mini-batches")
         epochs = update.local_steps // len(epoch)
-        return cls(update.count, tuple(epoch * epochs), update.learning_rate, update.momentum)
+        told = update.learning_rate, update.momentum, update.count - sum(epoch)
+        return cls(sum(epoch), tuple(epoch * epochs), *told)
 
     @property
     def epochs(self) -> int:
@@ -52,6 +59,11 @@ class Training:
         """How much of a step's gradient is in the total change: the learning rate, and what momentum repeats of it."""
         left = len(self.sizes) - step
         return self.rate * sum(self.momentum**k for k in range(left))
+
+
+def _epoch(count: int, size: int) -> list[int]:
+    """The sizes of the mini-batches of an epoch."""
+    return [len(part) for part in torch.arange(count).split(size)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ What is done to an update before it is sent is in `spear.federated.defences`, DP
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import torch
@@ -14,11 +15,6 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from spear.federated.update import SharedUpdate, check_told
-
-RANDOM_IN_TRAINING = (
-    nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
-)
 
 
 def gradient(
@@ -31,30 +27,45 @@ def gradient(
 ) -> SharedUpdate:
     """The update of a FedSGD client: gradients of the loss of one batch by every parameter.
 
-    `inputs` holds one sample per row, in the dtype of the model; `labels` the class of each sample. The model is left
-    unchanged, its `.grad` fields included.
+    `inputs` holds one sample per row, in the dtype of the model; `labels` the class of each sample. The model is used
+    in the mode that it is in: in training mode dropout draws from torch's own generator, and batch normalisation takes
+    the batch's statistics; its running statistics after the step are the update's `buffers`. The model is left
+    unchanged, its `.grad` fields and buffers included.
 
-    Raises `ValueError` for an unknown reduction or loss, for batch normalisation or dropout in training mode (the
-    gradient of a sample would depend on the other samples, or on chance: call `model.eval()` first), for inputs and
-    labels of unequal length, and for a label that the model has no output for.
+    Raises `ValueError` for an unknown reduction or loss, for inputs and labels of unequal length, and for a label that
+    the model has no output for.
     """
     check_told({"loss": loss, "reduction": reduction})
     if len(inputs) != len(labels):
         raise ValueError(f"{len(inputs)} inputs but {len(labels)} labels")
-    _refuse_training_mode(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
     names, parameters = tuple(trained), tuple(trained.values())
-    logits = model(inputs)
-    most = 2 if logits.shape[1] == 1 and loss != "cross_entropy" else logits.shape[1]
-    if int(labels.min()) < 0 or int(labels.max()) >= most:
-        span = f"{int(labels.min())} to {int(labels.max())}"
-        raise ValueError(f"labels run from {span}; the model has {logits.shape[1]} outputs")
-    value = batch_loss(logits, labels, loss, reduction)
-    values = torch.autograd.grad(value, parameters, allow_unused=True)
+    with _kept_buffers(model) as buffers:
+        logits = model(inputs)
+        most = 2 if logits.shape[1] == 1 and loss != "cross_entropy" else logits.shape[1]
+        if int(labels.min()) < 0 or int(labels.max()) >= most:
+            span = f"{int(labels.min())} to {int(labels.max())}"
+            raise ValueError(f"labels run from {span}; the model has {logits.shape[1]} outputs")
+        value = batch_loss(logits, labels, loss, reduction)
+        values = torch.autograd.grad(value, parameters, allow_unused=True)
     found = {n: g for n, g in zip(names, values, strict=True) if g is not None}
-    return SharedUpdate(found, reduction, len(inputs), tuple(inputs.shape[1:]), loss=loss)
+    return SharedUpdate(found, reduction, len(inputs), tuple(inputs.shape[1:]), loss=loss, buffers=buffers or None)
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Buffers are put back at the end of the context, and what changed of them is then in the dictionary."""
+    before, changed = {name: buffer.clone() for name, buffer in model.named_buffers()}, {}
+    try:
+        yield changed
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if not torch.equal(buffer, before[name]):
+                    changed[name] = buffer.clone()
+                    buffer.copy_(before[name])
 
 
 def batch_loss(
@@ -67,14 +78,6 @@ def batch_loss(
     wanted = F.one_hot(labels, max(outputs, 2))[:, -outputs:].to(logits)
     compare = F.mse_loss if loss == "squared_error" else F.binary_cross_entropy_with_logits
     return compare(logits, wanted, reduction=reduction)
-
-
-def _refuse_training_mode(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module.training and isinstance(module, RANDOM_IN_TRAINING):
-            kind = type(module).__name__
-            why = "so the gradient of a sample is not its own: call model.eval()"
-            raise ValueError(f"{name} ({kind}) is in training mode, {why}")
 
 
 def local_training(
@@ -150,7 +153,7 @@ def aggregated(updates: Sequence[SharedUpdate], *, by: str = "samples") -> Share
     if not updates or None in counts:
         raise ValueError(f"aggregation needs updates that disclose their counts, not {counts}")
     first = updates[0]
-    same = [f.name for f in fields(SharedUpdate) if f.name not in ("gradients", "count")]
+    same = [f.name for f in fields(SharedUpdate) if f.name not in ("gradients", "count", "buffers")]
     for update in updates[1:]:
         if update.gradients.keys() != first.gradients.keys():
             raise ValueError("clients in one sum have gradients for the same parameters")
@@ -161,7 +164,7 @@ def aggregated(updates: Sequence[SharedUpdate], *, by: str = "samples") -> Share
         name: sum(w * u.gradients[name] for w, u in zip(weights, updates, strict=True)) for name in first.gradients
     }
     noise = None if first.noise is None else first.noise * math.hypot(*weights)
-    return replace(first, gradients=joined, count=sum(counts), clients=counts, noise=noise)
+    return replace(first, gradients=joined, count=sum(counts), clients=counts, noise=noise, buffers=None)
 
 
 def _weights(counts: tuple[int, ...], by: str) -> list[float]:

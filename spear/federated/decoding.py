@@ -3,32 +3,34 @@
 A `Reading` is an update with that undone, and words for it. It is a guess until an attack's own certificate holds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spear.federated import adam
+from spear.federated.parts import widest_part
 from spear.federated.received import is_finite
 from spear.federated.update import LOOKED_AT, LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
 
-EPSILON = 1e-8  # torch's default for Adam
-SATURATED, MOST = 0.05, 0.9  # how far Adam's steps are from the rate, or from 0, and the share of them that is
 LARGEST = 512  # rows and columns of the part of a gradient that is looked at: shows batches of up to half as many
 FEWEST = 8  # rows and columns that a gradient needs for that
 SINGULAR = 1e-7  # of the largest singular value: the least, under which weights do not tell eigenvalues
 ROUNDING = 1e-12  # of the largest singular value: what is under that, of most, is no decay but rounding
 SPACE = 1e-9  # the same, above which a direction belongs to the column space
+STEPS = ((2, 1), (1, 2), (3, 1), (1, 4), (2, 2), (5, 1), (1, 3))  # epochs and mini-batches that are tried, untold
 TOGETHER = 0.01  # relative distance of eigenvalues that are one
 
 
 @dataclass(frozen=True)
 class Reading:
-    """An update as it is taken, and what was undone for that, in words."""
+    """An update as it is taken, and what was undone for that, in words; a `doubt` forbids to certify what it gives."""
 
     update: SharedUpdate
     words: tuple[str, ...] = ()
+    doubt: str = ""
 
 
 def read(model: nn.Module, update: SharedUpdate) -> Reading:
@@ -37,13 +39,23 @@ def read(model: nn.Module, update: SharedUpdate) -> Reading:
     Raises `ValueError` as `under_names_of` does.
     """
     named, words = under_names_of(model, update)
+    words += (adam.SIGNS,) if _is_sign(named) else ()
     if update.local_steps > 1 or update.pruning is not None or is_perturbed(update) or not _fits(model, named):
         return Reading(named, words)
-    for undo in (without_adam, without_decay):
-        undone = undo(model, named)
-        if undone is not None:
-            return replace(undone, words=words + undone.words)
-    return Reading(named, words)
+    reading = Reading(named, words)
+    if (seen := _decay(model, named)) is None:
+        reading = _without_adam(model, reading)
+        seen = _decay(model, reading.update) if reading.doubt else None
+    undone = without_decay(model, reading.update, seen)
+    return reading if undone is None else replace(undone, words=reading.words + undone.words, doubt=reading.doubt)
+
+
+def _is_sign(update: SharedUpdate) -> bool:
+    """Whether all entries but zeros are of one size; a part of each tensor answers for the whole."""
+    parts = [g.flatten()[:LOOKED_AT].abs() for g in update.gradients.values() if g.is_floating_point()]
+    sizes = [part[part > 0] for part in parts]
+    least, most = ([float(f(size)) for size in sizes if len(size)] for f in (torch.min, torch.max))
+    return sum(map(len, sizes)) > FEWEST**2 and min(least) == max(most)
 
 
 def other_losses(update: SharedUpdate) -> Iterator[Reading]:
@@ -53,32 +65,35 @@ def other_losses(update: SharedUpdate) -> Iterator[Reading]:
             yield Reading(replace(update, loss=loss), (f"the update fits the loss {loss}, told was {update.loss}",))
 
 
-def without_adam(model: nn.Module, update: SharedUpdate) -> Reading | None:
-    """The gradient behind Adam's first step, which is u = g / (|g| + eps) times the rate; None for any other update."""
-    rate = update.learning_rate
-    if rate is None or not all(_is_adams(g, rate) for g in update.gradients.values()):
-        return None
-    received = update.gradients
-
-    def gradient(name: str) -> Tensor:
-        u = received[name].double() / rate
-        return torch.where(u.abs() < 1, EPSILON * u / (1 - u.abs()), 0.0)
-
-    words = f"the change is Adam's first step: the gradient was computed from it, with eps {EPSILON:g}"
-    undone = replace(update, gradients=Lazy(tuple(received), gradient), learning_rate=None)
-    return Reading(undone, (words,))
-
-
-def _is_adams(change: Tensor, rate: float | int) -> bool:
-    """Whether most entries are the rate in size, or 0, and none is larger; a part answers for all."""
-    u = change.flatten()[:LOOKED_AT].abs() / rate
-    return float(u.max()) < 1 + SATURATED and float(((u - u.round()).abs() < SATURATED).double().mean()) > MOST
+def other_steps(update: SharedUpdate) -> Iterator[Reading]:
+    """A change of weights by several local steps where one was told, or by one where several were."""
+    told = f"told {'was' if update.local_steps == 1 else 'were'} {update.local_steps}"
+    if update.local_steps > 1:
+        one = replace(update, local_steps=1, mini_batch=None, momentum=0.0)
+        yield Reading(one, (f"the update is that of one step, {told}",))
+        return
+    if update.learning_rate is None or update.count is None or is_perturbed(update) or update.pruning is not None:
+        return
+    for epochs, parts in STEPS:
+        size = -(-update.count // parts)
+        steps = epochs * -(-update.count // size)
+        if steps > 1:
+            words = f"the update is that of {steps} steps on {size} samples each, {told}"
+            yield Reading(replace(update, local_steps=steps, mini_batch=size), (words,))
 
 
-def without_decay(model: nn.Module, update: SharedUpdate) -> Reading | None:
-    """The gradient without the multiple of the weights that weight decay adds to it; None where there is none."""
+def _without_adam(model: nn.Module, reading: Reading) -> Reading:
+    """The gradient behind Adam's first step; any other update as it is."""
+    found = adam.undone(model, reading.update)
+    if found is None or found.update is reading.update:
+        return reading if found is None else replace(reading, words=(*reading.words, found.words))
+    doubt = "nothing is certified: the constants of the optimiser's step were estimated"
+    return Reading(found.update, (*reading.words, found.words), doubt)
+
+
+def without_decay(model: nn.Module, update: SharedUpdate, seen: float | None) -> Reading | None:
+    """The gradient without the multiple of the weights, `seen` or told, that weight decay adds; None without any."""
     rate, told = update.learning_rate or 1.0, update.weight_decay
-    seen = _decay(model, update)
     decay = told * rate * update.loss_scale if seen is None else seen
     if not decay:
         return None
@@ -93,7 +108,16 @@ def without_decay(model: nn.Module, update: SharedUpdate) -> Reading | None:
     words = f"a weight decay of {shown:.6g} was taken off"
     words += f", told was {told:g}" if told and abs(shown - told) > TOGETHER * told else ""
     words += f"; none was on {', '.join(sorted(kept))}" if kept else ""
-    return Reading(replace(update, gradients=Lazy(tuple(received), gradient), weight_decay=0.0), (words,))
+    lazy = Lazy(tuple(received), gradient)
+    lazy = replace(lazy, rounding=max(_left_by(lazy, received), getattr(received, "rounding", 0.0)))
+    return Reading(replace(update, gradients=lazy, weight_decay=0.0), (words,))
+
+
+def _left_by(less: Lazy, received: Mapping[str, Tensor]) -> float:
+    """How much of what is left of each tensor the rounding of all of it may be."""
+    pairs = [(received[name], less[name]) for name in less]
+    norm = torch.linalg.vector_norm
+    return max(torch.finfo(g.dtype).eps * float(norm(g.double()) / norm(x.double())) for g, x in pairs if x.any())
 
 
 def _decay(model: nn.Module, update: SharedUpdate) -> float | None:
@@ -101,18 +125,8 @@ def _decay(model: nn.Module, update: SharedUpdate) -> float | None:
 
     It is then the eigenvalue that most of W⁻¹ G's are, here of a part of both.
     """
-    parameters = dict(model.named_parameters())
-    sides = {n: min(min(parameters[n].shape), LARGEST) for n in update.gradients if parameters[n].ndim == 2}
-    name = max(sides, key=lambda n: (sides[n], -parameters[n].numel()), default="")
-    if sides.get(name, 0) < FEWEST:
-        return None
-    generator, size = torch.Generator().manual_seed(0), sides[name]
-    rows, columns = (torch.randperm(side, generator=generator)[:size] for side in parameters[name].shape)
-    G, W = (
-        x[rows.to(x.device)][:, columns.to(x.device)].cpu().double()
-        for x in (update.gradients[name], parameters[name].detach())
-    )
-    return _shared_eigenvalue(G, W)
+    part = widest_part(model, update, LARGEST)
+    return None if part is None or len(part) < FEWEST else _shared_eigenvalue(part.received, part.weights)
 
 
 def _shared_eigenvalue(G: Float[Tensor, "k k"], W: Float[Tensor, "k k"]) -> float | None:

@@ -51,6 +51,27 @@ def match(model: nn.Module, tensors: Mapping[str, Tensor]) -> Match:
     return Match(names, (f"the names came with the prefix {prefix!r}",) if prefix else (), others)
 
 
+def statistics(model: nn.Module, tensors: Mapping[str, Tensor], *, change: bool = False) -> dict[str, Tensor]:
+    """The model's running statistics after a step, by their names, of tensors under names that wrappers may have made.
+
+    Those that are missing are left out. With `change` the tensors are changes, before - after. Raises `ValueError` for
+    another shape than the model's, and for values that are no numbers.
+    """
+    buffers = {name: b for name, b in model.named_buffers() if name.split(".")[-1] in STATISTICS and b.ndim}
+    own, received = _plain(buffers), _plain(tensors)
+    prefix = _prefix(_plain(dict(model.named_parameters())) | own, received)
+    found = {name.removeprefix(prefix): name for name in received}
+    after = {}
+    for name in own.keys() & found.keys():
+        before, value = buffers[own[name]], tensors[received[found[name]]]
+        if value.shape != before.shape:
+            raise ValueError(f"{own[name]} has shape {tuple(value.shape)}, the model's buffer {tuple(before.shape)}")
+        after[own[name]] = before.to(value.device) - value if change else value
+        if not bool(after[own[name]].isfinite().all()):
+            raise ValueError(f"{own[name]} of the update holds NaN or infinite values")
+    return after
+
+
 def _plain(names: Mapping[str, object]) -> dict[str, str]:
     """Each name by what is left of it without wrappers; as they are, where two would become one."""
     plain = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in names}

@@ -97,6 +97,8 @@ def rounding_unit(model: nn.Module, update: SharedUpdate) -> float:
     `lowrank.VISIBLE` times what is returned.
     """
     eps = torch.finfo(_single(model, update)).eps
+    if isinstance(update.gradients, Lazy):
+        eps = max(eps, update.gradients.rounding)
     if update.learning_rate is None:
         return eps
     parameters = dict(model.named_parameters())

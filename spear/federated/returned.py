@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from spear.federated.assembly import assemble
 from spear.federated.update import SharedUpdate
 from spear.models.layers import Layer, Path
 from spear.models.tracing import doubts, each_layer, one_output
@@ -23,7 +24,10 @@ def as_given(model: nn.Module, update: SharedUpdate, layer: str | None, result: 
         chosen = (x for x in each_layer(model, update.input_shape) if (x.name == layer if layer else x.from_data))
         found = next(chosen, None)
         if found is not None and found.path is not None:
-            result = _as_entered(result, found) if found.rows > 1 else _undone(result, found, update.input_shape)
+            if found.rows > 1:
+                result = _together(model, update, result, found)
+            else:
+                result = _undone(result, found, update.input_shape)
         elif found is not None:
             result = replace(result, features_of=found.name)
     if update.loss == "cross_entropy" and one_output(model, update.input_shape):
@@ -32,6 +36,27 @@ def as_given(model: nn.Module, update: SharedUpdate, layer: str | None, result: 
         other = f"the model has {off}, off here: a client that had it on sent the gradient of another function"
         return replace(result, reason=f"{result.reason}; {other}")
     return result
+
+
+def _together(model: nn.Module, update: SharedUpdate, result: Reconstruction, found: Layer) -> Reconstruction:
+    """Parts put together to samples, where another layer's gradient tells which belong together."""
+    layers = each_layer(model, update.input_shape)
+    whole = assemble(found, result.inputs.flatten(1), layers, update.gradients)
+    if whole is None:
+        return _as_entered(result, found)
+    each = result.certified[whole.index].all(1)
+    if not whole.ordered:
+        order = whole.index.flatten()
+        told = {name: getattr(result, name)[order] for name in ("inputs", "residuals", "certified", "error_bound")}
+        words = f"{found.rows} after one another are of one sample, in an order that nothing shows"
+        return _as_entered(replace(result, **told, reason=f"{result.reason}; {words}"), found)
+    inputs = result.inputs[whole.index].flatten(1)
+    told = {name: getattr(result, name)[whole.index].amax(1) for name in ("residuals", "error_bound")}
+    reason = f"{result.reason}; the {found.rows} parts of each sample that {found.name} reads were put together"
+    result = replace(result, inputs=inputs, rank=len(inputs), certified=each, reason=reason, **told)
+    if found.path.change.is_plain and update.input_shape is not None:
+        result = replace(result, inputs=inputs.unflatten(1, update.input_shape))
+    return _undone(result, found, update.input_shape)
 
 
 def _as_entered(result: Reconstruction, found: Layer) -> Reconstruction:
@@ -71,4 +96,7 @@ def _in_units(result: Reconstruction, path: Path, shape: tuple[int, ...] | None)
     errors = None if result.expected_error is None else result.expected_error * growth
     inputs = path.change.back(entered).unflatten(1, shape).contiguous()
     bound = (result.error_bound + path.change.error) * growth
-    return replace(result, inputs=inputs, error_bound=bound, expected_error=errors)
+    apart = result.difference_bound
+    if apart is not None:
+        apart = apart * path.change.stretch(entered - entered.mean(0))
+    return replace(result, inputs=inputs, error_bound=bound, expected_error=errors, difference_bound=apart)

@@ -24,6 +24,7 @@ LOSSES = ("cross_entropy", "binary_cross_entropy", "squared_error")
 LARGEST_SAMPLE = 2**24  # entries: samples of that size are made to try a model
 TINY, LARGE = 1e-30, 1e30  # of rates, norms and scales: beyond, no number of the update would be left
 OURS = "spear."  # what the format begins with where this package wrote the file
+TENSORS = {"gradients", "buffers"}  # what of an update is no number or word
 TUPLES = {"input_shape", "clients"}  # lists, in a file's metadata
 CHOICES = {"reduction": ("mean", "sum"), "loss": LOSSES, "pruning": (None, "random", "top-k")}
 MOST, MOST_SIZES = 2**40, 2**16  # of samples, pixels or steps; of clients or dimensions: more is no honest update
@@ -48,10 +49,16 @@ LOOKED_AT, FEWEST, MOSTLY = 2**16, 64, 0.9  # entries of each tensor; of all at 
 
 @dataclass(frozen=True)
 class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, each computed when it is asked for: together they may be too large."""
+    """Tensors by name, each computed when it is asked for: together they may be too large.
+
+    `rounding` is the share of each that what they were computed from had lost, where that is more than their spacing,
+    `noise` the standard deviation of what that leaves in an entry, where it is more than rounding.
+    """
 
     names: tuple[str, ...]
     compute: Callable[[str], Tensor]
+    rounding: float = 0.0
+    noise: float = 0.0
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -83,10 +90,13 @@ class SharedUpdate:
     of the weights, theta_before - theta_after, by `local_steps` steps of SGD with `momentum` on `mini_batch` samples
     each (the last of an epoch may have fewer). `weight_decay` times the weights was added to the gradient of one step,
     with or without that on the biases. Aggregation: `clients` are the sample counts of the clients in the sum.
-    Privacy: per-sample gradients were clipped to the norm `clip`, `noise` is the standard deviation of the noise in
-    each entry, and `epsilon`, `delta` what an accountant says of the release. Compression: entries were dropped by
+    Privacy: per-sample gradients were clipped to the norm `clip`, in the unit of a gradient, `noise` is the standard
+    deviation of the noise in each entry as it is sent, of a change of weights that of the weights, and `epsilon`,
+    `delta` what an accountant says of the release. Compression: entries were dropped by
     `pruning` (`"random"` or `"top-k"`: an entry that is exactly zero may be missing), rounded at random to `bits` bits,
     or sent in a half-precision dtype as `loss_scale` times their value.
+    Batch normalisation: `buffers` holds its running statistics after the step, by the model's own names, as clients
+    send them that return their whole state.
     """
 
     gradients: Mapping[str, Tensor | np.ndarray] | Sequence[Tensor | np.ndarray]
@@ -107,6 +117,7 @@ class SharedUpdate:
     loss_scale: float | int = 1.0
     loss: str = "cross_entropy"
     weight_decay: float | int = 0.0
+    buffers: Mapping[str, Tensor | np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.gradients):
@@ -116,6 +127,8 @@ class SharedUpdate:
             named = self.gradients if isinstance(self.gradients, Mapping) else dict(_numbered(self.gradients))
             tensors = {name: _tensor(name, value) for name, value in named.items()}
             object.__setattr__(self, "gradients", tensors)
+        if self.buffers is not None and not isinstance(self.buffers, Lazy):
+            object.__setattr__(self, "buffers", {name: _tensor(name, value) for name, value in self.buffers.items()})
 
     def disclosing(self, **told: float | int | str | None) -> "SharedUpdate":
         """The update with what is known from elsewhere of the client's training, `None` where nothing is.
@@ -134,9 +147,11 @@ class SharedUpdate:
 
     def save(self, path: str | Path) -> None:
         """Write the update as a safetensors file; nothing is pickled."""
-        disclosed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "gradients"}
-        metadata = {"format": FORMAT, "disclosed": json.dumps(disclosed)}
-        save_file({name: g.detach().cpu().contiguous() for name, g in self.gradients.items()}, path, metadata)
+        disclosed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+        buffers = self.buffers or {}
+        metadata = {"format": FORMAT, "disclosed": json.dumps(disclosed), "buffers": json.dumps([*buffers])}
+        tensors = (*self.gradients.items(), *buffers.items())
+        save_file({name: g.detach().cpu().contiguous() for name, g in tensors}, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "SharedUpdate":
@@ -149,9 +164,19 @@ class SharedUpdate:
         if own.startswith(OURS) and own != FORMAT:
             raise ValueError(f"{path}: format {own!r} is not {FORMAT!r}")
         try:
-            return cls(tensors, **_disclosed(metadata.get("disclosed", "{}"), [f.name for f in fields(cls)[1:]]))
+            known = [f.name for f in fields(cls) if f.name not in TENSORS]
+            buffers = _taken(tensors, metadata.get("buffers", "[]"))
+            return cls(tensors, **_disclosed(metadata.get("disclosed", "{}"), known), buffers=buffers)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not an update: {error}") from error
+
+
+def _taken(tensors: dict[str, Tensor], words: str) -> dict[str, Tensor] | None:
+    """The tensors that a file's metadata name as buffers, taken from the others; None where there are none."""
+    names = json.loads(words)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in tensors for name in names):
+        raise ValueError(f"its buffers are not names of its tensors: {_brief(names)}")
+    return {name: tensors.pop(name) for name in dict.fromkeys(names)} or None
 
 
 def _disclosed(words: str, known: Sequence[str]) -> dict[str, Any]:
@@ -223,15 +248,47 @@ def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
 def under_names_of(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate, tuple[str, ...]]:
     """The update with its tensors under the names of the model's parameters, and what was done for that, in words.
 
-    Buffers and counters are left out. Raises `ValueError` as `naming.match` does, and for what belongs to nothing.
+    Running statistics among them become its `buffers`; counters are left out. Raises `ValueError` as `naming` does, and
+    for what belongs to nothing.
     """
     found, received = naming.match(model, update.gradients), update.gradients
     if found.others:
         raise ValueError(f"the update has a gradient for {min(found.others)!r}, which the model does not have")
-    if found.names.keys() == received.keys() or not found.names:
+    change = update.buffers is None and update.learning_rate is not None
+    after = naming.statistics(model, received if update.buffers is None else update.buffers, change=change)
+    update = replace(update, buffers=after or None)
+    if not found.names:
         return update, ()
-    named = Lazy(tuple(found.names), lambda own: received[found.names[own]])
-    return replace(update, gradients=named), found.words
+    parameters = dict(model.named_parameters())
+    shapes = {own: (received[name].shape, parameters[own].shape) for own, name in found.names.items()}
+    matrices = [pair for pair in shapes.values() if [len(set(shape)) for shape in pair] == [2, 2]]
+    turned = bool(matrices) and all(tuple(came) == tuple(reversed(wanted)) for came, wanted in matrices)
+    fit = {own: _fitting(*pair, turned) for own, pair in shapes.items()}
+    changed = sorted(own for own, change in fit.items() if change is not _as_it_is)
+    words = found.words
+    if changed:
+        words += (f"{', '.join(changed)} came in another shape than the parameter's, with as many entries",)
+    if found.names.keys() == received.keys() and not changed:
+        return update, words
+    named = Lazy(tuple(found.names), lambda own: fit[own](received[found.names[own]]))
+    return replace(update, gradients=named), words
+
+
+def _as_it_is(g: Tensor) -> Tensor:
+    return g
+
+
+def _fitting(came: torch.Size, wanted: torch.Size, turned: bool) -> Callable[[Tensor], Tensor]:
+    """What gives a tensor the shape that is wanted: flat, with sides of 1, or as (inputs, outputs); or nothing does.
+
+    `turned` says that the other matrices came so: then a square one did.
+    """
+    if len(wanted) == 2 and tuple(came) == tuple(reversed(wanted)) and (turned or came != wanted):
+        return lambda g: g.T
+    if came == wanted or came.numel() != wanted.numel():
+        return _as_it_is
+    without = [size for size in came if size != 1] == [size for size in wanted if size != 1]
+    return (lambda g: g.reshape(wanted)) if without or len(came) == 1 else _as_it_is
 
 
 def computed_in(update: SharedUpdate) -> torch.dtype:
@@ -287,9 +344,9 @@ def difference(
 ) -> SharedUpdate:
     """The change of a client's weights by name, before - after, by a step of SGD with `learning_rate`.
 
-    Each is computed when it is asked for. The names may be those that wrappers make (`naming.match`); entries that are
-    no parameters of the model (running statistics) are left out. `count` and `input_shape` are what the client
-    discloses; of several steps, see `SharedUpdate.disclosing`.
+    Each is computed when it is asked for. The names may be those that wrappers make (`naming.match`); running
+    statistics are the update's `buffers`, other entries that are no parameters of the model are left out. `count` and
+    `input_shape` are what the client discloses; of several steps, see `SharedUpdate.disclosing`.
     Raises `ValueError` for a learning rate that is not positive, and for a parameter that is missing or of another
     shape on one side.
     """
@@ -301,4 +358,7 @@ def difference(
         if None in shapes or shapes[0] != shapes[1]:
             raise ValueError(f"{name} has shape {shapes[0]} before the step and {shapes[1]} after it")
     change = Lazy(names, lambda name: (before[old[name]] - after[new[name]]).detach())
-    return SharedUpdate(change, input_shape=input_shape).disclosing(learning_rate=learning_rate, count=count)
+    buffers = naming.statistics(model, after)
+    return SharedUpdate(change, input_shape=input_shape, buffers=buffers or None).disclosing(
+        learning_rate=learning_rate, count=count
+    )

@@ -50,9 +50,7 @@ def determined(
     kept = torch.rand(problem.features.shape, generator=generator).to(inputs.device) >= SPARED
     fine.rows, rough.rows = fine.rows & kept, rough.rows & kept
     u = torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs.device)
-    w, off = refined(
-        fine, rough, u, joint=joint, enough=SOLVED, rounds=ROUNDS, inner=INNER, until=until
-    )
+    w, off = refined(fine, rough, u, joint=joint, enough=SOLVED, rounds=ROUNDS, inner=INNER, until=until)
     axes = None if joint else tuple(range(1, u.ndim))
     least = (RARE / w.square().sum(axes).sqrt().reshape(-1)).sqrt()  # along a unit vector u has size 1
     count = len(inputs)

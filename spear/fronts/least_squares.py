@@ -54,7 +54,9 @@ class Linearised:
         with torch.enable_grad():
             z = problem.front(self.x)
             g = _gradients(problem, z, create_graph=True) if joint else ()
-        self.norms = [torch.linalg.vector_norm(u).clamp_min(1e-300) for u in problem.gradients.values()] if joint else []
+        self.norms = (
+            [torch.linalg.vector_norm(u).clamp_min(1e-300) for u in problem.gradients.values()] if joint else []
+        )
         self.outputs = [z, *g]
         self.residual = _residual(problem, z.detach(), [one.detach() for one in g], self.sizes, self.norms)
         self.rows = self.residual.binding  # those that count
@@ -147,7 +149,8 @@ class Descent:
     """Damped Gauss-Newton in the coordinates of a `spectrum`, samples together (`joint`) or each by itself.
 
     `prior` times the mean curvature is the weight of |c|², the coordinates' squares; `inner` the most steps of
-    conjugate gradients, `damping` what it begins with, relative to the mean curvature. `until` ends it, on `time.monotonic`.
+    conjugate gradients, `damping` what it begins with, relative to the mean curvature. `until` ends it, on
+    `time.monotonic`.
     """
 
     problem: FrontProblem
@@ -195,9 +198,7 @@ class Descent:
         ridge = self._wide(damping + self.prior, c) * curvature
         back = self.spectrum.adjoint(at.transposed([at.residual.features, *at.residual.gradients]))
         right = -back - self.prior * curvature * c
-        solve = conjugate_gradients(
-            lambda v: self._normal(at, v) + ridge * v, right, self.inner, self._dot, self.until
-        )
+        solve = conjugate_gradients(lambda v: self._normal(at, v) + ridge * v, right, self.inner, self._dot, self.until)
         return solve[0]
 
     def _cost(self, found: Residual, c: Tensor, curvature: float) -> Float[Tensor, " _n"]:

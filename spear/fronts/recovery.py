@@ -26,9 +26,7 @@ ENOUGH = 1e-13  # relative residual of features at which a search ends
 SPARE = 16  # of the equations one in so many is left out of a certificate's rank: that many more are needed
 
 
-def behind(
-    cut: Cut, model: nn.Module, update: SharedUpdate, found: Reconstruction, terms: Terms
-) -> Reconstruction:
+def behind(cut: Cut, model: nn.Module, update: SharedUpdate, found: Reconstruction, terms: Terms) -> Reconstruction:
     """The samples behind the features `found`, where these and the gradients of the front determine them.
 
     Else the features, with what is missing in words, and `features_of` naming the layer that they enter.
@@ -83,7 +81,12 @@ def _judged(
     reason = f"{found.reason}; each input from its features, and every gradient of what computes these"
     reason = f"{reason}: {doubt}" if doubt else f"{reason} is reproduced to {rest.parameters:.0e}"
     return replace(
-        found, inputs=inputs, certified=certified, complete=complete, reason=reason, error_bound=bound,
+        found,
+        inputs=inputs,
+        certified=certified,
+        complete=complete,
+        reason=reason,
+        error_bound=bound,
         residuals=torch.maximum(found.residuals, rest.samples),
     )
 
@@ -99,13 +102,13 @@ def _missing(problem: FrontProblem) -> str:
     if gap > 0:
         return f"{said}: for {count * unknowns:,} unknown entries, {gap:,} numbers are missing"
     least = int(own.min())
-    return f"{said}: an input has {unknowns:,} entries, its own features say {least:,}, and the gradients say the rest "\
+    return (
+        f"{said}: an input has {unknowns:,} entries, its own features say {least:,}, and the gradients say the rest "
         "of all inputs together, which is not searched for"
+    )
 
 
-def _open(
-    cut: Cut, model: nn.Module, update: SharedUpdate, found: Reconstruction
-) -> tuple[FrontProblem | None, str]:
+def _open(cut: Cut, model: nn.Module, update: SharedUpdate, found: Reconstruction) -> tuple[FrontProblem | None, str]:
     """What is known of the inputs; or why nothing is."""
     if cut.unknown:
         return None, cut.unknown
@@ -134,9 +137,7 @@ def _double(part: fx.GraphModule, like: Tensor) -> fx.GraphModule:
     return made
 
 
-def _scaled_errors(
-    logits: Float[Tensor, "k c"], update: SharedUpdate, found: Reconstruction
-) -> Float[Tensor, "k c"]:
+def _scaled_errors(logits: Float[Tensor, "k c"], update: SharedUpdate, found: Reconstruction) -> Float[Tensor, "k c"]:
     """dLoss/dlogits of each sample."""
     outputs = logits.shape[1]
     loss = "binary_cross_entropy" if update.loss == "cross_entropy" and outputs == 1 else update.loss

@@ -77,9 +77,7 @@ def search(problem: FrontProblem, terms: Terms, enough: float) -> Sought:
     return Sought(inputs, residual(problem, inputs, joint=False).samples, rounds)
 
 
-def _passes(
-    problem: FrontProblem, terms: Terms, until: float, rounds: int
-) -> tuple[Float[Tensor, "k *shape"], int]:
+def _passes(problem: FrontProblem, terms: Terms, until: float, rounds: int) -> tuple[Float[Tensor, "k *shape"], int]:
     """Passes through the stages, those that follow of the samples that are not found yet."""
     rough, features = problem.to(torch.float32), problem.features
     generator = terms.generator()

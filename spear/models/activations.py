@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 REACH, POINTS = 32.0, 4097  # pre-activations at which breaks are looked for: up to this size, so many
 FARTHEST, TABLE = 1e3, 513  # pre-activations among which an inverse is looked for, closer together near zero
 ANOMALY, LEAST_BREAK = 4.0, 1e-6  # times its neighbours' change, and share of the largest: what is a break
 HALVINGS = 50  # of a bracket: to rounding
+ASIDE = 1e-12  # how far from a break a piece's own end is taken; the root of it in single precision
 STEP = 1e-5  # of a central difference, where autograd has no second derivative
 AT_ONCE = 2**24  # entries that are held at once
 
@@ -27,13 +28,14 @@ class Activation:
 
     `function` maps pre-activations (s, m) to activations, in double precision. `breaks` are the pre-activations, in
     increasing order, at which phi' or phi'' jumps. `levels` (breaks + 1, m or 1) are the slopes between them where phi
-    is linear there, else `None`. `shared` says that all units have one phi.
+    is linear there, else `None`. `shared` says that all units have one phi; `units` is m.
     """
 
     function: nn.Module
     breaks: tuple[float, ...] = ()
     levels: Float[Tensor, "pieces _m"] | None = None
     shared: bool = True
+    units: int = 1
     _moved: dict[tuple[torch.dtype, torch.device], nn.Module] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,15 +73,46 @@ class Activation:
             second = _second(function, slope, z) if bend else torch.zeros_like(z)
         return y.detach(), slope.detach(), second
 
+    @property
+    def jumps(self) -> bool:
+        """Whether phi' jumps anywhere."""
+        if self.is_flat or not self.breaks:
+            return self.is_flat
+        edges = torch.tensor(self.breaks, dtype=torch.float64)
+        sides = torch.stack([edges - ASIDE, edges + ASIDE]).reshape(-1, 1)
+        below, above = self.slope(sides.expand(-1, self.units).contiguous()).unflatten(0, (2, -1))
+        return bool(((above - below).abs() > LEAST_BREAK).any())
+
     def piece(self, z: Float[Tensor, "*s m"]) -> Tensor:
         """Which piece of phi each z is on: how many breaks are at or below it."""
         return torch.bucketize(z, torch.tensor(self.breaks, dtype=z.dtype, device=z.device), right=True)
 
+    def within(self, z: Float[Tensor, "*s m"], piece: Int[Tensor, "*s m"]) -> Float[Tensor, "*s m"]:
+        """z, or the nearest point inside the given piece."""
+        inner = torch.tensor(self.breaks, dtype=z.dtype, device=z.device)
+        aside = ASIDE if z.dtype == torch.float64 else ASIDE**0.5
+        low, high = inner.new_full((1,), -torch.inf), inner.new_full((1,), torch.inf)
+        return z.clamp(torch.cat([low, inner + aside])[piece], torch.cat([inner - aside, high])[piece])
+
+    def at_piece(
+        self, z: Float[Tensor, "*s m"], piece: Int[Tensor, "*s m"]
+    ) -> tuple[Float[Tensor, "*s m"], Float[Tensor, "*s m"], Float[Tensor, "*s m"]]:
+        """phi, phi' and phi'' of the given pieces, each continued beyond its ends by its derivatives there."""
+        inside = self.within(z, piece)
+        value, slope, bend = self.at(inside)
+        beyond = z - inside
+        return value + slope * beyond, slope + bend * beyond, bend
+
     def inverse(self, y: Float[Tensor, "s m"], margin: float) -> tuple[Float[Tensor, "s m"], Bool[Tensor, "s m"]]:
         """z with phi(z) = y, and where it is the only one for every value within `margin` of y."""
-        g, table = self._table(y)
-        found = [self._bracket(part, margin, table) for part in y.split(max(1, AT_ONCE // (y.shape[1] * TABLE)))]
-        sure, index = (torch.cat(x) for x in zip(*found, strict=True))
+        ends = math.asinh(FARTHEST)
+        g = torch.sinh(torch.linspace(-ends, ends, TABLE, dtype=y.dtype, device=y.device))
+        table = self.value(g[:, None].expand(-1, y.shape[1]).contiguous())
+        if self.shared:
+            sure, index = (x.view_as(y) for x in _bracket(y.reshape(1, -1), margin, table[:, :1]))
+        else:
+            sure, index = _bracket(y.T.contiguous(), margin, table)
+            sure, index = sure.T, index.T
         low, high = g[index], g[index + 1]
         rising = self.value(high) > self.value(low)
         for _ in range(HALVINGS):
@@ -92,7 +125,7 @@ class Activation:
     def to(self, device: torch.device) -> "Activation":
         """The same for tensors on another device."""
         levels = None if self.levels is None else self.levels.to(device)
-        return Activation(self.function, self.breaks, levels, self.shared, self._moved)
+        return Activation(self.function, self.breaks, levels, self.shared, self.units, self._moved)
 
     def _for(self, z: Tensor) -> nn.Module:
         """The function in the precision, and on the device, of z."""
@@ -110,20 +143,22 @@ class Activation:
             slope = torch.where(z > edge, levels[k + 1], slope)
         return slope
 
-    def _table(self, like: Float[Tensor, "s m"]) -> tuple[Float[Tensor, " g"], Float[Tensor, "g m"]]:
-        ends = math.asinh(FARTHEST)
-        g = torch.sinh(torch.linspace(-ends, ends, TABLE, dtype=like.dtype, device=like.device))
-        return g, self.value(g[:, None].expand(-1, like.shape[1]).contiguous())
 
-    def _bracket(self, y: Float[Tensor, "s m"], margin: float, table: Float[Tensor, "g m"]) -> tuple[Tensor, Tensor]:
-        """Where the table passes every value near y once, and between which entries it passes y."""
-        sure, places = torch.ones_like(y, dtype=torch.bool), []
-        for off in (-margin, margin, 0.0):
-            above = table > (y + off)[:, None]
-            passing = above[:, 1:] != above[:, :-1]
-            sure &= passing.sum(1) == 1
-            places.append(passing.to(torch.int8).argmax(1))
-        return sure & ((places[0] - places[1]).abs() <= 1), places[2]
+def _bracket(y: Float[Tensor, "u s"], margin: float, table: Float[Tensor, "g u"]) -> tuple[Tensor, Tensor]:
+    """Where a table passes every value near y once, and between which of its entries it passes y.
+
+    The steps of the table that hold a value are those that begin at or under it, less those that end there.
+    """
+    steps = torch.stack([table[:-1].T, table[1:].T])
+    low, first = steps.amin(0).sort(1)
+    high, last = steps.amax(0).sort(1)
+    summed = [torch.nn.functional.pad(order.cumsum(1), (1, 0)) for order in (first, last)]
+    sure, places = torch.ones_like(y, dtype=torch.bool), []
+    for off in (-margin, margin, 0.0):
+        begun, ended = (torch.searchsorted(edge.contiguous(), y + off, right=True) for edge in (low, high))
+        sure &= begun - ended == 1
+        places.append(summed[0].gather(1, begun) - summed[1].gather(1, ended))
+    return sure & ((places[0] - places[1]).abs() <= 1), places[2].clamp(0, len(table) - 2)
 
 
 RELU = Activation(nn.ReLU(), (0.0,), torch.tensor([[0.0], [1.0]], dtype=torch.float64))
@@ -139,7 +174,7 @@ def recognise(function: nn.Module, units: int) -> Activation | None:
         if not _is_elementwise(function, units):
             return None
         shared, points = _is_shared(function, units), torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64)
-        probe = Activation(function, shared=shared)
+        probe = Activation(function, shared=shared, units=units)
         curve = lambda z: _on_curve(probe, z, units)  # noqa: E731
         points = points + REACH / POINTS / math.e  # no likely break among them
         slope, bend = curve(points)
@@ -149,7 +184,7 @@ def recognise(function: nn.Module, units: int) -> Activation | None:
         return None
     found = [_breaks(points, x, lambda z, k=k: curve(z)[k]) for k, x in enumerate((slope, bend))]
     breaks = tuple(torch.cat(found).unique().tolist())
-    return Activation(function, breaks, _levels(points, slope, breaks), shared)
+    return Activation(function, breaks, _levels(points, slope, breaks), shared, units)
 
 
 def _second(function: Callable[[Tensor], Tensor], slope: Tensor, z: Tensor) -> Tensor:

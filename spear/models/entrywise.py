@@ -46,6 +46,14 @@ class Entrywise:
         factor, shift = other.factor * self.factor[taken], other.factor * self.shift[taken] + other.shift
         return Entrywise(self.entries[taken], factor, shift, max(self.rounding, other.rounding))
 
+    def then_of(self, u: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        """The v of each u."""
+        return self.slope_of(u) + self.shift.to(u)
+
+    def slope_of(self, u: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+        """What v gains with u."""
+        return self.factor.to(u) * u[:, self.entries.to(u.device)]
+
     def back(self, v: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """The u of each v."""
         u = torch.empty_like(v)
@@ -56,6 +64,12 @@ class Entrywise:
         """How many times larger an error of v may be in u, each relative to what it is an error of."""
         size = torch.linalg.vector_norm(v, dim=1) / torch.linalg.vector_norm(self.back(v), dim=1)
         return size / self.factor.abs().min().to(v)
+
+    def stretch(self, apart: Float[Tensor, "k n"]) -> Float[Tensor, " k"]:
+        """The same for differences of v, of which the shift takes nothing."""
+        factor = self.factor.to(apart)
+        back = torch.linalg.vector_norm(apart / factor, dim=1)
+        return torch.linalg.vector_norm(apart, dim=1) / back / factor.abs().min()
 
     @property
     def error(self) -> float:

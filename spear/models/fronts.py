@@ -9,7 +9,7 @@ from spear.models.graphs import as_rows, extract
 from spear.models.layers import Shape
 from spear.models.modes import modes, words
 from spear.models.traced import Traced
-from spear.models.tracing import SPREADS, _ancestors, _outputs, _path, _source, _traced
+from spear.models.tracing import SPREADS, ancestors, data_path, outputs_of, source_of, traced_model
 from spear.reconstruction import Refusal
 
 
@@ -50,7 +50,7 @@ def cut(model: nn.Module, shape: Shape = None) -> Cut | None:
     `None` where the samples themselves reach a linear layer, and where there is no such cut.
     """
     try:
-        traced = _traced(model, shape)
+        traced = traced_model(model, shape)
     except Refusal:
         return None
     for node in (node for node in traced.nodes if traced.is_linear(node)):
@@ -64,16 +64,16 @@ def cut(model: nn.Module, shape: Shape = None) -> Cut | None:
 
 def _is_data(traced: Traced, node: fx.Node, shape: Shape) -> bool:
     """Whether the samples themselves reach a layer, or what dropout and normalisation in training mode left of them."""
-    way = _ancestors(_source(node))
+    way = ancestors(source_of(node))
     plain = not any(isinstance(traced.part(one), SPREADS) for one in way)
     return (plain and bool(modes(traced, way, on=True))) or (
-        _path(traced, node, traced.part(node).in_features, shape) is not None
+        data_path(traced, node, traced.part(node).in_features, shape) is not None
     )
 
 
 def _cut(traced: Traced, node: fx.Node, shape: Shape) -> Cut | None:
-    outputs, features = _outputs(traced), _source(node)
-    way = _ancestors(features)
+    outputs, features = outputs_of(traced), source_of(node)
+    way = ancestors(features)
     roots = [one for one in way if one.op == "placeholder"]
     if len(outputs) != 1 or len(roots) != 1 or len(traced.inputs) != 1:
         return None
@@ -83,5 +83,5 @@ def _cut(traced: Traced, node: fx.Node, shape: Shape) -> Cut | None:
     on = words(modes(traced, way, on=True))
     unknown = f"the client trained with {on} on before {node.target}: no function of a sample alone" if on else ""
     unknown = unknown or ("" if shape else "the shape of a sample was not given")
-    head.train(traced.training)
+    head.training = traced.training
     return Cut(str(node.target), front, head, traced.names(), frozenset(traced.turned), unknown)

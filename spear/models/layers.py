@@ -54,6 +54,7 @@ class Layer:
     the weights from the layer below (`chain`).
     `own` is the model's own name of each parameter that no other layer shares, of those in `turned` its transpose.
     `outer_bias`: its bias is what is added last before the ReLU, the layer having none.
+    `readers` are the linear layers that read what `after` gives, as it is.
     `obstacle` says what the client did in training mode that leaves the gradient without ReLU's zeros.
     """
 
@@ -72,6 +73,7 @@ class Layer:
     outer_bias: bool = False
     obstacle: str = ""
     below: Entrywise | None = None
+    readers: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -8,6 +8,7 @@ from spear.models.traced import Traced, operation
 
 DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"}
 DROPOUTS |= {"feature_alpha_dropout", "native_dropout"}
+ENTRYWISE = {"dropout", "native_dropout"}  # those that drop entries one by one
 NORMALISATIONS = {"batch_norm"}
 NORMALISED_BY = 5  # the argument that says whether the batch's own statistics are used
 
@@ -44,6 +45,16 @@ def _dropout(node: fx.Node) -> tuple[float, bool]:
     share = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     on = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
     return float(share), bool(on)
+
+
+def dropped(traced: Traced, node: fx.Node) -> float:
+    """The share of entries that a node drops one by one in training mode, where that is on; else 0."""
+    found, part = mode(traced, node), traced.part(node)
+    if found is None or found.mixes or not found.on:
+        return 0.0
+    if part is not None:
+        return part.p if type(part) is nn.Dropout else 0.0
+    return _dropout(node)[0] if operation(node) in ENTRYWISE else 0.0
 
 
 def modes(traced: Traced, nodes: list[fx.Node], *, on: bool) -> list[Mode]:

@@ -1,16 +1,17 @@
 """Where a linear layer stands in a model: found by tracing the computation and trying its pieces, never by a name."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from spear.models.activations import RELU, recognise
 from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
 from spear.models.graphs import as_rows, extract, guesses, is_size, trace
 from spear.models.layers import Behind, Layer, Path, Shape
+from spear.models.memory import once
 from spear.models.modes import modes, words
 from spear.models.traced import Traced, operation
 from spear.reconstruction import Refusal
@@ -30,10 +31,10 @@ def linear_layers(model: nn.Module, shape: Shape = None) -> list[Layer]:
 
 def each_layer(model: nn.Module, shape: Shape = None) -> Iterator[Layer]:
     """The same one by one: to look at a layer takes a while, and the first is often enough."""
-    traced = _traced(model, shape)
+    traced = traced_model(model, shape)
     for node in traced.nodes:
         if traced.is_linear(node):
-            yield _layer(traced, node, shape, _behind(traced, node))
+            yield layer_at(traced, node, shape, _behind(traced, node))
 
 
 def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
@@ -41,10 +42,10 @@ def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
 
     Raises `Refusal` as `trace` does, and for a model of any other form, naming what is in the way.
     """
-    traced = _traced(model, shape)
+    traced = traced_model(model, shape)
     nodes = [node for node in traced.nodes if traced.is_linear(node)]
     behind = [_behind(traced, node) for node in nodes]
-    layers = [_layer(traced, node, shape, what) for node, what in zip(nodes, behind, strict=True)]
+    layers = [layer_at(traced, node, shape, what) for node, what in zip(nodes, behind, strict=True)]
     _check_modes(traced)
     _check_chain(traced, nodes, layers, behind)
     return [layers[0], *(_above(low, high) for low, high in pairwise(layers))]
@@ -60,7 +61,7 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
     chosen = next((x for x in layers if (x.name == name if name is not None else x.from_data)), None)
     if chosen is None:
         known = ", ".join(layer.name for layer in linear_layers(model, shape)) or "none"
-        wanted = f"no linear layer named {name!r}" if name is not None else _no_data(_traced(model, shape), shape)
+        wanted = f"no linear layer named {name!r}" if name is not None else _no_data(traced_model(model, shape), shape)
         raise Refusal(f"{wanted}; the model's linear layers: {known}")
     if not chosen.relu:
         raise Refusal(f"no ReLU follows {chosen.name}: its gradient has no zeros to read the batch from")
@@ -69,36 +70,63 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
     return chosen
 
 
+@dataclass(frozen=True)
+class Sent:
+    """The layer whose gradient there is to attack, `None` for the one that reads the data; and why it is another."""
+
+    layer: str | None = None
+    words: tuple[str, ...] = ()
+
+
+def next_sent(model: nn.Module, received: Mapping[str, Tensor], shape: Shape = None) -> Sent:
+    """The first layer behind the data's whose gradient was received, where that of the data's own was not."""
+    first = ""
+    try:
+        for layer in each_layer(model, shape):
+            missing = layer.missing(received)
+            if not first and layer.from_data and not missing:
+                return Sent()
+            if first and layer.relu and not layer.obstacle and not missing:
+                return Sent(layer.name, (f"what enters {layer.name}: the update has no gradient for {first}",))
+            first = first or (missing if layer.from_data else "")
+    except Refusal:  # a model that cannot be traced: each method says so
+        pass
+    return Sent()
+
+
 def doubts(model: nn.Module, shape: Shape = None) -> str:
     """Dropout and batch normalisation that are off here, in words; empty where there are none."""
-    traced = _traced(model, shape)
+    traced = traced_model(model, shape)
     return words(modes(traced, traced.nodes, on=False))
 
 
 def count_inputs(model: nn.Module, shape: Shape = None) -> int:
     """How many tensors the model takes, those that have a default left out."""
-    return len(_traced(model, shape).inputs)
+    return len(traced_model(model, shape).inputs)
 
 
 def one_output(model: nn.Module, shape: Shape = None) -> bool:
     """Whether the model ends with a linear layer of one output."""
-    traced = _traced(model, shape)
-    outputs = _outputs(traced)
+    traced = traced_model(model, shape)
+    outputs = outputs_of(traced)
     while len(outputs) == 1 and not traced.is_linear(outputs[0]):
         outputs = [node for node in outputs[0].all_input_nodes if not is_size(node)]
     return len(outputs) == 1 and traced.part(outputs[0]).out_features == 1
 
 
-def _traced(model: nn.Module, shape: Shape) -> Traced:
-    if shape is not None:
-        return trace(model, [shape])
+def traced_model(model: nn.Module, shape: Shape) -> Traced:
     sizes = [p.shape[1] for p in model.parameters() if p.ndim == 2]
-    return trace(model, guesses(sizes[0]) if sizes else [])
+    likely = guesses(sizes[0]) if sizes else []
+    return once((model, shape), lambda: trace(model, likely if shape is None else [shape]))
 
 
-def _layer(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
+def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
+    return once(("layer", node, shape), lambda: _looked_at(traced, node, shape, behind))
+
+
+def _looked_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
     linear, before = traced.part(node), behind.before
-    path = _path(traced, node, linear.in_features, shape)
+    path = data_path(traced, node, linear.in_features, shape)
     tail, unknown = _tail(traced, node, behind.start, path)
     own, outer = traced.names(), _added_last(traced, behind.start) if linear.bias is None else ""
     if outer:
@@ -118,14 +146,26 @@ def _layer(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer
         turned=frozenset(traced.turned),
         outer_bias=bool(outer),
         obstacle=_obstacle(traced, node, behind.relu),
+        readers=_readers(traced, behind.end, linear.out_features) if behind.relu is not None else (),
     )
 
 
-def _source(node: fx.Node) -> fx.Node:
+def _readers(traced: Traced, end: fx.Node, m: int) -> tuple[str, ...]:
+    """The linear layers that read the value of a node, each once, one vector of m entries of each sample."""
+    users = [str(user.target) for user in end.users if traced.is_linear(user) and traced.part(user).in_features == m]
+    calls = [str(node.target) for node in traced.nodes if traced.is_linear(node)]
+    return tuple(name for name in users if calls.count(name) == 1)
+
+
+def source_of(node: fx.Node) -> fx.Node:
     return node.args[0] if node.args else node.kwargs["input"]
 
 
 def _behind(traced: Traced, node: fx.Node) -> Behind:
+    return once(("behind", node), lambda: _followed(traced, node))
+
+
+def _followed(traced: Traced, node: fx.Node) -> Behind:
     """What follows a layer, up to the first node that is neither an activation nor a map of entries.
 
     Where one elementwise function follows another, they are one activation.
@@ -134,7 +174,7 @@ def _behind(traced: Traced, node: fx.Node) -> Behind:
     before = after = Entrywise.same(m)
     relu = activation = None
     start = end = node
-    for cut, _ in zip(_cuts(node), range(LONGEST), strict=False):
+    for cut, _ in zip(cuts(node), range(LONGEST), strict=False):
         piece = None if traced.is_linear(cut) else extract(traced, end, cut)
         if piece is None:
             break
@@ -149,7 +189,7 @@ def _behind(traced: Traced, node: fx.Node) -> Behind:
     return Behind(before, relu, activation, after, start, end)
 
 
-def _cuts(start: fx.Node) -> Iterator[fx.Node]:
+def cuts(start: fx.Node) -> Iterator[fx.Node]:
     """The nodes through which alone the output depends on the value of `start`, from there on."""
     order = {node: k for k, node in enumerate(start.graph.nodes)}
     last_use = lambda node: max((order[user] for user in node.users if not is_size(user)), default=-1)  # noqa: E731
@@ -165,7 +205,7 @@ def _cuts(start: fx.Node) -> Iterator[fx.Node]:
         last = max(last, last_use(node))
 
 
-def _ancestors(node: fx.Node) -> list[fx.Node]:
+def ancestors(node: fx.Node) -> list[fx.Node]:
     """The node and all that its value depends on."""
     seen, waiting = set(), [node]
     while waiting:
@@ -176,13 +216,13 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
     return [one for one in node.graph.nodes if one in seen]
 
 
-def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
+def data_path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
     """How the data reach a layer; `None` where its inputs are no samples, nor parts of them."""
-    way = _ancestors(_source(node))
+    way = ancestors(source_of(node))
     roots = [one for one in way if one.op == "placeholder"]
     if len(roots) != 1 or any(isinstance(traced.part(one), SPREADS) for one in way) or modes(traced, way, on=True):
         return None
-    piece = Piece(extract(traced, roots[0], _source(node)))
+    piece = Piece(extract(traced, roots[0], source_of(node)))
     shapes = [] if shape is None else [shape]
     likely = [guess for rows in range(1, MOST_ROWS + 1) for guess in guesses(n * rows)]
     fitting = next((one for one in [*shapes, *likely] if piece.feeds(one, n)), None)
@@ -195,7 +235,7 @@ def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
 def _no_data(traced: Traced, shape: Shape) -> str:
     """Why no layer reads the data, in words."""
     first = next((node for node in traced.nodes if traced.is_linear(node)), None)
-    on = [] if first is None else modes(traced, _ancestors(_source(first)), on=True)
+    on = [] if first is None else modes(traced, ancestors(source_of(first)), on=True)
     if on:
         what = f"the client trained with {words(on)} on before {first.target}"
         return f"no linear layer reads the data directly: {what}, so what enters that is not the samples"
@@ -204,23 +244,23 @@ def _no_data(traced: Traced, shape: Shape) -> str:
     return "no linear layer reads the data directly" + ("" if shape else " (the shape of a sample was not given)")
 
 
-def _outputs(traced: Traced) -> list[fx.Node]:
+def outputs_of(traced: Traced) -> list[fx.Node]:
     """What the model returns that nothing else that it returns is computed from."""
     end = traced.nodes[-1]
     given = [node for node in end.all_input_nodes if node.op != "placeholder"]
-    below = {inner for node in given for inner in _ancestors(node) if inner is not node}
+    below = {inner for node in given for inner in ancestors(node) if inner is not node}
     return [node for node in given if node not in below]
 
 
 def _tail(traced: Traced, node: fx.Node, start: fx.Node, path: Path | None) -> tuple[fx.GraphModule | None, str]:
     """The logits as a function of what enters the activation; or why there is none."""
-    outputs = _outputs(traced)
+    outputs = outputs_of(traced)
     if path is not None and path.rows > 1:
         return None, f"{node.target} reads {path.rows} parts of each sample, and each comes back by itself"
     if len(outputs) != 1:
         names = ", ".join(output.name for output in outputs)
         return None, f"the model gives {len(outputs)} outputs ({names}): which of them the loss reads is not known"
-    rest = [one for one in _ancestors(outputs[0]) if node in _ancestors(one)]
+    rest = [one for one in ancestors(outputs[0]) if node in ancestors(one)]
     if on := modes(traced, rest, on=True):
         return None, f"the client trained with {words(on)} on: what follows {node.target} is not known"
     tail = extract(traced, start, outputs[0], then=as_rows)
@@ -295,7 +335,7 @@ def _check_modes(traced: Traced) -> None:
 
 def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behind: list[Behind]) -> None:
     """Raises `Refusal` where the layers are no chain from the data to the logits with activations between them."""
-    names, outputs = [layer.name for layer in layers], _outputs(traced)
+    names, outputs = [layer.name for layer in layers], outputs_of(traced)
     wanted = "the network method needs one chain of linear layers with elementwise activations between them"
     if not layers or layers[0].path is None or layers[0].rows > 1:
         why = f"{names[0]} reads parts of a sample" if layers and layers[0].rows > 1 else _no_data(traced, None)
@@ -306,14 +346,14 @@ def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behi
     if len(set(names)) < len(names) or shared:
         raise Refusal(f"{wanted}; {', '.join(sorted(set(shared or names)))} shares its weights")
     for k, layer in enumerate(layers[:-1]):
-        if layer.activation is None or behind[k].end is not _source(nodes[k + 1]):
+        if layer.activation is None or behind[k].end is not source_of(nodes[k + 1]):
             found = ", ".join(user.name for user in behind[k].end.users)
             raise Refusal(f"{wanted}; behind {layer.name} comes {found}")
-    if not _ends(traced, behind[-1].end, outputs[0], layers[-1]):
+    if not ends_at(traced, behind[-1].end, outputs[0], layers[-1]):
         raise Refusal(f"{wanted}; something else follows {names[-1]}")
 
 
-def _ends(traced: Traced, end: fx.Node, output: fx.Node, last: Layer) -> bool:
+def ends_at(traced: Traced, end: fx.Node, output: fx.Node, last: Layer) -> bool:
     """Whether a chain ends at the model's output, or at a log-softmax of it, which changes nothing for its loss."""
     if last.activation is not None:
         return False

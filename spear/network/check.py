@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.certificate import Certificate
+from spear.network.curved_bounds import Levers
 from spear.network.error_bounds import input_bounds
 from spear.network.labels import WHOLE_NUMBERS, reweighed
 from spear.network.problem import NetworkView, Targets, passes
@@ -56,15 +57,23 @@ def check(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) 
     return Misfit(tuple(layers), error), inputs + step[:, : inputs.shape[1]]
 
 
-def judge(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, reached: Reached) -> Judged:
-    """The whole batch held against the update, after corrections that rounding allows."""
+def judge(
+    problem: NetworkView,
+    inputs: Float[Tensor, "s n"],
+    targets: Targets,
+    reached: Reached,
+    known: Levers | None = None,
+) -> Judged:
+    """The whole batch held against the update, after corrections that rounding allows; `known` as in `input_bounds`."""
     least, most = float(targets.copies.min()), float(targets.copies.max())
     if least == most > 1 and len(targets) == problem.batch_size:  # one of each, times a factor
         targets = replace(targets, whole=False)
     if not targets.whole:
         targets = reweighed(problem, inputs, targets)
     final, inputs = best_check(problem, inputs, targets)
-    evidence = certificate(problem, final, targets, input_bounds(problem, passes(problem, inputs, targets), targets))
+    evidence = certificate(
+        problem, final, targets, input_bounds(problem, passes(problem, inputs, targets), targets, known)
+    )
     return conclude(problem, evidence, inputs, targets, final, reached, WHOLE)
 
 
@@ -122,7 +131,11 @@ def multiple(problem: NetworkView, targets: Targets) -> str:
     size, same = problem.batch_size or len(targets), problem.accuracy.weight
     factor = targets.copies * targets.unit / problem.unit(size)
     least, most = float(factor.min()), float(factor.max())
-    if most - least > same * abs(most) or abs(most - 1) < same:
+    if most - least > same * abs(most):
+        return (
+            "" if targets.whole else f"; their weights in the loss differ, from {least:.3g} to {most:.3g} of the mean's"
+        )
+    if abs(most - 1) < same:
         return ""
     if abs(most + 1) < same:
         return f"; the update has the opposite sign of their {problem.reduction}: that of after - before"

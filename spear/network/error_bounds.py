@@ -10,14 +10,22 @@ from torch import Tensor
 
 from spear.certificate import input_errors, norms, rms, spread_of_family, spread_of_zeros
 from spear.federated.losses import activate_along
+from spear.network.curved_bounds import Levers, curved_bounds
 from spear.network.layerwise import solve
 from spear.network.problem import NetworkView, Passes, Targets
 
 MOST_ENTRIES = 2**22  # of the families that are held at once
 
 
-def input_bounds(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tensor, " s"]:
-    """A bound on each input's relative error, from the first layers that give one under which inputs are certified."""
+def input_bounds(
+    problem: NetworkView, run: Passes, targets: Targets, known: Levers | None = None
+) -> Float[Tensor, " s"]:
+    """A bound on each input's relative error, from the first layers that give one under which inputs are certified.
+
+    Where an activation is curved, linear regions say nothing: `spear.network.curved_bounds`, with `known` levers.
+    """
+    if not all(activation.is_flat for activation in problem.activations):
+        return curved_bounds(problem, run, targets, known)
     bound = run.inputs[0].new_full((len(targets),), torch.inf)
     for k in range(problem.last + 1):
         if bool((bound <= problem.accuracy.recovered).all()):

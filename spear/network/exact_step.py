@@ -49,8 +49,8 @@ class Exact:
 def solve_mask(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) -> Exact:
     """For a fixed mask the best (t, d) is a generalised eigenpair: the smallest of (EᵀE - (UᵀE)ᵀ(UᵀE), EᵀE).
 
-    Here E = D ∘ W_outᵀ Z, Z a basis of the possible d. Masks are renewed from the solution until they settle, at most
-    `rounds` times. The largest entry of d, the label's, is negative.
+    Here E = D ∘ W_outᵀ Z, D the slopes, Z a basis of the possible d. Masks are renewed from the solution until they
+    settle, at most `rounds` times. The largest entry of d, the label's, is negative.
     """
     exact = _exact_once(spaces, mask)
     for _ in range(rounds - 1):
@@ -63,12 +63,13 @@ def solve_mask(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) ->
 
 def _exact_once(spaces: Spaces, mask: Bool[Tensor, "k m"]) -> Exact:
     heads = spaces.head_space
-    gram, t_all = _normal_equations(spaces.basis, heads, mask)
+    slopes = mask if spaces.levels is None else spaces.levels.slopes(mask)
+    gram, t_all = _normal_equations(spaces.basis, heads, slopes)
     values, d = _smallest(gram, t_all)
     t = torch.einsum("kcb,kc->kb", t_all, d)
     u, h = t @ spaces.basis.T, d @ heads.T
-    new = (2 * u - h) * h > 0
-    masked = h * mask
+    new = spaces.active(u, h)
+    masked = h * slopes
     sine = (masked - u).norm(dim=1) / masked.norm(dim=1).clamp_min(TINY)  # the eigenvalue is known to rounding only
     d = d @ spaces.contrasts.T
     norm = t.norm(dim=1, keepdim=True).clamp_min(TINY) * _sign(d)[:, None]
@@ -83,18 +84,25 @@ def _sign(d: Float[Tensor, "k outputs"]) -> Float[Tensor, " k"]:
 
 
 def _normal_equations(
-    basis: Float[Tensor, "m b"], heads: Float[Tensor, "m c"], mask: Bool[Tensor, "k m"]
+    basis: Float[Tensor, "m b"], heads: Float[Tensor, "m c"], slopes: Bool[Tensor, "k m"] | Float[Tensor, "k m"]
 ) -> tuple[Float[Tensor, "k c c"], Float[Tensor, "k c b"]]:
     """EᵀE and (UᵀE)ᵀ for E = D ∘ heads: few classes by products of all masks at once, many one mask after the other."""
     c = heads.shape[1]
     if c > AT_ONCE:
-        pairs = [(heads[on].T @ heads[on], heads[on].T @ basis[on]) for on in mask]
+        if slopes.dtype == torch.bool:
+            parts = [(heads[on], basis[on]) for on in slopes]
+        else:
+            parts = [(one[:, None] * heads, basis) for one in slopes]
+        pairs = [(own.T @ own, own.T @ span) for own, span in parts]
         gram, t = zip(*pairs, strict=True)
         return torch.stack(gram), torch.stack(t)
-    weight = mask.to(basis.dtype)
-    gram = (weight @ (heads[:, :, None] * heads[:, None, :]).reshape(len(heads), c * c)).reshape(-1, c, c)
+    weight = slopes.to(basis.dtype)
+    gram = (
+        (weight if slopes.dtype == torch.bool else weight**2)
+        @ (heads[:, :, None] * heads[:, None, :]).reshape(len(heads), c * c)
+    ).reshape(-1, c, c)
     masked = weight[:, None, :] * heads.T
-    return gram, (masked.reshape(-1, len(heads)) @ basis).reshape(len(mask), c, -1)
+    return gram, (masked.reshape(-1, len(heads)) @ basis).reshape(len(slopes), c, -1)
 
 
 def _smallest(
@@ -152,8 +160,10 @@ def refine(
         iterate, distance = iterate[distance < tolerances.near], distance[distance < tolerances.near]
         if not len(distance):
             break
-        iterate = iterate[different_masks(iterate.target != 0, distance)]
-        exact = solve_mask(rough, iterate.target != 0)
+        mask = iterate.target != 0 if rough.levels is None else rough.active(iterate.target, iterate.h)
+        one = different_masks(mask, distance)
+        iterate, mask = iterate[one], mask[one]
+        exact = solve_mask(rough, mask)
         one = different_masks(exact.mask, exact.sine)
         iterate, exact = iterate[one], exact[one]
         again = exact.sine < HOPEFUL
@@ -168,7 +178,8 @@ def refine(
         iterate = iterate[again]
         h = unit_rows(exact.d[again] @ rough.head)
         h = h * torch.sign((h * iterate.h).sum(1, keepdim=True))
-        iterate = retrieve_phases(replace(iterate, h=h), rough.basis, Reflections(STEPS, head=head))
+        onward = Reflections(STEPS, head=head, levels=rough.levels)
+        iterate = retrieve_phases(replace(iterate, h=h), rough.basis, onward)
     return found
 
 

@@ -43,10 +43,10 @@ def settle(
 ) -> Solved:
     """The directions near which a search ended, with the h of the guessed class: masks by what projection says."""
     d = p - problem.one_hot(labels)
-    h, mask = d @ spaces.head, end.target != 0
+    h, mask = d @ spaces.head, spaces.active(end.target, end.h)
     for _ in range(SETTLING):
-        before, mask = mask, (2 * project(mask * h, spaces.basis) - h) * h > 0
-    sine = misfit(unit_rows(mask * h), spaces.basis).clamp_min(0).sqrt()
+        before, mask = mask, spaces.active(project(spaces.scaled(mask, h), spaces.basis), h)
+    sine = misfit(unit_rows(spaces.scaled(mask, h)), spaces.basis).clamp_min(0).sqrt()
     good = (before == mask).all(1) & (sine < NEAR)
     found = directions(spaces, h[good], d[good], mask[good])
     return Solved.none(spaces).join(found[sine[good].argsort()], room=spaces.rank, cosine=SAME)
@@ -56,7 +56,7 @@ def directions(
     spaces: Spaces, h: Float[Tensor, "k m"], d: Float[Tensor, "k classes"], mask: Bool[Tensor, "k m"]
 ) -> Solved:
     """D ∘ h in the coordinates of U, and d to the same scale."""
-    t = (mask * h) @ spaces.basis
+    t = spaces.scaled(mask, h) @ spaces.basis
     norm = t.norm(dim=1, keepdim=True).clamp_min(TINY)
     return Solved(t / norm, d / norm, mask)
 
@@ -71,10 +71,11 @@ def sharpen(problem: NetworkView, spaces: Spaces, solved: Solved) -> Solved:
         rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
         y, _ = activations(problem, rows, solved.mask, solved.d)
         z = problem.apply(problem.last, y)
-        d = problem.activate(problem.apply(problem.last + 1, z.relu())) - wanted
+        y = problem.activations[problem.last].value(z)
+        d = problem.activate(problem.apply(problem.last + 1, y)) - wanted
         h = d @ spaces.head
-        inside, unit = project(solved.mask * h, spaces.basis), unit_rows(z)
-        mask = (2 * inside - h) * h / h.pow(2).sum(1, keepdim=True) + unit * unit.abs() > 0
+        inside, unit = project(spaces.scaled(solved.mask, h), spaces.basis), unit_rows(z)
+        mask = spaces.evidence(inside, h) / h.pow(2).sum(1, keepdim=True) + unit * unit.abs() > 0
         before, solved = solved, directions(spaces, h, d, mask)
         last, change = change, float((solved.t - before.t).norm())
         if not change < last or change < SETTLED:

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear.directions import TINY
-from spear.network.spaces import Evened, misfit, project, quick
+from spear.directions import TINY, unit_rows
+from spear.network.spaces import Evened, Levels, misfit, project, quick
 
 EVERY = 5  # steps after which starts are looked at
 
@@ -51,7 +51,7 @@ class Reflections:
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
     that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. A positive
     `lean` (`leaning`) is evidence that a unit is active, which counts most where h_j is small. Steps go `relaxation`
-    of the way between the two reflections.
+    of the way between the two reflections. `levels` are the slopes of another activation than ReLU.
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
     halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
@@ -66,6 +66,7 @@ class Reflections:
     relaxation: float = 0.5
     near: float = 0.0
     until: float = math.inf
+    levels: Levels | None = None
 
 
 def retrieve_phases(
@@ -74,7 +75,7 @@ def retrieve_phases(
     """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
 
     Norms of h and v are kept at 1. With `evened`, made for these starts, span(U) is projected on with weights on the
-    units. The returned `target` is u's last value among {0, h_j}.
+    units. The returned `target` is u's last value among {0, h_j}, or {inactive slope h_j, active slope h_j}.
     """
     basis, steps, near = quick(basis), options.steps, options.near
     options = options if options.partner is None else replace(options, partner=quick(options.partner))
@@ -83,7 +84,8 @@ def retrieve_phases(
     for done in range(0, steps, EVERY):
         if not number or time.monotonic() > options.until:
             break
-        iterate = relax(iterate, basis, replace(options, steps=min(EVERY, steps - done)), evened)
+        part = replace(options, steps=min(EVERY, steps - done))
+        iterate = (relax if options.levels is None else relax_levels)(iterate, basis, part, evened)
         if near:
             fit = misfit(iterate.target, basis)
             over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
@@ -133,6 +135,50 @@ def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, e
             scale = h.norm(dim=1, keepdim=True).clamp_min(TINY)
             u, h, target = u.div_(scale), h / scale, target / scale
     return Iterate(u, h, v, target)
+
+
+def relax_levels(
+    iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, evened: Evened | None = None
+) -> Iterate:
+    """The same with two slopes for each unit: u in span(U) whose entries are h_j times one or the other."""
+    partner, head, levels, relaxation = options.partner, options.head, options.levels, options.relaxation
+    u, h, v, target = iterate.u, iterate.h, iterate.v, iterate.target
+    push = 0.0 if options.lean is None else options.lean * h.abs() * h.shape[1] ** -0.5
+    for _ in range(options.steps):
+        pu = evened.project(u, basis) if evened else project(u, basis)
+        ru = torch.lerp(u, pu, 2.0)
+        if head is None:
+            evidence = levels.evidence(ru, h) + push
+        else:
+            ph = project(h, head)
+            points, costs = _nearest(levels, ru, torch.lerp(h, ph, 2.0))
+            evidence = costs[1] - costs[0] + push
+        if partner is not None:
+            pv = project(v, partner)
+            rv = torch.lerp(v, pv, 2.0)
+            evidence = torch.addcmul(evidence, rv, rv.abs(), value=options.weight)
+        active = evidence > 0
+        x = h if head is None else torch.where(active, *points)
+        target = levels.slopes(active) * x
+        u = u + relaxation * (target - pu)
+        if partner is not None:
+            sign = torch.where(active, 0.5, -0.5)
+            v = unit_rows(v + relaxation * (rv.abs() * sign + rv / 2 - pv))
+        if head is not None:
+            h = h + relaxation * (x - ph)
+            scale = h.norm(dim=1, keepdim=True).clamp_min(TINY)
+            u, h, target = u / scale, h / scale, target / scale
+    return Iterate(u, h, v, target)
+
+
+def _nearest(levels: Levels, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> tuple[list[Tensor], list[Tensor]]:
+    """The x whose (slope x, x) is nearest to (u, h), for the active and the inactive slope, and how far, squared."""
+    points, costs = [], []
+    for slope in (levels.active, levels.inactive):
+        size = 1 + slope * slope
+        points.append((slope * u + h) / size)
+        costs.append((u - slope * h) ** 2 / size)
+    return points, costs
 
 
 def search_evened(

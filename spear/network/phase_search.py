@@ -84,8 +84,13 @@ class PhaseSearch:
         self.idle = 0 if self.left < before else self.idle + 1
         if len(self.solved) >= TELLING and self.problem.loss == "cross_entropy" and not self.restricted:
             self.drawn = replace(self.drawn, prior=mean_probabilities(self.solved, self.drawn.prior))
-        if self.problem.last and self.left and len(self.solved) and self.crowded:
+        if self.stacked and self.left and len(self.solved) and self.crowded:
             self._dismiss()
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a layer of ReLU is below, whose zeros tell more of a sample."""
+        return self.problem.last > 0 and self.problem.activations[self.problem.last - 1].is_relu
 
     @property
     def crowded(self) -> bool:
@@ -129,7 +134,7 @@ class PhaseSearch:
     def _tail(self, free: Float[Tensor, "b r"]) -> Solved:
         if self.left == 1:
             return last_samples.last_one(self.spaces, free, self.tolerances)
-        if self.problem.last == 0 or self.left > TAIL * len(self.spaces.basis):
+        if not self.stacked or self.left > TAIL * len(self.spaces.basis):
             return Solved.none(self.spaces)
         inputs = self.spaces.rows[:, : self.problem.weights[self.problem.last].shape[1]]
         tries = min(self.left + 2, MOST_PROGRAMMES)
@@ -161,13 +166,15 @@ class PhaseSearch:
         labels = self.drawn.labels(plan.starts, seen, left=self.left, rank=self.whole.rank)
         start, partner = self.drawn.draw(self.spaces, free, labels, spread=plan.free)
         lean = None
-        if self.crowded and not plan.free and self.problem.biases[self.problem.last] is not None:
+        signed = self.spaces.levels is None or self.spaces.levels.signed
+        if self.crowded and not plan.free and signed and self.problem.biases[self.problem.last] is not None:
             lean = LEAN * leaning(self.spaces, free).float()
         # An h that moves goes on improving where it arrived; a crowded span is near to everything.
         near = 0.0 if plan.free else self.tolerances.near / (CLOSER if plan.evened else 1)
-        reflections = Reflections(plan.steps, lean=lean, near=near, until=self.until)
+        levels = None if self.spaces.levels is None else self.spaces.levels.to(torch.float32)
+        reflections = Reflections(plan.steps, lean=lean, near=near, until=self.until, levels=levels)
         if plan.evened:
             return phase_retrieval.search_evened(start, labels, self.low, reflections), labels
-        partner, head = partner if plan.weight else None, self.heads if plan.free else None
+        partner, head = partner if plan.weight and signed else None, self.heads if plan.free else None
         reflections = replace(reflections, partner=partner, weight=plan.weight, head=head)
         return phase_retrieval.retrieve_phases(start, self.low, reflections), labels

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spear import directions
 from spear.directions import TINY, distinct, unit_rows
+from spear.models.activations import Activation
 
 LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
@@ -87,10 +88,50 @@ class Evened:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """The two slopes of a piecewise linear activation: each unit's when it is active, and when it is not.
+
+    ReLU's are 1 and 0. A unit is active where z > 0 if `signed`; else the pre-activation's sign says nothing.
+    """
+
+    active: Float[Tensor, " m"]
+    inactive: Float[Tensor, " m"]
+    signed: bool
+
+    @classmethod
+    def of(cls, activation: Activation, units: int) -> "Levels | None":
+        """Those of an activation; `None` for ReLU, and where there are not two slopes."""
+        levels = activation.levels
+        if activation.is_relu or levels is None:
+            return None
+        low, high = levels.amin(0), levels.amax(0)
+        two = ((levels == low) | (levels == high)).all() and (low < high).any()
+        signed = 0.0 in activation.breaks
+        if signed:
+            k = activation.breaks.index(0.0)
+            low, high = levels[k], levels[k + 1]
+        return cls(high.expand(units), low.expand(units), signed) if two else None
+
+    def to(self, dtype: torch.dtype) -> "Levels":
+        """The same in another precision."""
+        return Levels(self.active.to(dtype), self.inactive.to(dtype), self.signed)
+
+    def slopes(self, mask: Bool[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """The slopes of these masks."""
+        return torch.where(mask, self.active, self.inactive)
+
+    def evidence(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """How much nearer, squared, u is to h at the active slope than at the other."""
+        both = self.active + self.inactive
+        return (2 * u - both * h) * h * (self.active - self.inactive)
+
+
+@dataclass(frozen=True)
 class Spaces:
     """The known spaces of the last hidden layer: `basis` U, `singular` S, `rows` V, and the output weights `head`.
 
-    `lift` is [W | beta] Vᵀ, so that z = lift s; `contrasts` spans the possible d.
+    `lift` is [W | beta] Vᵀ, so that z = lift s; `contrasts` spans the possible d. `levels` are the activation's two
+    slopes, `None` those of ReLU.
     """
 
     basis: Float[Tensor, "m b"]
@@ -99,6 +140,7 @@ class Spaces:
     lift: Float[Tensor, "m b"]
     head: Float[Tensor, "outputs m"]
     contrasts: Float[Tensor, "outputs free"]
+    levels: Levels | None = None
 
     @property
     def rank(self) -> int:
@@ -107,7 +149,20 @@ class Spaces:
 
     def to(self, dtype: torch.dtype) -> "Spaces":
         """The same in another precision."""
-        return Spaces(*(getattr(self, f.name).to(dtype) for f in fields(self)))
+        parts = (getattr(self, f.name) for f in fields(self))
+        return Spaces(*(None if part is None else part.to(dtype) for part in parts))
+
+    def scaled(self, mask: Bool[Tensor, "k m"], h: Float[Tensor, "*k m"]) -> Float[Tensor, "k m"]:
+        """D ∘ h: each h at the slopes of a mask."""
+        return mask * h if self.levels is None else self.levels.slopes(mask) * h
+
+    def evidence(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """How much nearer, squared, u is to h at the active slope than at the other."""
+        return (2 * u - h) * h if self.levels is None else self.levels.evidence(u, h)
+
+    def active(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Bool[Tensor, "k m"]:
+        """The mask that u implies."""
+        return self.evidence(u, h) > 0
 
     @property
     def head_space(self) -> Float[Tensor, "m free"]:

@@ -8,12 +8,13 @@ from torch import Tensor
 from spear.directions import unit_rows
 from spear.network import many_classes
 from spear.network.check import judge
+from spear.network.curves import whole as curves
 from spear.network.layerwise import PositiveRule, above_gap, above_noise, activations, descend, solve
 from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Judged, Reached, nothing
-from spear.network.spaces import Solved, Spaces, contrasts
+from spear.network.spaces import Levels, Solved, Spaces, contrasts
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
@@ -24,20 +25,20 @@ IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 
 
 def recover(problem: NetworkView, terms: Terms) -> Reconstruction:
-    """Recover the whole batch from the gradients of a fully connected ReLU network, entry by entry.
+    """Recover the whole batch from the gradients of a fully connected network, entry by entry.
 
     Nothing is returned that the update does not support, and nothing is certified while samples are missing: an
     exhausted budget gives an incomplete result and its reason.
 
-    Raises `ValueError` for a gradient that is zero, and `Refusal` where an activation is not ReLU.
+    Raises `ValueError` for a gradient that is zero.
     """
-    if not problem.is_relu:
-        raise Refusal("the network method reads ReLU's zeros; an activation here is another one")
     return distinct_samples(problem, terms).entries(problem, terms.budget.elapsed, "network")
 
 
 def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     """The samples behind the gradients, each once with its label counts; raises as `recover` does."""
+    if not problem.activations[problem.last].is_flat:
+        return curves.distinct_samples(problem, terms)
     low = problem.factors(problem.last)
     spaces = open_spaces(problem, low.L, low.R)
     restricted = many_classes.too_many(problem, spaces, MARGIN)
@@ -46,6 +47,8 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     try:
         _check_reach(problem, spaces, low)
     except Refusal as refusal:
+        if not problem.is_relu:
+            raise
         return conclude_partly(problem, run, _reached(run, low), str(refusal), terms)
     _search(problem, run, terms)
     reached = _reached(run, low)
@@ -54,7 +57,7 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
         solved = many_classes.sharpen(problem, spaces, run.found) if restricted and not run.left else run.found
         whole = conclude(problem, spaces, solved, reached)
         result = _more(whole, result) if run.left else whole
-    if len(result.inputs) < max(reached.found, 1):
+    if len(result.inputs) < max(reached.found, 1) and problem.is_relu:
         # Mixtures of samples whose masks resemble each other pass for samples: begin at the other end too.
         result = _more(conclude_partly(problem, run, reached, str(reached), terms), result)
     return result
@@ -88,15 +91,18 @@ def open_spaces(problem: NetworkView, L: Float[Tensor, "m b"], R: Float[Tensor, 
     singular = R.norm(dim=1)
     rows = R / singular[:, None]
     lift = problem.affine(problem.last) @ rows.T
-    return Spaces(L, singular, rows, lift, problem.weights[-1], contrasts(problem.outputs, problem.loss, L))
+    levels = Levels.of(problem.activations[problem.last], len(L))
+    return Spaces(L, singular, rows, lift, problem.weights[-1], contrasts(problem.outputs, problem.loss, L), levels)
 
 
 def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
     """Raises `Refusal` where the search cannot be trusted to say anything."""
+    curves.check_biases(problem)
     widths = [len(w) for w in problem.weights[:-1]]
     rank, live = spaces.rank, int((spaces.basis.norm(dim=1) > many_classes.DEAD).sum())
     if problem.batch_size and rank > 2 * problem.batch_size and low.gap < MIN_GAP:
-        raise Refusal(f"rank {rank} without a gap from a batch of {problem.batch_size}: there is noise on the gradient")
+        seen = f"rank {rank} without a gap from a batch of {problem.batch_size}"
+        raise Refusal(f"{seen}: there is noise on the gradient, or something was added to it (control variates)")
     if rank == min(problem.augmented(problem.last).shape) and low.gap < MIN_GAP:
         least = f"the last of {rank} is {low.smallest / low.largest:.0e} of the first"
         where = f"no gap in the singular values of the last hidden layer's gradient: {least}"
@@ -116,6 +122,9 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
     sane = plausible(problem, rows, solved)
     rows, solved, best = rows[sane], solved[sane], None
+    if not problem.is_relu:
+        found = curves.conclude_slopes(problem, rows, solved, reached) if len(solved) else None
+        return found or nothing(problem, str(reached), reached)
     for positive, spans in masks_by(problem) if len(solved) else ():
         inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
         result = judge(problem, inputs, targets, reached)

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear.certificate import Certificate, input_errors, length_slack, rms, spread_of_zeros
+from spear.certificate import Certificate, input_errors, length_by_reader, length_slack, rms, spread_of_zeros
 from spear.federated.losses import activate, one_hot
 from spear.models.layers import Layer
-from spear.models.streaming import Outer, Streamed, pieces
+from spear.models.streaming import Blocks, Outer, Streamed, pieces
 from spear.models.watching import watched
 from spear.published.filtering import determined, zero_rows
 from spear.published.greedy import matching_coefficient, recover_scales
@@ -22,6 +22,7 @@ from spear.published.lowrank import MIN_GAP
 from spear.published.view import LayerView, Observed
 
 LEAST_SPARE = 8  # zeros of a column beyond the b - 1 that fix it, for one layer's word to count
+MOST_UNITS, TRIED_UNITS, SAME_UNIT = 256, 8, 1e-2  # scales that samples show: looked at, tried; and when two are one
 SHARPEST = 1e-3  # of a column's largest entry: what one layer's zeros must be told from
 
 
@@ -34,14 +35,35 @@ def recover_labels(
     (p - e_c)^T J G = |G|^2 / scale for the right class c alone: one product J G serves all classes. It is taken as the
     derivative of J^T u, linear in u, by u: reverse mode twice.
     """
+    value = _by_class(layer, Z, G, loss)
+    return (value - (G**2).sum(1, keepdim=True) / scale).abs().argmin(1)
+
+
+def shown_units(layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"], loss: str) -> list[float]:
+    """The scales that the samples themselves show, the likeliest first: under the right one each has a class.
+
+    |G|^2 over (p - e_c)^T J G, by sample and class; negative where the sign of the update is reversed.
+    """
+    ratio = (G**2).sum(1, keepdim=True) / _by_class(layer, Z, G, loss)
+    found = ratio[ratio.isfinite() & (ratio != 0)]
+    found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:MOST_UNITS].to(found.device)]
+    near = torch.stack([((ratio / unit - 1).abs() < SAME_UNIT).any(1).sum() for unit in found]) if len(found) else found
+    units: list[float] = []
+    for unit in found[near.argsort(descending=True, stable=True)].tolist():
+        if all(abs(unit / other - 1) > SAME_UNIT for other in units):
+            units.append(unit)
+    return units[:TRIED_UNITS]
+
+
+def _by_class(layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"], loss: str) -> Float[Tensor, "b classes"]:
+    """(p - e_c)^T J G of every sample and class c."""
     Z = Z.detach().requires_grad_(True)
     outputs = layer.tail(Z)
     u = torch.zeros_like(outputs, requires_grad=True)
     (back,) = torch.autograd.grad(outputs, Z, u, create_graph=True)
     (slope,) = torch.autograd.grad(back, u, G)
     wanted = one_hot(torch.arange(max(outputs.shape[1], 2), device=Z.device), outputs)
-    value = (activate(loss, outputs.detach()) * slope).sum(1, keepdim=True) - slope @ wanted.mT
-    return (value - (G**2).sum(1, keepdim=True) / scale).abs().argmin(1)
+    return (activate(loss, outputs.detach()) * slope).sum(1, keepdim=True) - slope @ wanted.mT
 
 
 def explain(
@@ -115,12 +137,38 @@ def certify_layer(target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "
     found = _certificate(target, q, G, X, {f"{name}.weight": Outer(G, X), f"{name}.bias": G.sum(0)})
     with torch.no_grad():
         slack = length_slack(target.layer.linear(X) - bias, bias)
-    doubt = found.doubt or _unclear(target, q)
+    read, unread = _by_readers(target, X)
+    slack = torch.minimum(slack, read)
+    doubt = found.doubt or _unclear(target, q) or unread
     if not doubt and not bool((slack <= found.allowed).all()):
         least = float(slack.max())
         room = f"by {least:.0e}" if math.isfinite(least) else "by any factor"
         doubt = f"each image up to its length: no sign of Z would change if one were off {room}"
+        if bool(read.isfinite().any()):
+            doubt = (
+                f"each image up to its length, which what {', '.join(target.layer.readers)} reads leaves open {room}"
+            )
     return replace(found, error_bound=found.error_bound + slack, doubt=doubt)
+
+
+def _by_readers(target: LayerView, X: Float[Tensor, "b n"]) -> tuple[Float[Tensor, " b"], str]:
+    """By what share each input's length is uncertain, from the layers that read this one's; and a doubt, in words."""
+    layer, best = target.layer, X.new_full((len(X),), torch.inf)
+    with torch.no_grad():
+        Z = layer.linear(X)
+        mapped = layer.after.then_of(Z.relu())
+        slopes = layer.after.slope_of((Z > 0) * (Z - layer.linear.bias))
+    for name in layer.readers:
+        weight, bias = (target.gradients.received.get(f"{name}.{kind}") for kind in ("weight", "bias"))
+        if weight is None:
+            continue
+        one = X.new_ones(len(X), int(bias is not None))
+        J = Blocks(weight, None if bias is None else bias.to(X), X[:0])
+        shares, left = length_by_reader(torch.cat([mapped, one], 1), torch.cat([slopes, 0 * one], 1), J, target.eps)
+        if left > target.eps**0.5 and math.isfinite(left):
+            return best, f"the gradient of {name} has {left:.0e} beside the samples'"
+        best = torch.minimum(best, shares)
+    return best, ""
 
 
 def _columns(target: LayerView, q: Float[Tensor, "b b"]) -> Float[Tensor, "b m"]:

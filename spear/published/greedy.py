@@ -96,6 +96,7 @@ def disaggregate(observed: Observed, q: Float[Tensor, "b b"]) -> tuple[Float[Ten
 def matching_coefficient(observed: Observed, q: Float[Tensor, "*p b b"]) -> Float[Tensor, "*p"]:
     """lambda: the share of the m b entries in which Z > 0 agrees with G != 0; 1 at the truth (SPEAR).
 
+    An entry of Z that rounding leaves without a sign agrees with both.
     Leading dimensions of `q` are alternatives, compared in one batch; a singular set of directions counts as 0.
     """
     V = torch.linalg.inv_ex(q)[0].nan_to_num(0, 0, 0)
@@ -104,7 +105,10 @@ def matching_coefficient(observed: Observed, q: Float[Tensor, "*p b b"]) -> Floa
         agreement = ((observed.B @ V > 0) == active).to(q.dtype).mean(-2)
         return torch.maximum(agreement, 1 - agreement).mean(-1)
     Z = observed.B @ V * torch.sign(observed.d @ V)[..., None, :]
-    return ((Z > 0) == active).to(q.dtype).mean((-2, -1))
+    agree = (Z > 0) == active
+    if observed.blur:
+        agree |= Z.abs() <= observed.blur * Z.abs().amax(-2, keepdim=True)
+    return agree.to(q.dtype).mean((-2, -1))
 
 
 def second_stage(

@@ -39,6 +39,10 @@ class LowRank:
         """The b-th singular value, in J's unit."""
         return float(torch.linalg.vector_norm(self.R[-1]))
 
+    def entry_noise(self, n: int) -> float:
+        """The standard deviation of independent noise in the entries of an m x n gradient whose norm is `noise`."""
+        return self.noise / (math.sqrt(len(self.L)) + math.sqrt(n))
+
 
 def augment(weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"]) -> Float[Tensor, "m n+1"]:
     """J = [dL/dW | dL/dbeta] = G [X^T | 1]: the bias is a weight whose input is 1."""

@@ -11,8 +11,15 @@ from torch import Tensor
 from spear.certificate import Certificate
 from spear.models.streaming import weight_names
 from spear.published import theory
-from spear.published.certificate import certify, certify_layer, recover_labels
-from spear.published.greedy import Candidates, disaggregate
+from spear.published.certificate import (
+    LEAST_SPARE,
+    certify,
+    certify_layer,
+    recover_labels,
+    shown_units,
+    spare_zeros,
+)
+from spear.published.greedy import Candidates, disaggregate, matching_coefficient
 from spear.published.lowrank import MIN_GAP
 from spear.published.view import LayerView, Observed, under_noise
 from spear.reconstruction import Budget, Reconstruction, Refusal, Stats, Terms
@@ -21,6 +28,8 @@ EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under wh
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where another method ended without the whole batch
 LABELLED = 0.1  # relative distance of a sample's own gradient to that of its label, from which no label fits
+FITTING = 1e-6  # the same, up to which a label does: what else does not fit is no matter of the loss
+CANCEL = "a column of G whose samples' weights cancel has no input of its own"
 HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
 
 
@@ -59,6 +68,9 @@ def _attack(
         live, m = len(view.observed.alive().L), len(view.observed.L)
         reached = f"{len(found.basis)} of {view.low.rank} directions, matching coefficient {found.matching:.6f}"
         reached += f"; of {m} neurons {live} tell anything, the others see no sample" if live < m else ""
+        found = _alone(view, found) if view.low.rank == 1 else found
+        if goal == 1 and by_zeros(view, found):
+            return replace(_by_zeros_alone(view, found, stats), method=method.name)
         return nothing(view, f"{method.name}: {found.spent}: {reached}", stats, method.name)
     return replace(reconstruct(view, found, stats), method=method.name)
 
@@ -93,7 +105,7 @@ def reconstruct(view: LayerView, found: Candidates, stats: Stats) -> Reconstruct
     q, name = found.q[found.basis], view.layer.name
     G, X = disaggregate(view.observed, q)
     if not bool(X.isfinite().all()):
-        return nothing(view, "a column of G whose samples' weights cancel has no input of its own", stats, "")
+        return nothing(view, CANCEL, stats, "")
     if view.observed.d is None:
         why = f"{name} has no bias, so each input is known up to a positive factor only (here: unit length)"
         return _result(view, X.mT, f"recovered, but not certified: {why}", stats)
@@ -104,7 +116,11 @@ def reconstruct(view: LayerView, found: Candidates, stats: Stats) -> Reconstruct
             return whole
         if _rest_is_sent(view):
             explained = bool((whole.residuals < LABELLED).all()) or _shows_noise(view)
-            return whole if explained else _without_labels(view, whole)
+            causes = f"another loss than {view.loss}, unequal weights in it, several steps, or another model"
+            said = f"none explains the gradients, which speaks for {causes} than the client's"
+            alone = _by_one_layer(view, q, X, said, stats)
+            labelled = bool((whole.residuals < max(FITTING, view.eps**0.5)).all())
+            return whole if labelled or (explained and not bool(alone.certified.any())) else alone
         unknown = f"the update holds nothing of what follows {name}, and the model's own rest does not fit it"
     return _by_one_layer(view, q, X, unknown, stats)
 
@@ -112,23 +128,36 @@ def reconstruct(view: LayerView, found: Candidates, stats: Stats) -> Reconstruct
 def _with_labels(
     view: LayerView, q: Float[Tensor, "b b"], G: Float[Tensor, "m b"], X: Float[Tensor, "n b"], stats: Stats
 ) -> Reconstruction:
-    """The batch with its labels, certified by the layer and all that follows it."""
+    """The batch with its labels, certified by the layer and all that follows it; at another scale where that fits."""
     with torch.no_grad():
         Z = view.layer.linear(X.mT)
         outputs = view.layer.tail(Z).shape[1]
-    labels = recover_labels(view.layer, Z, G.mT, view.unit(outputs), view.loss)
-    certificate, residuals = certify(view, q, X.mT, labels)
+    best = first = None
+    told = view.unit(outputs)
+    for unit in (told, *shown_units(view.layer, Z, G.mT, view.loss)):
+        seen = replace(view, scale=view.scale * unit / told)
+        labels = recover_labels(view.layer, Z, G.mT, unit, view.loss)
+        certificate, residuals = certify(seen, q, X.mT, labels)
+        certificate = replace(certificate, reserve="" if unit == told else _at_another_scale(view, outputs))
+        if best is None or float(residuals.max()) < float(best[3].max()):
+            best = unit, labels, certificate, residuals
+        first = first or best
+        if bool((residuals < LABELLED).all()):
+            break
+    unit, labels, certificate, residuals = best if bool((best[3] < LABELLED).all()) else first
     reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.residual:.0e}"
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}"
+    reason += "" if unit == told else f"; the update is {unit / told:.6g} times their {view.reduction}"
     return _result(view, X.mT, reason, stats, certificate, labels=labels, residuals=residuals)
 
 
-def _without_labels(view: LayerView, whole: Reconstruction) -> Reconstruction:
-    """The inputs alone, where no label explains their gradients."""
-    causes = f"another loss than {view.loss}, unequal weights in it, or a model that is not the client's"
-    reason = f"{whole.reason}; no labels: none explains the gradients, which speaks for {causes}"
-    return replace(whole, labels=None, residuals=torch.full_like(whole.residuals, math.inf), reason=reason)
+def _at_another_scale(view: LayerView, outputs: int) -> str:
+    """What leaves a batch uncertain whose scale in the loss was read off it; empty where nothing does."""
+    if outputs < 3:
+        return "with two classes a label cannot be told from a weight in the loss"
+    alone = f"its scale was read off {view.layer.name} alone, and with it the length of each input"
+    return "" if _rest_is_sent(view) else alone
 
 
 def _by_one_layer(
@@ -136,11 +165,36 @@ def _by_one_layer(
 ) -> Reconstruction:
     """The inputs without labels, certified by the layer alone."""
     certificate = certify_layer(view, q, X.mT)
-    signs = f"{view.layer.name} alone, every sign of its pre-activations and every zero of its gradient"
+    signs = f"{view.layer.name}, every sign of its pre-activations and every zero of its gradient"
+    signs += f", and what {', '.join(view.layer.readers)} reads" if view.layer.readers else ""
     reason = f"the whole batch of {len(q)}, certified by {signs}; no labels: {unknown}"
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}; no labels: {unknown}"
     return _result(view, X.mT, reason, stats, certificate)
+
+
+def by_zeros(view: LayerView, found: Candidates) -> bool:
+    """Whether directions span the gradient and are each fixed by more zeros than that takes, whatever the weights."""
+    if view.observed.d is None or len(found.basis) < view.low.rank:
+        return False
+    return spare_zeros(view.observed, found.q[found.basis]) >= LEAST_SPARE
+
+
+def _alone(view: LayerView, found: Candidates) -> Candidates:
+    """The direction of a single sample: there is but one, whatever the weights."""
+    q = view.observed.L.new_ones(1, 1)
+    matching = float(matching_coefficient(view.observed, q))
+    return replace(found, q=q, basis=torch.zeros(1, dtype=torch.long, device=q.device), matching=matching)
+
+
+def _by_zeros_alone(view: LayerView, found: Candidates, stats: Stats) -> Reconstruction:
+    """The inputs that the gradient gives, dL/dW over dL/dβ of each column, where the weights do not fit them."""
+    X = disaggregate(view.observed, found.q[found.basis])[1]
+    if not bool(X.isfinite().all()):
+        return nothing(view, CANCEL, stats, "")
+    share = f"its zeros are the units that the weights leave inactive in {100 * found.matching:.1f} % of entries only"
+    causes = "older or newer weights than the client's, dropout, or more than ReLU behind it"
+    return _result(view, X.mT, f"recovered from the gradient alone, not certified: {share}: {causes}", stats)
 
 
 def _unknown_rest(view: LayerView) -> str:

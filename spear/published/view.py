@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear.accuracy import Accuracy
+from spear.accuracy import FINE, Accuracy
 from spear.federated.losses import slope
 from spear.federated.received import (
     Widened,
@@ -25,7 +25,7 @@ from spear.federated.update import Lazy, SharedUpdate
 from spear.models.layers import Layer
 from spear.models.streaming import Blocks, Streamed, streamed
 from spear.models.tracing import find_layer
-from spear.published.lowrank import LowRank, decompose, rank_under_noise
+from spear.published.lowrank import MIN_GAP, LowRank, decompose, rank_under_noise
 from spear.reconstruction import Refusal
 
 MOST_UNDER_NOISE = 0.4  # of the smaller side: the share of a gradient's singular values that may rise above noise
@@ -37,7 +37,8 @@ class Observed:
 
     G = L Q for the unknown Q (b, b), X^T = Q^-1 R and Z = B Q^-T with B = W R^T + beta d^T. `d` = L^T dL/dbeta = Q 1
     fixes the scale of every column; it is `None` where the layer has no bias, and each column of Q stays free up to a
-    positive factor. An entry of a column of G counts as zero under `tolerance` times the column's largest entry.
+    positive factor. An entry of a column of G counts as zero under `tolerance` times the column's largest entry, and
+    one of Z under `blur` times its has no sign.
     """
 
     L: Float[Tensor, "m b"]
@@ -45,6 +46,7 @@ class Observed:
     B: Float[Tensor, "m b"]
     d: Float[Tensor, " b"] | None
     tolerance: float = 1e-7
+    blur: float = 0.0
 
     def alive(self) -> "Observed":
         """The same without the neurons that no sample activates: they are zeros of every direction, true or false."""
@@ -115,7 +117,7 @@ def open_layer(
     found = replace(found, linear=Streamed(found.linear, device), tail=tail)
     eps = rounding_unit(model, update)
     gradients = Widened(received, device)
-    low, observed = observe(found, gradients, rank, eps)
+    low, observed = observe(found, gradients, rank, eps, changed=update.learning_rate is not None)
     count = low.rank if disclosed is None else disclosed
     scale = 1 / count if update.reduction == "mean" else 1.0
     told = _loss(found, update.loss, gradients.device), update.reduction, coarsest(model, update)
@@ -139,14 +141,23 @@ def _loss(layer: Layer, told: str, device: torch.device) -> str:
     return told if outputs.shape[1] > 1 else "binary_cross_entropy"
 
 
-def observe(layer: Layer, gradients: Widened, rank: int | None, eps: float) -> tuple[LowRank, Observed]:
-    """The factorisation of a layer's gradient, and the server's view of the layer in its coordinates."""
+def observe(
+    layer: Layer, gradients: Widened, rank: int | None, eps: float, *, changed: bool = False
+) -> tuple[LowRank, Observed]:
+    """The factorisation of a layer's gradient, and the server's view of the layer in its coordinates.
+
+    `changed` says that it is a change of weights: its noise is their rounding, independent from entry to entry.
+    """
     linear, n = layer.linear, layer.linear.in_features
-    low = decompose(_jacobian(layer, gradients), rank, eps=eps)
+    J = _jacobian(layer, gradients)
+    low = decompose(J, eps=eps, expected=rank or 0)
+    low = low if rank in (None, low.rank) or low.gap >= MIN_GAP else decompose(J, rank, eps=eps)
     B = Blocks(linear.weight, linear.bias, low.R).times(low.R.mT)
     d = None if linear.bias is None else low.R[:, n]
-    tolerance = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / max(low.smallest, 1e-300)), 1e-2)
-    return low, Observed(low.L, low.R[:, :n], B, d, tolerance)
+    coarse = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / max(low.smallest, 1e-300)), 1e-2)
+    fine = max(1e-9, 10 * low.entry_noise(n) * low.L.shape[0] ** 0.5 / max(low.smallest, 1e-300))
+    tolerance = min(coarse, fine) if changed and low.gap >= MIN_GAP else coarse
+    return low, Observed(low.L, low.R[:, :n], B, d, tolerance, coarse if eps > FINE else 0.0)
 
 
 def _jacobian(layer: Layer, gradients: Widened) -> Blocks:
@@ -170,8 +181,7 @@ def under_noise(view: LayerView) -> LayerView | None:
         return None
     low, observed = observe(view.layer, view.gradients, rank, view.eps)
     # Each entry of L = J V S^-1 carries noise sigma / s: four deviations, relative to a column of G of m entries.
-    sigma = low.noise / (math.sqrt(m) + math.sqrt(n))
-    tolerance = min(4 * sigma * math.sqrt(m) / low.smallest, 0.3)
+    tolerance = min(4 * low.entry_noise(n) * math.sqrt(m) / low.smallest, 0.3)
     return replace(view, low=low, observed=replace(observed, tolerance=tolerance))
 
 

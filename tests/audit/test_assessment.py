@@ -88,11 +88,54 @@ def test_mistakes(model: nn.Module, options: dict, message: str) -> None:
         assessment.audit(model, **options)
 
 
-def test_a_model_without_relu() -> None:
+def test_a_model_that_no_attack_reads() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Softmax(1), nn.Linear(9, 4)).double()
     with pytest.raises(ValueError, match="no ReLU follows any linear layer"):
-        assessment.audit(nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.GELU(), nn.Linear(9, 4)).double())
+        assessment.audit(model)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh, nn.LeakyReLU])
+def test_other_activations_hide_nothing_from_all_layers_together(activation: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 60), activation(), nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 10)]
+    model = nn.Sequential(nn.Flatten(), *layers).double()
+    first, second, last = assessment.assess(model, (1, 8, 8))
+    assert first.gives_away == "the samples themselves, together with all other layers"
+    assert (first.limit, first.sampling) == (49, 0)
+    assert (second.gives_away, second.limit) == ("the features that enter it", 49)
+    assert last.limit == 0
+    found = assessment.audit(model, data="digits", count=6, trial_limit=0.5)
+    assert (found.status, found.result.complete, found.not_attacked) == (1, True, ())
+    assert "all layers together do" in report.html(found)
 
 
 def test_an_update_that_does_not_fit(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="'other', which the model does not have"):
         assessment.audit(model, federated.SharedUpdate({"other": torch.ones(3)}))
+
+
+def test_networks_that_normalise_are_attacked_and_their_buffers_named() -> None:
+    parts = [nn.Flatten(), nn.Linear(64, 80), nn.BatchNorm1d(80), nn.ReLU(), nn.Dropout(0.2), nn.Linear(80, CLASSES)]
+    model = nn.Sequential(*parts).double().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    found = assessment.audit(model, count=6, input_shape=SHAPE, trial_limit=0.1, time_limit=20)
+    assert found.result.complete, found.result.reason
+    assert found.not_attacked == ()
+    (words,) = found.statistics
+    assert words == "2: mean and variance of 80 features over the client's batch, and with them the mean sample"
+    first = found.layers[0]
+    assert first.gives_away == "the samples, up to one image common to all, together with all other layers"
+    assert first.limit == (80 - CLASSES - 8) // 2 + 1
+    assert words in report.html(found).replace("&#39;", "'")
+    assert json.loads(report.to_json(found))["statistics"] == [words]
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_mean_that_is_lost_is_said() -> None:
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 50), nn.BatchNorm1d(50), nn.ReLU(), nn.Linear(50, CLASSES)
+    ).double()
+    found = assessment.audit(model.train(), count=6, input_shape=SHAPE, trial_limit=0.1, time_limit=20)
+    assert found.status == 1
+    assert not found.result.complete
+    assert "0 of them are certified, and of 6 the difference from their mean" in report.verdict(found)

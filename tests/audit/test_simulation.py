@@ -46,7 +46,7 @@ def test_the_largest_batch_is_found_to_one_part_in_eight(
 
     def attack(self: simulation.Options, _model: nn.Module, update: federated.SharedUpdate, _method: str) -> object:
         tried.append(update.count)
-        return SimpleNamespace(complete=update.count <= whole, reason="too many")
+        return SimpleNamespace(complete=update.count <= whole, reason="too many", inputs=())
 
     monkeypatch.setattr(simulation.Options, "attack", attack)
     reach = simulation.reach(model, choose("digits", SHAPE, CLASSES, most=most), "sampling", most=most)

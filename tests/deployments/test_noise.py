@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import batch, permuted_neurons
 
 from spear import attack, data, metrics, models
-from spear.deployments.noise import level
+from spear.deployments.spectrum import scaled
 from spear.federated import defences, gradient, privacy
 from spear.network.problem import open_network
 
@@ -164,12 +164,12 @@ def test_rank_and_level_of_a_known_matrix(sigma):
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     J = 3 * draw(80, 5) @ draw(5, 200) + 0.3 * draw(80, 200)
     J[10], J[:, 3] = 0, 0  # a dead neuron and a blank pixel carry no noise
-    low, found = level(J, sigma)
-    assert low.rank == 5
-    assert found == pytest.approx(0.3, rel=0.03)
-    assert torch.linalg.matrix_norm(J - low.L @ low.R, 2) < 0.3 * (80**0.5 + 200**0.5) * 1.1
-    assert level(J, sigma, most=3)[0].rank == 3
-    assert level(J.T.contiguous(), sigma)[0].rank == 5
+    found = scaled(J, sigma).standing()
+    assert found.low.rank == 5
+    assert found.sigma == pytest.approx(0.3, rel=0.03)
+    assert torch.linalg.matrix_norm(J - found.low.L @ found.low.R, 2) < 0.3 * (80**0.5 + 200**0.5) * 1.1
+    assert scaled(J, sigma, most=3).rank == 3
+    assert scaled(J.T.contiguous(), sigma).rank == 5
 
 
 def test_what_cannot_be_refined_says_why():

@@ -74,13 +74,37 @@ def test_any_module_and_frozen_parameters():
     assert "2.weight" in update.gradients
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(9), nn.Dropout(0.5)])
-def test_training_mode_that_mixes_samples_is_refused(layer):
+def test_training_mode_is_the_clients_own():
     inputs, labels = batch(5, 9, 3)
-    model = nn.Sequential(layer, nn.Linear(9, 3)).double()
-    with pytest.raises(ValueError, match=r"0 \((BatchNorm1d|Dropout)\) is in training mode.*model.eval\(\)"):
-        gradient(model, inputs, labels)
-    assert gradient(model.eval(), inputs, labels).count == 5
+    model = nn.Sequential(nn.Linear(9, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(1)
+    update = gradient(model, inputs, labels)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    torch.manual_seed(1)
+    F.cross_entropy(model(inputs), labels).backward()  # the model itself takes the step of its statistics
+    assert all(torch.equal(p.grad, update.gradients[name]) for name, p in model.named_parameters())
+    assert update.buffers.keys() == before.keys()
+    assert all(torch.equal(buffer, update.buffers[name]) for name, buffer in model.named_buffers())
+    assert gradient(model.eval(), inputs, labels).buffers is None
+
+
+def test_statistics_travel_with_the_update(tmp_path):
+    inputs, labels = batch(5, 9, 3)
+    model = nn.Sequential(nn.Linear(9, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    update = gradient(model, inputs, labels)
+    update.save(tmp_path / "update.safetensors")
+    again = SharedUpdate.load(tmp_path / "update.safetensors")
+    assert again.gradients.keys() == update.gradients.keys()
+    assert again.buffers.keys() == update.buffers.keys()
+    assert all(torch.equal(again.buffers[name], update.buffers[name]) for name in update.buffers)
+
+
+@pytest.mark.parametrize("words", ['["b"]', '{"a": 1}', "3", '["a"'])
+def test_buffers_that_a_file_does_not_hold(tmp_path, words):
+    save_file({"a": torch.ones(2)}, tmp_path / "update.safetensors", {"buffers": words})
+    with pytest.raises(ValueError, match="not an update"):
+        SharedUpdate.load(tmp_path / "update.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""What a model gives away by all layers together, and by batch normalisation's buffers."""
+
+from typing import Any
+
+from torch import nn
+
+from spear.models import tracing
+from spear.models.layers import Layer, Shape
+from spear.models.normalised import Between, normalised_chain
+from spear.normalisation.batch_search import MARGIN
+from spear.reconstruction import Refusal
+
+TOGETHER = "together with all other layers"
+
+
+def jointly(model: nn.Module, shape: Shape) -> dict[str, dict[str, Any]]:
+    """What each linear layer gives away with the others, where by itself it gives nothing.
+
+    That is so behind other activations than ReLU, and in a network that normalises, or drops units in training. By the
+    layer's name: the words, and the largest batch. Empty for a network of any other form.
+    """
+    try:
+        chain = normalised_chain(model, shape)
+        return _activated(tracing.chain(model, shape)) if chain is None else _normalised(*chain)
+    except Refusal:
+        return {}
+
+
+def _activated(layers: list[Layer]) -> dict[str, dict[str, Any]]:
+    limit = min(*(layer.linear.out_features - 1 for layer in layers[:-1]), layers[0].linear.in_features)
+    whole = ["the samples themselves", *["the features that enter it"] * (len(layers) - 2)]
+    return {
+        layer.name: {"jointly": f"{words}, {TOGETHER}", "limit": limit}
+        for layer, words in zip(layers[:-1], whole, strict=True)
+        if not layer.relu
+    }
+
+
+def _normalised(layers: list[Layer], between: list[Between]) -> dict[str, dict[str, Any]]:
+    mixes = any(one.norm is not None and one.norm.kind == "batch" for one in between)
+    narrow = min(layer.linear.out_features for layer in layers[:-1])
+    limit = max(0, min((narrow - layers[-1].linear.out_features - MARGIN) // 2, layers[0].linear.in_features) + mixes)
+    first = between[0].norm is not None and between[0].norm.kind == "batch"
+    whole = "the samples, up to one image common to all" if first else "the samples themselves"
+    found = [whole, *["the features that enter it"] * (len(between) - 1)]
+    return {
+        layer.name: {"jointly": f"{words}, {TOGETHER}", "limit": limit}
+        for layer, words in zip(layers[:-1], found, strict=True)
+    }
+
+
+def statistics(model: nn.Module, shape: Shape) -> tuple[str, ...]:
+    """What the buffers of each batch normalisation give away where a client sends them, in words.
+
+    After one step they are known multiples of the batch's own mean and variance.
+    """
+    said, names = [], [name for name, _ in model.named_modules()]
+    layers = tracing.linear_layers(model, shape)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+            continue
+        before = [layer for layer in layers if layer.name in names[: names.index(name)]]
+        words = f"{name}: mean and variance of {module.num_features} features over the client's batch"
+        if len(before) == 1 and before[0].from_data and before[0].linear.in_features <= module.num_features:
+            words += ", and with them the mean sample"
+        said.append(words)
+    return tuple(said)

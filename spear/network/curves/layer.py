@@ -1,0 +1,204 @@
+"""The last hidden layer as curves: everything about a sample is a function of its pre-activations alone.
+
+    delta = W_outᵀ(a - e_c) ∘ phi'(z)      a = softmax(W_out phi(z) + beta_out)      z = z_0 + Q w      delta in span(U)
+
+The samples' s have their last entry fixed, [y; 1] = Vᵀ s, so that z = [W | beta] Vᵀ s lies in an affine space of b - 1
+dimensions, with Q orthonormal; m - b equations for b - 1 unknowns. Vectors are rows: z, delta are (starts, m).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spear.directions import TINY
+from spear.federated.losses import activate_along
+from spear.network.factors import subtract, wedderburn
+from spear.network.problem import NetworkView
+from spear.network.spaces import project
+from spear.published.lowrank import LowRank
+
+
+@dataclass(frozen=True)
+class Known:
+    """Samples found: their s and t, in coordinates of V and U, and their labels."""
+
+    s: Float[Tensor, "f b"]
+    t: Float[Tensor, "f b"]
+    labels: Int[Tensor, " f"]
+
+    def join(self, other: "Known") -> "Known":
+        """These, then the others."""
+        return Known(*(torch.cat([getattr(self, x), getattr(other, x)]) for x in ("s", "t", "labels")))
+
+    def __getitem__(self, index: Tensor) -> "Known":
+        return Known(self.s[index], self.t[index], self.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.s)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is left of the last hidden layer's gradient U diag(S) V once the samples found are subtracted.
+
+    `lift` is [W | beta] Vᵀ, `ones` V's last column; `left` and `right` lead from its coordinates to those of the whole.
+    """
+
+    basis: Float[Tensor, "m r"]
+    singular: Float[Tensor, " r"]
+    lift: Float[Tensor, "m r"]
+    ones: Float[Tensor, " r"]
+    left: Float[Tensor, "b r"]
+    right: Float[Tensor, "r b"]
+
+    @classmethod
+    def of(cls, problem: NetworkView, low: LowRank) -> "Layer":
+        """The whole gradient's."""
+        singular = low.R.norm(dim=1)
+        rows = low.R / singular[:, None]
+        eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        return cls(low.L, singular, problem.affine(problem.last) @ rows.T, rows[:, -1], eye, eye)
+
+    @property
+    def rank(self) -> int:
+        """How many samples are in it."""
+        return len(self.singular)
+
+    @property
+    def origin(self) -> Float[Tensor, " r"]:
+        """The shortest s whose last entry of [y; 1] is 1."""
+        return self.ones / (self.ones @ self.ones).clamp_min(TINY)
+
+    def without(self, known: Known) -> "Layer":
+        """The rest once samples, in its coordinates, are subtracted, each with the weight that lowers the rank."""
+        weight = wedderburn(self.singular, known.t, known.s)
+        left, singular, right = subtract(self.singular, known.t * weight[:, None], known.s)
+        return Layer(
+            self.basis @ left, singular, self.lift @ right.T, right @ self.ones, self.left @ left, right @ self.right
+        )
+
+    def weight(self, known: Known) -> Float[Tensor, " f"]:
+        """Each sample's weight in units of its t."""
+        return wedderburn(self.singular, known.t, known.s)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """All that is needed to hold starts against a layer, in one precision: z = `base` + `frame` w.
+
+    The s of w is `origin` + `place` w. The head's `bias` is 0 where it has none.
+    """
+
+    problem: NetworkView
+    basis: Float[Tensor, "m r"]
+    base: Float[Tensor, " m"]
+    frame: Float[Tensor, "m q"]
+    head: Float[Tensor, "outputs m"]
+    bias: Float[Tensor, " outputs"]
+    lift: Float[Tensor, "m r"]
+    origin: Float[Tensor, " r"]
+    place: Float[Tensor, "r q"]
+
+    @classmethod
+    def of(cls, problem: NetworkView, layer: Layer) -> "Curves":
+        """Of what is left."""
+        tangent = torch.linalg.qr(layer.ones[:, None], mode="complete")[0][:, 1:]
+        frame, triangle = torch.linalg.qr(layer.lift @ tangent)
+        place = torch.linalg.solve_triangular(triangle, tangent, upper=True, left=False)
+        base, head, bias = layer.lift @ layer.origin, problem.weights[-1], problem.biases[-1]
+        along = frame.T @ base
+        bias = head.new_zeros(len(head)) if bias is None else bias
+        origin = layer.origin - place @ along
+        return cls(problem, layer.basis, base - frame @ along, frame, head, bias, layer.lift, origin, place)
+
+    def to(self, dtype: torch.dtype) -> "Curves":
+        """The same in another precision."""
+        names = ("basis", "base", "frame", "head", "bias", "lift", "origin", "place")
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+    def coordinates(self, s: Float[Tensor, "k r"]) -> Float[Tensor, "k q"]:
+        """The w of samples' s."""
+        return self.coordinates_of(s @ self.lift.T)
+
+    def coordinates_of(self, z: Float[Tensor, "k m"]) -> Float[Tensor, "k q"]:
+        """The w of pre-activations, or of the nearest that samples can have."""
+        return (z - self.base) @ self.frame
+
+    def samples(self, w: Float[Tensor, "k q"]) -> Float[Tensor, "k r"]:
+        """The s of w."""
+        return self.origin + w @ self.place.T
+
+    def at(
+        self, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], pieces: Int[Tensor, "k m"] | None = None
+    ) -> "Points":
+        """Where starts are; with `pieces`, each entry on the given piece of phi, continued."""
+        z = self.base + w @ self.frame.T
+        activation = self.problem.activations[self.problem.last]
+        y, slope, bend = activation.at(z) if pieces is None else activation.at_piece(z, pieces)
+        logits = y @ self.head.T + self.bias
+        h = (self.problem.activate(logits) - self.problem.one_hot(labels).to(z)) @ self.head
+        delta = h * slope
+        size = delta.norm(dim=1, keepdim=True).clamp_min(TINY)
+        unit = delta / size
+        return Points(w, labels, z, logits, h, slope, h * bend, size, unit, unit - project(unit, self.basis))
+
+    def turn(self, at: "Points", dz: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """The change of delta / |delta|'s length with z, a symmetric map: the loss' second derivative."""
+        along = activate_along(self.problem.loss, at.logits, (at.slope * dz) @ self.head.T)
+        return (at.bend * dz + at.slope * (along @ self.head)) / at.size
+
+    def forth(self, at: "Points", v: Float[Tensor, "k q"]) -> Float[Tensor, "k m"]:
+        """The derivative of the residual along v."""
+        moved = self.turn(at, v @ self.frame.T)
+        moved = torch.addcmul(moved, _along(at, moved), at.unit, value=-1)
+        return torch.addmm(moved, moved @ self.basis, self.basis.T, alpha=-1)
+
+    def matrix(self, at: "Points") -> Float[Tensor, "k q m"]:
+        """The derivative of the residual along every direction, one row each."""
+        dz = self.frame.T
+        along = (at.slope[:, None] * dz) @ self.head.T
+        logits = at.logits[:, None].expand_as(along).flatten(0, 1)
+        along = activate_along(self.problem.loss, logits, along.flatten(0, 1)).view_as(along)
+        moved = (along @ self.head).mul_(at.slope[:, None]).addcmul_(at.bend[:, None], dz).div_(at.size[:, None])
+        moved = torch.baddbmm(moved, moved @ at.unit[:, :, None], at.unit[:, None], alpha=-1)
+        return moved - (moved @ self.basis) @ self.basis.T
+
+    def back(self, at: "Points", u: Float[Tensor, "k m"]) -> Float[Tensor, "k q"]:
+        """Its transpose, of u that are orthogonal to span(U)."""
+        return self.turn(at, torch.addcmul(u, _along(at, u), at.unit, value=-1)) @ self.frame
+
+
+def _along(at: "Points", x: Float[Tensor, "k m"]) -> Float[Tensor, "k 1"]:
+    """Of each x the part along delta."""
+    return torch.linalg.vecdot(at.unit, x)[:, None]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Starts w with what they imply: `bend` is h ∘ phi''(z), `unit` delta at length 1, `rest` its part off span(U)."""
+
+    w: Float[Tensor, "k q"]
+    labels: Int[Tensor, " k"]
+    z: Float[Tensor, "k m"]
+    logits: Float[Tensor, "k outputs"]
+    h: Float[Tensor, "k m"]
+    slope: Float[Tensor, "k m"]
+    bend: Float[Tensor, "k m"]
+    size: Float[Tensor, "k 1"]
+    unit: Float[Tensor, "k m"]
+    rest: Float[Tensor, "k m"]
+
+    @property
+    def sine(self) -> Float[Tensor, " k"]:
+        """Of delta to span(U)."""
+        return self.rest.norm(dim=1)
+
+    def __getitem__(self, index: Tensor) -> "Points":
+        return Points(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def where(self, better: Tensor, other: "Points") -> "Points":
+        """These, or the others where those are better."""
+        pick = lambda a, b: torch.where(better.reshape(-1, *[1] * (a.ndim - 1)), b, a)  # noqa: E731
+        return Points(*(pick(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))

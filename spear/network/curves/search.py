@@ -1,0 +1,165 @@
+"""Rounds of search at the last hidden layer: starts near the class means, fits, samples subtracted."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+from spear.directions import TINY, apart
+from spear.network.curves.fit import Effort, finish, fit
+from spear.network.curves.layer import Curves, Known, Layer
+from spear.network.curves.reflections import polish, reflect
+from spear.network.problem import NetworkView
+from spear.network.starts import TELLING, Starts, label_counts, prior_outputs
+from spear.published.lowrank import LowRank
+
+SPREADS = (2.0, 1.0, 0.5)  # of starts around their class mean, in units of the mean's own spread over the units
+STARTS, FEWEST = 64, 16  # of a round, at most and at least
+ROUGH = Effort(steps=40, inner=25, arrived=1e-4)  # of every start, in single precision
+EXACT = 1e-11  # the sine against the whole gradient that needs no step: the batch as a whole is made exact later
+REFLECTIONS, LONGEST = 150, 4  # steps of a start, and how many times as many after rounds that found nothing
+POLISH = Effort(steps=8, inner=40, arrived=1e-10)  # of one with its pieces
+NEAR = 1e-3  # the sine under which a start in single precision has arrived
+UNEQUAL = 1e3  # times the weight of one sample in the loss that a sample may have: more or less is none
+SAME, ROUGHLY_SAME = 1e-4, 3e-3  # relative distances of two ends that are one, in double and single precision
+BENT = 0.15  # share of starts that reflections are expected to lead somewhere where only phi'' jumps
+FORGET = 0.3  # weight of what is known of a spread before the last round
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a round searches: by reflections or by fits alone, from starts so far from their class mean."""
+
+    reflected: bool
+    spread: float
+
+
+class CurveSearch:
+    """A search in progress: `whole` is the layer as received, `layer` what is left of it, `known` what was found."""
+
+    until = math.inf
+
+    def __init__(self, problem: NetworkView, low: LowRank, generator: Generator) -> None:
+        self.problem, self.generator = problem, generator
+        self.whole = self.layer = Layer.of(problem, low)
+        self.curves = Curves.of(problem, self.whole)
+        b = self.whole.rank
+        empty = self.whole.basis.new_zeros
+        self.known = Known(empty(0, b), empty(0, b), torch.zeros(0, dtype=torch.long, device=low.L.device))
+        self.drawn = Starts(problem, generator, prior_outputs(problem))
+        self.accept = problem.accuracy.certain
+        self.starts = self.rounds = self.idle = 0
+        self.patience = 1
+        self.shares = {Kind(False, spread): 1.0 for spread in SPREADS}
+        activation = problem.activations[problem.last]
+        if activation.breaks:
+            self.shares |= {Kind(True, spread): 1.0 if activation.jumps else BENT for spread in SPREADS[1:]}
+
+    @property
+    def left(self) -> int:
+        """How many samples are still to be found."""
+        return self.whole.rank - len(self.known)
+
+    def round(self) -> None:
+        """One round of starts; what they find is held against the whole gradient, and subtracted from it."""
+        self.rounds += 1
+        kind = max(self.shares, key=self.shares.get)
+        s, labels = self._draw(kind.spread)
+        self.starts += len(labels)
+        found = self._settled(*(self._reflected if kind.reflected else self._fitted)(s, labels))
+        share = len(found) / len(labels)
+        self.shares[kind] = share + FORGET * self.shares[kind]
+        if kind.reflected:
+            self.patience = 1 if len(found) else min(2 * self.patience, LONGEST)
+        self.idle = 0 if len(found) else self.idle + 1
+        if len(found):
+            self.known = self.known.join(found)
+            self.layer = self.whole.without(self.known)
+            self._learn()
+
+    def _learn(self) -> None:
+        """Of a network that was trained, the samples found show the mean outputs."""
+        if len(self.known) >= TELLING:
+            at = self.curves.at(self.curves.coordinates(self.known.s), self.known.labels)
+            self.drawn = replace(self.drawn, prior=self.problem.activate(at.logits).mean(0))
+
+    def _draw(self, spread: float) -> tuple[Float[Tensor, "k r"], Int[Tensor, " k"]]:
+        """Starts: the mean of a class, and normal noise as the gradient's singular values have it."""
+        layer = self.layer
+        classes = self.problem.classes
+        count = min(STARTS, max(FEWEST, layer.rank))
+        count = max(count, 2 * classes if layer.rank <= FEWEST else 0)
+        labels = self.drawn.labels(count, self.known.labels, left=layer.rank, rank=self.whole.rank)
+        mean = class_means(self.problem, layer, self._counts(), self.drawn.prior)[labels]
+        noise = torch.randn(count, layer.rank, generator=self.generator, dtype=torch.float64).to(mean) * layer.singular
+        noise = noise - (noise @ layer.ones)[:, None] * layer.origin
+        size = lambda s: (s @ layer.lift.T).std(1, keepdim=True)  # noqa: E731
+        return mean + spread * size(mean) / size(noise).clamp_min(TINY) * noise, labels
+
+    def _counts(self) -> Float[Tensor, " classes"]:
+        """How often each class is thought to be among the samples that are left."""
+        need = label_counts(self.problem, self.drawn.prior, self.whole.rank)
+        need = (need - torch.bincount(self.known.labels, minlength=len(need))).clamp_min(0.3)
+        return need * (self.layer.rank / need.sum())
+
+    def _reflected(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
+        """Where starts lead by reflections across the jumps of phi', in coordinates of the whole; and their labels."""
+        curves = Curves.of(self.problem, self.layer)
+        steps = REFLECTIONS * self.patience
+        low = curves.coordinates(s).float()
+        w, pieces = reflect(curves.to(torch.float32), low, labels, steps=steps, until=self.until)
+        w, sine = polish(curves, w.to(s), labels, pieces, self._effort(POLISH))
+        good = sine < self.accept**0.5
+        return curves.samples(w[good]) @ self.layer.right, labels[good]
+
+    def _fitted(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
+        """Where starts lead by fits, in coordinates of the whole, each end once; and their labels."""
+        curves = Curves.of(self.problem, self.layer)
+        w, sine = fit(curves.to(torch.float32), curves.coordinates(s).float(), labels, self._effort(ROUGH))
+        arrived = (sine < NEAR).nonzero()[:, 0]
+        arrived = arrived[sine[arrived].argsort()]
+        w, labels = w[arrived].to(s), labels[arrived]
+        one = apart(curves.base + w @ curves.frame.T, curves.base.new_zeros(0, len(curves.base)), ROUGHLY_SAME)
+        w, labels = w[one], labels[one]
+        return curves.samples(w) @ self.layer.right, labels
+
+    def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"]) -> Known:
+        """Ends made exact against the whole gradient: those that fit it and are new, the best first."""
+        w, sine = finish(self.curves, self.curves.coordinates(s), labels, arrived=EXACT)
+        at = self.curves.at(w, labels)
+        found = Known(self.curves.samples(w), at.unit @ self.whole.basis, labels)
+        unit = self.problem.unit(self.problem.batch_size or self.whole.rank)
+        weight = (self.whole.weight(found) / (unit * at.size[:, 0])).abs()
+        good = (sine < self.accept) & (weight > 1 / UNEQUAL) & (weight < UNEQUAL)
+        ranked = sine.argsort()
+        ranked = ranked[good[ranked]]
+        new = apart(at.z[ranked], self.known.s @ self.whole.lift.T, SAME)
+        return found[ranked[new][: self.left]]
+
+    def _effort(self, effort: Effort) -> Effort:
+        return replace(effort, until=self.until)
+
+
+def class_means(
+    problem: NetworkView, layer: Layer, counts: Float[Tensor, " classes"], outputs: Float[Tensor, " outputs"]
+) -> Float[Tensor, "classes r"]:
+    """The mean s of each class, as far as a linear layer would show it; `outputs` are the batch's mean ones.
+
+    Were phi' everywhere the same, the gradient would be W_outᵀ times the sums of (a - e_c) s: the sum of each class
+    less its share of the whole. How many samples a class has gives the factor.
+    """
+    head = problem.weights[-1].T
+    head = head - head.mean(1, keepdim=True) if problem.loss == "cross_entropy" else head
+    sums = torch.linalg.lstsq(head, layer.basis * layer.singular, driver="gelsd").solution
+    wanted = outputs * layer.rank - counts[-problem.outputs :]
+    seen = sums @ layer.ones
+    sums = outputs[:, None] * (layer.rank * layer.origin) - sums * ((wanted @ wanted) / _least(seen @ wanted))
+    sums = sums if problem.outputs > 1 else torch.cat([layer.rank * layer.origin - sums, sums])
+    mean = sums / counts[:, None]
+    return mean - ((mean @ layer.ones) - 1)[:, None] * layer.origin
+
+
+def _least(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < TINY, TINY, x)

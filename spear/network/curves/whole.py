@@ -1,0 +1,117 @@
+"""The attack through every layer where an activation is not ReLU: curves at the last hidden layer, then down."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from spear.network.check import judge
+from spear.network.curves.descent import descend
+from spear.network.curves.search import CurveSearch
+from spear.network.labels import decode
+from spear.network.layerwise import solve
+from spear.network.newton import correct
+from spear.network.one_by_one import KnownSamples, unit_weight, witness
+from spear.network.problem import NetworkView
+from spear.network.recovery import Judged, Reached, nothing, number
+from spear.network.spaces import Solved
+from spear.published.lowrank import MIN_GAP, LowRank
+from spear.reconstruction import Refusal, Terms
+
+MARGIN = 8  # equations beyond the unknowns of a sample: those that a wrong answer fails
+ROUNDS = 2  # of softmax and slopes: directions are exact but for rounding
+IDLE = 10  # rounds in a row that found nothing, after which there is no hope
+
+
+def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
+    """The samples behind the gradients, each once with its label counts.
+
+    Raises `Refusal` where a sample alone has more unknowns than equations, or a layer no bias.
+    """
+    low = problem.factors(problem.last)
+    check_reach(problem, low)
+    run = CurveSearch(problem, low, terms.generator())
+    run.until = terms.budget.until
+    while run.left and run.idle < IDLE and not terms.budget.spent(run.starts):
+        run.round()
+        terms.report("network", len(run.known), run.whole.rank, run.starts)
+    reached = Reached(low.rank, low.noise / low.largest, len(run.known), run.starts, run.rounds)
+    return conclude(problem, run, low, reached) if len(run.known) else nothing(problem, str(reached), reached)
+
+
+def check_biases(problem: NetworkView) -> None:
+    """Raises `Refusal` where an activation is not ReLU and a hidden layer has no bias."""
+    missing = [str(k + 1) for k, bias in enumerate(problem.biases[:-1]) if bias is None]
+    if missing and not problem.is_relu:
+        layer = f"layer {missing[0]} has no bias"
+        raise Refusal(f"{layer}: with an activation other than ReLU nothing fixes the scale and sign of its inputs")
+
+
+def check_reach(problem: NetworkView, low: LowRank) -> None:
+    """Raises `Refusal` where the search cannot be trusted to say anything."""
+    m, rank = len(low.L), low.rank
+    check_biases(problem)
+    if rank == min(problem.augmented(problem.last).shape) and low.gap < MIN_GAP:
+        raise Refusal(
+            "no gap in the singular values of the last hidden layer's gradient: a large batch, or noise on it"
+        )
+    if 2 * rank - 1 + MARGIN > m:
+        equations = f"a batch of rank {rank} leaves each sample {m - rank} equations for {rank - 1} unknowns"
+        raise Refusal(f"{equations} at the last hidden layer, of {m} units; curved activations need {MARGIN} to spare")
+
+
+def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reached) -> Judged:
+    """From samples at the last hidden layer to inputs, held against every layer's gradient."""
+    at = run.curves.at(run.curves.coordinates(run.known.s), run.known.labels)
+    y = (run.known.s @ (low.R / low.R.norm(dim=1)[:, None]))[:, :-1]
+    weight = run.whole.weight(run.known)
+    deltas = weight[:, None] * at.unit
+    inputs, sure = descend(problem, y, deltas, whole=not run.left)
+    activated = problem.activate(at.logits)
+    errors = (activated - problem.one_hot(run.known.labels)) * (weight / at.size[:, 0])[:, None]
+    if not run.left and bool(sure.all()):
+        targets = decode(problem, errors, activated)
+        inputs, known = correct(problem, inputs, targets)
+        return judge(problem, inputs, targets, reached, known)
+    known = KnownSamples(inputs[sure], F.one_hot(run.known.labels[sure], problem.classes).to(inputs))
+    return partly(problem, known, reached)
+
+
+def conclude_slopes(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved, reached: Reached) -> Judged:
+    """The same from the directions that phase retrieval found, where slopes have two values; rows = scale * [y; 1]."""
+    y, scale = rows[:, :-1] / rows[:, -1:], rows[:, -1:]
+    measured = solved.d * scale
+    targets = replace(decode(problem, measured, _outputs(problem, y)), measured=measured)
+    for _ in range(ROUNDS):
+        z = problem.apply(problem.last, y)
+        errors = targets.errors(_outputs(problem, y))
+        deltas = (errors @ problem.weights[problem.last + 1]) * problem.activations[problem.last].slope(z)
+        y = solve(deltas, problem.augmented(problem.last))[:, : y.shape[1]]
+    inputs, sure = descend(problem, y, deltas, whole=True)
+    if not bool(sure.all()):
+        return nothing(problem, f"{reached}; too few units below tell their pre-activations", reached)
+    inputs, known = correct(problem, inputs, targets)
+    return judge(problem, inputs, targets, reached, known)
+
+
+def _outputs(problem: NetworkView, y: Float[Tensor, "s in"]) -> Float[Tensor, "s outputs"]:
+    """What the loss sees of samples with these inputs of the last hidden layer."""
+    value = problem.activations[problem.last].value(problem.apply(problem.last, y))
+    return problem.activate(problem.apply(problem.last + 1, value))
+
+
+def partly(problem: NetworkView, known: KnownSamples, reached: Reached) -> Judged:
+    """Samples found while others are missing: those that fit every layer's spaces with their weight, not certified."""
+    if not len(known.inputs):
+        return nothing(problem, f"{reached}; none of them leads to an input", reached)
+    lows = [problem.factors(k) for k in range(problem.last + 1)]
+    seen = witness(problem, lows, known.inputs, known.counts)
+    unit, limit = unit_weight(problem, lows[0].rank), problem.accuracy.certain
+    fits = (seen.sine < limit) & ((seen.weight / unit - 1).abs().amax(1) < 100 * limit)
+    reason = (
+        f"{reached}; found one by one: {number(int(fits.sum()), 'sample')}, none certified while others are missing"
+    )
+    none = torch.zeros_like(seen.sine[fits]).bool()
+    return Judged(known.inputs[fits], known.counts[fits], seen.sine[fits], none, False, reason, reached)

@@ -1,0 +1,137 @@
+"""The batch held against the update: what is certain, the inputs themselves or only their differences."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spear.certificate import SAFETY, Certificate, norms, rms
+from spear.network.labels import WHOLE_NUMBERS
+from spear.network.problem import Targets
+from spear.network.recovery import Judged, Reached
+from spear.normalisation.batch_bounds import difference_bounds
+from spear.normalisation.problem import NormalisedView
+from spear.normalisation.replay import Kept, Run, corrected
+from spear.normalisation.sample_bounds import sample_bounds
+from spear.normalisation.statistics import Deviation
+from spear.published.lowrank import LowRank
+from spear.reconstruction import Budget, Reconstruction
+
+WHOLE = "every gradient is that of the recovered batch"
+CONFUSED = 1e-8  # singular value of W, of the largest, under which its rows do not tell the mean input
+UNLIKELY = 8  # standard deviations of what dropout takes
+AGREE = 100  # errors by which the batch's own deviation may differ from that which the update tells
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean input (n,) as far as the running mean tells it, the `error` of its norm (infinite where a part of it is
+    not told), and that in words."""
+
+    image: Float[Tensor, " n"]
+    error: float
+    words: str
+
+
+def common_mean(view: NormalisedView, deviations: Sequence[Deviation]) -> Mean:
+    """W mean + β is the batch's mean pre-activation, which the buffers tell: mean by least squares, of least norm."""
+    norm, W = view.norms[0], view.network.weights[0]
+    lost = "no gradient depends on the mean of the batch"
+    if norm.mean is None or not all(known.told for known in deviations):
+        sent = "no running mean was sent" if norm.mean is None else "the buffers are not those of this batch"
+        return Mean(W.new_zeros(W.shape[1]), math.inf, f"{lost}, and {sent}: it is set to zero")
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    told = int((CONFUSED * S[0] < S).sum())
+    image = ((norm.mean - norm.offset) @ U[:, :told] / S[:told]) @ V[:told]
+    if told < W.shape[1]:
+        free = f"{W.shape[1] - told} of its {W.shape[1]} dimensions are free"
+        return Mean(image, math.inf, f"{lost}; the running mean tells it by {told} equations: {free}")
+    error = SAFETY * rms(norm.mean_error) * float((1 / S).norm())
+    return Mean(image, error, "their mean is that which the running mean tells")
+
+
+def judge(
+    view: NormalisedView,
+    inputs: Float[Tensor, "b n"],
+    targets: Targets,
+    kept: Kept,
+    lows: Sequence[LowRank],
+    deviations: Sequence[Deviation | None],
+    reached: Reached,
+    budget: Budget,
+) -> Reconstruction:
+    """Inputs, less their mean where BatchNorm follows the first layer, targets and what dropout kept as a result."""
+    network = view.network
+    inputs, own, residual = corrected(view, inputs, targets, kept)
+    if view.mixes:
+        bound = difference_bounds(view, own, lows, deviations, residual)
+    else:
+        bound = sample_bounds(view, own, lows, residual)
+    evidence = Certificate(
+        copies=targets.copies.round().long(),
+        disclosed=network.batch_size,
+        residual=residual,
+        limit=network.accuracy.layer,
+        error_bound=torch.where(targets.agree(network.activate(_logits(view, own))), bound, torch.inf),
+        allowed=network.accuracy.recovered,
+        doubt=_doubt(view, own, targets, deviations),
+    )
+    error, reason = evidence.error_bound, (evidence.why_not() or WHOLE) + _dropped(view, own)
+    if view.loses_mean:
+        mean = common_mean(view, deviations)
+        inputs = inputs - inputs.mean(0)
+        size, inputs = norms(inputs), inputs + mean.image
+        error = (error * size + mean.error) / norms(inputs)
+        vouched = " the differences of the inputs are certain, one image common to all is not:"
+        reason += ";" + (vouched if evidence.holds and not mean.error < math.inf else "") + f" {mean.words}"
+    certified = evidence.certified & (error <= evidence.allowed)
+    complete = evidence.holds and bool(certified.all())
+    sound = evidence.explained.nonzero()[:, 0]  # an image that the update does not support is never returned
+    held = torch.full_like(error, residual)[sound], certified[sound], complete, reason, reached
+    judged = Judged(inputs[sound], targets.counts[sound], *held, error_bound=error[sound])
+    made = judged.entries(network, budget.elapsed, "network")
+    if not (view.loses_mean and evidence.holds):
+        return made
+    return replace(made, difference_bound=evidence.error_bound)
+
+
+def _dropped(view: NormalisedView, own: Run) -> str:
+    """What dropout took, as far as that can be told; in words."""
+    said = []
+    for k, share in enumerate(view.drops):
+        if share:
+            positive = int((own.outputs[k] > 0).sum())
+            took = positive - int(own.active[k].sum())
+            said.append(f"{took / max(positive, 1):.1%} of the positive units of layer {k + 1} (p = {share:g})")
+    unknown = "of the others it cannot be told, and does not matter"
+    return f"; dropout took {', '.join(said)}; {unknown}" if said else ""
+
+
+def _logits(view: NormalisedView, own: Run) -> Float[Tensor, "b outputs"]:
+    return view.network.apply(view.network.last + 1, own.inputs[-1])
+
+
+def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequence[Deviation | None]) -> str:
+    """What speaks against the batch whatever its residual, in words."""
+    if targets.error >= WHOLE_NUMBERS:
+        return f"labels do not come out as whole numbers (off by {targets.error:.1e})"
+    if not targets.whole:
+        return "the samples' weights in the loss differ"
+    for k, share in enumerate(view.drops):
+        positive = (own.outputs[k] > 0).double().sum()
+        took = 1 - float(own.active[k].sum() / positive)
+        if abs(took - share) > UNLIKELY * (share * (1 - share) / float(positive)) ** 0.5 and share:
+            return f"dropout would have taken {took:.1%} of the positive units of layer {k + 1}, with p = {share:g}"
+    for k, known in enumerate(deviations):
+        if known is None:
+            continue
+        centred = own.inputs[k] - own.inputs[k].mean(0)
+        sigma = ((centred @ view.network.weights[k].mT).square().mean(0) + view.norms[k].eps).sqrt()
+        off = ((sigma / known.sigma - 1).abs() > AGREE * known.error) & known.known
+        if bool(off.any()):
+            source = "its buffers" if known.told else "epsilon"
+            return f"the deviations behind layer {k + 1} are not those that the update tells by {source}"
+    return ""

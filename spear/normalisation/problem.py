@@ -1,0 +1,113 @@
+"""The network as the server sees it, with what normalises the pre-activations of its hidden layers, and dropout.
+
+Behind linear layer k, z = W x + β, stands y = γ x̂ + η and then ReLU: x̂ is z less its mean, over its deviation, over
+the batch (BatchNorm), over the layer (LayerNorm, GroupNorm of one group), or z over its root mean square (RMSNorm).
+Dropout then sets each activation to zero with probability p and divides the others by 1 - p.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spear.network.problem import NetworkView
+
+Kind = Literal["batch", "layer", "rms"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation: over what, its `scale` γ (m,), `shift` η (m,) and `eps`, and the gradients of γ and η.
+
+    The gradients are `None` where the model has no such parameter, or the update no such gradient. Of BatchNorm, `mean`
+    and `variance` (m,) are the batch's own, the latter over b - 1, as far as the client's buffers tell, with the
+    rounding of each (`mean_error`, `variance_error`), and `offset` (m,) is the linear layer's β, of which nothing but
+    these depends.
+    """
+
+    kind: Kind
+    scale: Float[Tensor, " m"]
+    shift: Float[Tensor, " m"]
+    eps: float
+    scale_gradient: Float[Tensor, " m"] | None
+    shift_gradient: Float[Tensor, " m"] | None
+    offset: Float[Tensor, " m"] | None = None
+    mean: Float[Tensor, " m"] | None = None
+    variance: Float[Tensor, " m"] | None = None
+    mean_error: Float[Tensor, " m"] | None = None
+    variance_error: Float[Tensor, " m"] | None = None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it mixes the samples of a batch."""
+        return self.kind == "batch"
+
+    def to(self, device: torch.device) -> "Norm":
+        """The same on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
+
+
+@dataclass(frozen=True)
+class NormalisedView:
+    """A chain of linear layers with ReLU between them, and the normalisation behind each hidden layer (or `None`).
+
+    The `network` holds weights and gradients; a bias in front of BatchNorm is none of its biases (`Norm.offset`).
+    `drops` are the shares p of dropout, 0 where there is none.
+    """
+
+    network: NetworkView
+    norms: tuple[Norm | None, ...]
+    drops: tuple[float, ...]
+
+    @property
+    def top(self) -> Norm | None:
+        """The normalisation behind the last hidden layer."""
+        return self.norms[self.network.last]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples mix behind the last hidden layer."""
+        return self.top is not None and self.top.mixes
+
+    @property
+    def loses_mean(self) -> bool:
+        """Whether the update does not depend on the mean input: BatchNorm follows the first layer."""
+        return self.norms[0] is not None and self.norms[0].mixes
+
+    @property
+    def drops_units(self) -> bool:
+        """Whether an activation is missing by chance at the last hidden layer."""
+        return self.drops[-1] > 0
+
+    def scale(self, k: int) -> Float[Tensor, " m"]:
+        """γ of hidden layer k; ones where it has no normalisation."""
+        norm, W = self.norms[k], self.network.weights[k]
+        return W.new_ones(len(W)) if norm is None else norm.scale
+
+
+def normalise(
+    norm: Norm | None, z: Float[Tensor, "b m"]
+) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"], Float[Tensor, "#b #m"]]:
+    """y = γ x̂ + η of pre-activations z, x̂, and the deviation σ that z was divided by, over the samples given."""
+    if norm is None:
+        return z, z, z.new_ones(len(z), 1)
+    dim = 0 if norm.mixes else 1
+    centred = z if norm.kind == "rms" else z - z.mean(dim, keepdim=True)
+    deviation = (centred.pow(2).mean(dim, keepdim=True) + norm.eps).sqrt()
+    normal = centred / deviation
+    return norm.scale * normal + norm.shift, normal, deviation
+
+
+def denormalise(
+    norm: Norm | None, dy: Float[Tensor, "b m"], normal: Float[Tensor, "b m"], deviation: Float[Tensor, "#b #m"]
+) -> Float[Tensor, "b m"]:
+    """∂L/∂z from ∂L/∂y, by the derivative of `normalise` at the x̂ and σ that it gave."""
+    if norm is None:
+        return dy
+    dim, g = 0 if norm.mixes else 1, norm.scale * dy
+    along = normal * (g * normal).mean(dim, keepdim=True)
+    level = 0 if norm.kind == "rms" else g.mean(dim, keepdim=True)
+    return (g - level - along) / deviation

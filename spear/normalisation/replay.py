@@ -1,0 +1,102 @@
+"""The batch's own forward and backward pass, statistics included, held against every gradient of the update."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spear.directions import complement
+from spear.network.problem import Targets
+from spear.normalisation.problem import NormalisedView, denormalise, normalise
+
+CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a batch does in each layer: `inputs[k]` (b, n_k), x̂ `normals[k]` and `outputs[k]` y (b, m_k) of the hidden
+    ones, ∂L/∂y `slopes[k]` and ∂L/∂z `deltas[k]` (b, m_k), the last of which is ∂L/∂logits. `active[k]` (b, m_k) are
+    the units that are positive and not dropped."""
+
+    inputs: tuple[Float[Tensor, "b _in"], ...]
+    normals: tuple[Float[Tensor, "b _m"], ...]
+    outputs: tuple[Float[Tensor, "b _m"], ...]
+    slopes: tuple[Float[Tensor, "b _m"], ...]
+    deltas: tuple[Float[Tensor, "b _out"], ...]
+    active: tuple[Bool[Tensor, "b _m"], ...]
+
+
+Kept = tuple[Bool[Tensor, "b _m"] | None, ...]  # what dropout kept in each hidden layer; None where there is none
+
+
+def run(view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets, kept: Kept) -> Run:
+    """Forward and backward pass of a batch with its labels, and what dropout kept."""
+    network, states, passed, active = view.network, [inputs], [], []
+    for k, norm in enumerate(view.norms):
+        passed.append(normalise(norm, network.apply(k, states[-1])))
+        y = passed[-1][0]
+        active.append(y > 0 if kept[k] is None else (y > 0) & kept[k])
+        states.append(y * active[-1] / (1 - view.drops[k]))
+    deltas = [targets.errors(network.activate(network.apply(network.last + 1, states[-1])))]
+    slopes: list[Tensor] = []
+    for k in range(network.last, -1, -1):
+        _, normal, deviation = passed[k]
+        slopes.insert(0, (deltas[0] @ network.weights[k + 1]) * active[k] / (1 - view.drops[k]))
+        deltas.insert(0, denormalise(view.norms[k], slopes[0], normal, deviation))
+    outputs, normals = [p[0] for p in passed], [p[1] for p in passed]
+    return Run(tuple(states), tuple(normals), tuple(outputs), tuple(slopes), tuple(deltas), tuple(active))
+
+
+def gradients(view: NormalisedView, own: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every gradient of the update beside the batch's own: of the layers, then of γ and η."""
+    for k, delta in enumerate(own.deltas):
+        yield view.network.augmented(k), delta.mT @ view.network.extend(k, own.inputs[k])
+    for k, norm in enumerate(view.norms):
+        if norm is not None and norm.scale_gradient is not None:
+            yield norm.scale_gradient, (own.slopes[k] * own.normals[k]).sum(0)
+        if norm is not None and norm.shift_gradient is not None:
+            yield norm.shift_gradient, own.slopes[k].sum(0)
+
+
+def misfit(view: NormalisedView, own: Run) -> float:
+    """The largest relative distance of a gradient of the update from the batch's own."""
+    apart = [float((seen - made).norm() / seen.norm().clamp_min(1e-300)) for seen, made in gradients(view, own)]
+    return max(apart) if all(value == value for value in apart) else float("inf")
+
+
+def solve_inputs(view: NormalisedView, k: int, deltas: Float[Tensor, "b m"]) -> Float[Tensor, "b n"]:
+    """The inputs of layer k whose outer products with `deltas` sum to its gradient, by least squares.
+
+    Behind BatchNorm the deltas sum to zero, and the inputs come less their mean.
+    """
+    total = view.network.augmented(k)
+    norm = view.norms[k] if k < len(view.norms) else None
+    centred = complement(deltas.new_ones(1, len(deltas))) if norm is not None and norm.mixes else None
+    basis, triangle = torch.linalg.qr((deltas if centred is None else centred.mT @ deltas).mT)
+    found = torch.linalg.solve_triangular(triangle, basis.mT @ total, upper=True)
+    return (found if centred is None else centred @ found)[:, : view.network.weights[k].shape[1]]
+
+
+def corrected(
+    view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets, kept: Kept
+) -> tuple[Float[Tensor, "b n"], Run, float]:
+    """The inputs after corrections by what is left of the first layer's gradient, as long as these help."""
+    own = run(view, inputs, targets, kept)
+    best = misfit(view, own)
+    for _ in range(CORRECTIONS):
+        if not best < float("inf") or best < view.network.accuracy.explained:
+            break
+        trial = solve_inputs(view, 0, own.deltas[0])
+        if view.loses_mean:
+            trial = trial + inputs.mean(0)
+        following = run(view, trial, targets, kept)
+        now = misfit(view, following)
+        if not now < best:
+            break
+        slow = now > best / 2
+        inputs, own, best = trial, following, now
+        if slow:
+            break
+    return inputs, own, best

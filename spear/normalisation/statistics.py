@@ -1,0 +1,79 @@
+"""The deviation σ of a batch in front of BatchNorm: from the buffers that the client sends, or from the gradient alone.
+
+BatchNorm does not feel the scale of a row of W but for its epsilon: x̂ has the variance 1 - ε/σ². Hence
+
+    ∂L/∂W_j · W_j = γ_j ∂L/∂γ_j ε / σ_j²
+
+which tells σ from what every update holds, as far as the rounding of the left side, a sum that nearly vanishes, lets
+it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spear.normalisation.problem import Norm
+
+ROUGH = 0.1  # relative error of σ² beyond which epsilon tells nothing of a unit
+SPREAD = 10  # times the median error up to which a unit is used
+CONSISTENT = 100  # roundings by which buffers and epsilon may differ where both tell
+MOST_WRONG = 0.02  # share of the units that may differ by more, by chance
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """σ (m,) of a batch, the relative `error` (m,) that rounding leaves in it, and whether buffers `told` it."""
+
+    sigma: Float[Tensor, " m"]
+    error: Float[Tensor, " m"]
+    told: bool
+
+    @property
+    def known(self) -> Bool[Tensor, " m"]:
+        """Of which units it is known well enough to be used: nearly as well as of most."""
+        return self.error < min(ROUGH, SPREAD * float(self.error.median()))
+
+    @property
+    def usual(self) -> float:
+        """Root mean square error of the known ones."""
+        known = self.error[self.known]
+        return float(known.square().mean().sqrt()) if len(known) else float("inf")
+
+
+def deviation(
+    norm: Norm, weight: Float[Tensor, "m n"], gradient: Float[Tensor, "m n"], eps: float, size: int
+) -> Deviation:
+    """σ of the batch in front of a BatchNorm: by its buffers where these agree with the gradient, else by epsilon.
+
+    `eps` is the relative rounding of the update, `size` that of the batch.
+    """
+    alone = from_epsilon(norm, weight, gradient, eps)
+    if norm.variance is None:
+        return alone
+    told = from_buffers(norm, eps, size)
+    tolerance = CONSISTENT * (told.error + alone.error)
+    apart = (told.sigma / alone.sigma - 1).abs() > tolerance
+    sure = tolerance < ROUGH
+    if int((apart & sure).sum()) > MOST_WRONG * len(apart):
+        return alone  # its buffers are not those of this batch
+    return told
+
+
+def from_buffers(norm: Norm, eps: float, size: int) -> Deviation:
+    """σ by the running variance after the step, which takes a batch's variance over b - 1."""
+    squared = norm.variance * (1 - 1 / size) + norm.eps
+    return Deviation(squared.sqrt(), (norm.variance_error / squared).clamp_min(eps), told=True)
+
+
+def from_epsilon(norm: Norm, weight: Float[Tensor, "m n"], gradient: Float[Tensor, "m n"], eps: float) -> Deviation:
+    """σ by ∂L/∂W_j · W_j; the error of a unit of which that tells nothing is infinite."""
+    trace = (weight * gradient).sum(1)
+    noise = eps * (weight * gradient).pow(2).sum(1).sqrt()
+    wanted = norm.scale * norm.scale_gradient * norm.eps
+    squared = wanted / trace
+    good = (squared > norm.eps / 2) & squared.isfinite()
+    error = torch.where(good, noise / trace.abs() / 2 + eps, torch.inf)
+    usual = squared[good].median() if good.any() else squared.new_tensor(1.0)
+    return Deviation(torch.where(good, squared, usual).sqrt(), error, told=False)

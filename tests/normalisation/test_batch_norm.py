@@ -1,0 +1,163 @@
+"""BatchNorm in training mode: whole batches up to their mean, or with it, and nothing that is wrong."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from normalised_problems import difference_errors, differences_back, sent
+from torch import nn
+
+import spear
+from spear.metrics import evaluate
+from spear.reconstruction import Refusal
+
+DEEP = (60, 120, 120, 10)
+LOST = (200, 120, 10)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("sizes", "b", "spread"), [((60, 120, 10), 12, 0.2), (DEEP, 10, 0.2), (LOST, 20, 0.0)])
+@pytest.mark.parametrize("source", ["buffers", "epsilon"])
+def test_the_whole_batch(sizes, b, spread, source, seed):
+    case = sent(sizes, b, seed=seed, spread=spread)
+    update = case.update if source == "buffers" else replace(case.update, buffers=None)
+    result = spear.attack(case.model, update, method="network", time_limit=60)
+    differences_back(result, case)
+    known = sizes[0] <= sizes[1] and source == "buffers"
+    assert bool(result.certified.all()) == result.complete == known
+    if known:
+        assert evaluate(result, case.inputs, case.labels).recall == 1
+    else:
+        assert not result.certified.any()
+        assert "no gradient depends on the mean" in result.reason
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda m: nn.BatchNorm1d(m, momentum=None),
+        lambda m: nn.BatchNorm1d(m, momentum=0.3, eps=1e-3),
+        lambda m: nn.BatchNorm1d(m, track_running_stats=False),
+    ],
+)
+def test_other_ways_to_keep_statistics(norm):
+    case = sent(norm=norm, seed=3)
+    differences_back(spear.attack(case.model, case.update, method="network", time_limit=60), case)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "squared_error"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses(loss, reduction):
+    case = sent(seed=1, loss=loss, reduction=reduction)
+    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    differences_back(result, case)
+    assert result.complete
+
+
+def test_auto_and_an_undisclosed_size():
+    case = sent(seed=2)
+    assert spear.attack(case.model, case.update, time_limit=60).complete
+    result = spear.attack(case.model, replace(case.update, count=None), time_limit=60)
+    errors, _ = difference_errors(result, case.inputs)
+    assert bool((errors < 1e-6).all())
+    assert not result.certified.any()
+    assert not result.differences.any()
+    assert "not disclosed" in result.reason
+
+
+def test_the_order_of_samples_and_units_does_not_matter():
+    case = sent((30, 80, 5), 8, seed=4, spread=0.2)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    again = spear.federated.gradient(case.model, case.inputs[order], case.labels[order])
+    results = [spear.attack(case.model, u, method="network", time_limit=60) for u in (case.update, again)]
+    apart = torch.cdist(*(r.inputs for r in results), compute_mode="donot_use_mm_for_euclid_dist")
+    assert bool((apart.amin(1) < 1e-9).all())
+
+
+@pytest.mark.parametrize("other", [1.5, 0.2])
+def test_buffers_of_another_batch_are_not_believed(other):
+    case = sent(seed=5)
+    wrong = {name: value * other for name, value in case.update.buffers.items() if value.is_floating_point()}
+    result = spear.attack(case.model, replace(case.update, buffers=wrong), method="network", time_limit=60)
+    errors, _ = difference_errors(result, case.inputs)
+    assert bool((errors < 1e-6).all())
+    evaluation = evaluate(result, case.inputs, case.labels)
+    assert not result.certified.any() or evaluation.precision == 1
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.weight", "1.bias", "3.weight"])
+@pytest.mark.parametrize("size", [1e-3, 1e-6])
+def test_a_changed_update_is_not_certified(name, size):
+    case = sent((30, 80, 5), 8, seed=6)
+    g = dict(case.update.gradients)
+    noise = torch.randn(g[name].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g[name] = g[name] + size * g[name].abs().max() * noise
+    try:
+        result = spear.attack(case.model, replace(case.update, gradients=g), method="network", max_proposals=60)
+    except Refusal:
+        return
+    assert not result.certified.any()
+    assert not result.differences.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_are_not_certified(seed):
+    case = sent((30, 80, 5), 8, seed=seed)
+    x, y = case.inputs.clone(), case.labels.clone()
+    x[1], y[1] = x[0], y[0]
+    update = spear.federated.gradient(case.model, x, y)
+    with pytest.raises(Refusal, match="8 samples are disclosed, the gradient shows 7"):
+        spear.attack(case.model, update, method="network")
+    for count in (None, 7):
+        result = spear.attack(case.model, replace(update, count=count), method="network", max_proposals=60)
+        assert not result.certified.any()
+        assert not result.differences.any()
+
+
+def test_a_wrong_count():
+    case = sent((30, 80, 5), 8)
+    for count in (7, 9):
+        with pytest.raises(Refusal, match=f"{count} samples are disclosed, the gradient shows 8"):
+            spear.attack(case.model, replace(case.update, count=count), method="network")
+
+
+def test_statistics_that_are_none():
+    case = sent((30, 80, 5), 8)
+    buffers = dict(case.update.buffers)
+    with pytest.raises(ValueError, match="1.running_mean has shape"):
+        spear.attack(case.model, replace(case.update, buffers=buffers | {"1.running_mean": torch.zeros(3)}))
+    with pytest.raises(ValueError, match="1.running_var of the update holds NaN"):
+        spear.attack(
+            case.model, replace(case.update, buffers=buffers | {"1.running_var": torch.full((80,), torch.nan)})
+        )
+    negative = replace(case.update, buffers=buffers | {"1.running_var": -torch.ones(80)})  # no variance: epsilon then
+    differences_back(spear.attack(case.model, negative, method="network", time_limit=60), case)
+
+
+def test_what_is_needed():
+    case = sent((30, 80, 5), 8)
+    g = dict(case.update.gradients)
+    del g["1.weight"]
+    with pytest.raises(Refusal, match="batch normalisation behind 0: without the gradients of its scale and shift"):
+        spear.attack(case.model, replace(case.update, gradients=g), method="network")
+    plain = sent((30, 80, 5), 8, norm=lambda m: nn.BatchNorm1d(m, affine=False))
+    with pytest.raises(Refusal, match="without the gradients of its scale and shift"):
+        spear.attack(plain.model, plain.update, method="network")
+    crowded = sent((60, 40, 10), 20)
+    with pytest.raises(Refusal, match="a batch of 20 behind a normalisation needs width 56; a layer has 40"):
+        spear.attack(crowded.model, crowded.update, method="network")
+
+
+def test_single_precision():
+    case = sent((60, 160, 10), 8, seed=1)
+    model = case.model.float()
+    update = spear.federated.gradient(model, case.inputs.float(), case.labels)
+    result = spear.attack(model, update, method="network", time_limit=60)
+    differences_back(result, case, 1e-3)
+
+
+def test_a_budget():
+    case = sent((200, 120, 10), 20)
+    result = spear.attack(case.model, case.update, method="network", max_proposals=1)
+    assert not result.complete
+    assert not len(result.inputs) or bool(result.differences.all())
