@@ -23,7 +23,7 @@ from spear.fronts.problem import FrontProblem
 SPARED = 1 / 16  # of the equations that are left out of the rank
 SOLVED = 1e-4  # relative residual of a random right side
 RARE = 0.01  # chance that a random vector has less than this times its root mean square along a given direction
-ROUNDS, INNER = 12, 100  # of the solver
+ROUNDS, INNER = 24, 200  # of the solver
 SAFETY = 10.0  # on the bound of errors
 
 
@@ -45,10 +45,10 @@ def determined(
     problem: FrontProblem, inputs: Float[Tensor, "k *shape"], joint: bool, generator: Generator, until: float
 ) -> Determined:
     """How well the equations of a batch determine inputs that solve them, each by itself or all (`joint`) together."""
-    fine = Linearised(problem, inputs, joint)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    fine = Linearised(problem, inputs, joint).leave_out(SPARED, Generator().manual_seed(seed))
     rough = Linearised(problem.to(torch.float32), inputs.float(), joint)
-    kept = torch.rand(problem.features.shape, generator=generator).to(inputs.device) >= SPARED
-    fine.rows, rough.rows = fine.rows & kept, rough.rows & kept
+    rough.leave_out(SPARED, Generator().manual_seed(seed))
     u = torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs.device)
     w, off = refined(fine, rough, u, joint=joint, enough=SOLVED, rounds=ROUNDS, inner=INNER, until=until)
     axes = None if joint else tuple(range(1, u.ndim))

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from spear.fronts.problem import FrontProblem
 from spear.fronts.spectrum import Spectrum
 
 STEPS = (1.0, 0.5, 0.2, 0.05)  # shares of a step that are tried
+RIDGE = 1e-4  # of the mean curvature, taken off again by corrections: single precision stands no less
 SMALLEST, LARGEST = 1e-8, 1e4  # damping
 CONVERGED = 1e-6  # squared relative residual of conjugate gradients in single precision
 FINE = 1e-24  # the same in double
@@ -59,23 +60,34 @@ class Linearised:
         )
         self.outputs = [z, *g]
         self.residual = _residual(problem, z.detach(), [one.detach() for one in g], self.sizes, self.norms)
-        self.rows = self.residual.binding  # those that count
+        self.rows = [self.residual.binding, *(torch.ones_like(one, dtype=torch.bool) for one in g)]  # those that count
         self.cotangents = [torch.zeros_like(one, requires_grad=True) for one in self.outputs]
         with torch.enable_grad():
             (self.back,) = torch.autograd.grad(self.outputs, self.x, self.cotangents, create_graph=True)
+
+    def curvature(self) -> float:
+        """About the mean eigenvalue of the derivative's square, by a vector of signs."""
+        v = torch.ones_like(self.x)
+        v[..., ::2] = -1
+        return float(sum(u.square().sum() for u in self.times(v))) / v.numel()
+
+    def leave_out(self, share: float, generator: Generator) -> "Linearised":
+        """The same without a random share of the equations."""
+        for k, rows in enumerate(self.rows):
+            kept = torch.rand(rows.shape, generator=generator) >= share
+            self.rows[k] = rows & kept.to(rows.device)
+        return self
 
     def times(self, v: Float[Tensor, "k *shape"]) -> list[Tensor]:
         """The derivative times v, in the units of the residual."""
         made = torch.autograd.grad(
             self.back, self.cotangents, v, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        own = made[0] * self.rows / self.sizes
-        return [own, *(g / norm for g, norm in zip(made[1:], self.norms, strict=True))]
+        return [one * rows / unit for one, rows, unit in zip(made, self.rows, [self.sizes, *self.norms], strict=True)]
 
     def transposed(self, u: list[Tensor]) -> Float[Tensor, "k *shape"]:
         """The transpose of the derivative times u."""
-        own = u[0] * self.rows / self.sizes
-        weighted = [own, *(g / norm for g, norm in zip(u[1:], self.norms, strict=True))]
+        weighted = [one * rows / unit for one, rows, unit in zip(u, self.rows, [self.sizes, *self.norms], strict=True)]
         return torch.autograd.grad(self.outputs, self.x, weighted, retain_graph=True)[0]
 
 
@@ -120,20 +132,35 @@ def refined(
     inner: int,
     until: float = math.inf,
 ) -> tuple[Float[Tensor, "k *shape"], Float[Tensor, " _n"]]:
-    """(JᵀJ)⁻¹ right, and its relative residual: solved in the precision of `rough`, corrected in that of `fine`."""
+    """(JᵀJ)⁻¹ right, and its relative residual: solved in the precision of `rough`, corrected in that of `fine`, or all
+    in that of `fine` where the former leads nowhere."""
     dot = _dot_together if joint else _dot_each
+    wide = lambda kept: kept.reshape(-1, *[1] * (right.ndim - 1))  # noqa: E731
+    ridge = RIDGE * rough.curvature()
     w, left, size = torch.zeros_like(right), right, dot(right, right).clamp_min(1e-300)
+    off = torch.ones_like(size)
     for _ in range(rounds):
-        off = (dot(left, left) / size).sqrt()
         if bool((off <= enough).all()) or time.monotonic() >= until:
             break
         unit = left.abs().max().clamp_min(1e-300)
         step = conjugate_gradients(
-            lambda v: rough.transposed(rough.times(v)), (left / unit).to(rough.x.dtype), inner, dot, until
+            lambda v, by=rough: by.transposed(by.times(v)) + ridge * v,
+            (left / unit).to(rough.x.dtype),
+            inner,
+            dot,
+            until,
         )[0]
-        w = w + unit * step.to(w)
-        left = right - fine.transposed(fine.times(w))
-    return w, (dot(left, left) / size).sqrt()
+        trial = w + unit * step.to(w)
+        rest = right - fine.transposed(fine.times(trial))
+        size_of_rest = (dot(rest, rest) / size).sqrt()
+        better = size_of_rest < off
+        w, left = torch.where(wide(better), trial, w), torch.where(wide(better), rest, left)
+        off = torch.where(better, size_of_rest, off)
+        if not bool(better.any()):
+            if rough is fine:
+                break
+            rough = fine  # where maxima tie, single precision places them elsewhere
+    return w, off
 
 
 def _dot_each(a: Tensor, b: Tensor) -> Float[Tensor, " k"]:

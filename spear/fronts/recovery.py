@@ -14,7 +14,7 @@ from spear.federated.update import SharedUpdate
 from spear.fronts.check import determined
 from spear.fronts.least_squares import residual
 from spear.fronts.problem import FrontProblem, without_last_relu
-from spear.fronts.search import search
+from spear.fronts.search import search, sharpened_together
 from spear.fronts.softened import Softness
 from spear.models.fronts import Cut
 from spear.reconstruction import Reconstruction, Stats, Terms
@@ -68,6 +68,12 @@ def _judged(
     rest = residual(problem, inputs, joint=problem.slopes is not None)
     near = determined(problem, inputs, False, terms.generator(), terms.budget.until)
     bound = near.bound(inputs, rest.samples + found.error_bound)
+    if problem.slopes is not None and not bool((bound <= found.limit).all()):
+        inputs = sharpened_together(problem, inputs, ENOUGH, terms.budget.until)
+        rest = residual(problem, inputs, joint=True)
+        near = determined(problem, inputs, True, terms.generator(), terms.budget.until)
+        parts = [rest.features, found.error_bound, *rest.gradients]
+        bound = near.bound(inputs, torch.stack([part.norm() for part in parts]).norm().expand_as(bound))
     allowed = 1e-9 if found.limit <= 1e-6 else found.limit
     doubt = ""
     if problem.slopes is None:
@@ -75,7 +81,7 @@ def _judged(
     elif rest.parameters > max(allowed, ENOUGH):
         doubt = f"the batch reproduces the front's gradients to {rest.parameters:.0e}, rounding allows {allowed:.0e}"
     elif not bool((bound <= found.limit).all()):
-        doubt = "the features do not determine every input, a share of the equations left out"
+        doubt = "features and gradients do not determine every input where a share of the equations is left out"
     certified = found.certified & (bound <= found.limit) & (not doubt)
     complete = found.complete and bool(certified.all())
     reason = f"{found.reason}; each input from its features, and every gradient of what computes these"

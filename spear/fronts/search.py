@@ -24,7 +24,7 @@ NEAR = 1e-3  # relative residual from which double precision takes over
 SINGLE = 3e-6  # what single precision reaches
 SHARP = 1e-7  # damping where the pattern is right but for a few places
 FINE, FINEST = 12, 12  # steps without a prior in single and in double precision, of so many conjugate gradients:
-INNER = 60
+INNER, LONG = 60, 200
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,43 @@ def sharpened(
         near = ((far < NEAR) & (far > enough)).nonzero()[:, 0]
         if not len(near) or time.monotonic() >= until:
             break
-        fine = Linearised(problem[near], x[near], joint=False)
-        single = Linearised(rough[near], x[near].float(), joint=False)
-        back = -fine.transposed([fine.residual.features])
-        step, _ = refined(fine, single, back, joint=False, enough=1e-3, rounds=2, inner=INNER, until=until)
+        step = _corrected(problem[near], rough[near], x[near], False, until)
         better = residual(problem[near], x[near] + step, joint=False).samples < far[near]
         x[near[better]] += step[better]
         if not bool(better.any()):
             break
     return x
+
+
+def sharpened_together(
+    problem: FrontProblem, x: Float[Tensor, "k *shape"], enough: float, until: float
+) -> Float[Tensor, "k *shape"]:
+    """Candidates whose features are right, by the gradients of the front too: where features leave something open."""
+    x, rough = x.double(), problem.to(torch.float32)
+    far = _worst(problem, x)
+    for _ in range(FINEST):
+        if far <= enough or time.monotonic() >= until:
+            break
+        trial = x + _corrected(problem, rough, x, True, until)
+        now = _worst(problem, trial)
+        if not now < far:
+            break
+        x, far = trial, now
+    return x
+
+
+def _worst(problem: FrontProblem, x: Float[Tensor, "k *shape"]) -> float:
+    found = residual(problem, x, joint=True)
+    return max(float(found.samples.max()), found.parameters)
+
+
+def _corrected(
+    problem: FrontProblem, rough: FrontProblem, x: Float[Tensor, "k *shape"], joint: bool, until: float
+) -> Float[Tensor, "k *shape"]:
+    """The step that least squares take from x."""
+    fine, single = Linearised(problem, x, joint), Linearised(rough, x.float(), joint)
+    back = -fine.transposed([fine.residual.features, *fine.residual.gradients])
+    return refined(fine, single, back, joint=joint, enough=1e-3, rounds=6, inner=LONG, until=until)[0]
 
 
 def _sharp(
