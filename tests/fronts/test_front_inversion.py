@@ -119,7 +119,7 @@ def test_behind_a_max_pool() -> None:
 
 
 def test_single_precision() -> None:
-    """Rounding of features is amplified by the front: the bound says by how much, and nothing beyond it is certified."""
+    """The front amplifies the rounding of features: the bound says by how much, and nothing beyond is certified."""
     model, (x, y) = with_head(strided, 0).float(), batch(0)
     result = spear.attack(model, federated.gradient(model, x.float(), y))
     assert not result.features_of
