@@ -219,6 +219,11 @@ CAUSES: dict[str, tuple[Callable[[], Made], tuple[str, ...], tuple[str, ...]]] =
         ("their weights in the loss differ",),
         ("noise", "smoothed", "opposite", "copies"),
     ),
+    "likelihood of probabilities": (
+        lambda: by(lambda z: F.nll_loss(z.softmax(1), Y)),
+        ("another loss than cross_entropy",),
+        ("noise", "smoothed", "opposite", "copies", "times their"),
+    ),
     "mixup": (mixed, ("another loss than cross_entropy",), ("noise", "copies", "opposite", "times their")),
     "slightly stale weights": (lambda: moved(1e-3), ("older or newer weights",), ("noise", "loss", "smoothed")),
     "stale weights": (lambda: moved(1e-2), ("older or newer weights",), ("noise", "loss", "smoothed")),
