@@ -221,7 +221,7 @@ CAUSES: dict[str, tuple[Callable[[], Made], tuple[str, ...], tuple[str, ...]]] =
     ),
     "likelihood of probabilities": (
         lambda: by(lambda z: F.nll_loss(z.softmax(1), Y)),
-        ("another loss than cross_entropy",),
+        ("their weights in the loss differ",),
         ("noise", "smoothed", "opposite", "copies", "times their"),
     ),
     "mixup": (mixed, ("another loss than cross_entropy",), ("noise", "copies", "opposite", "times their")),
