@@ -97,6 +97,7 @@ def attack(
     check_number("time_limit", time_limit, 0)
     check_number("max_proposals", max_proposals, 0, whole=True)
     check_number("batch_size", batch_size, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
     chosen = _chosen(method, layer)
     terms = Terms(Budget(time_limit, max_proposals), seed, progress)
     with remembered():

@@ -84,6 +84,16 @@ def interval(
     axes.errorbar(x, middle, bars, marker="o", markersize=4, capsize=3, elinewidth=1, label=label)
 
 
+def shares(axes: Axes, table: pd.DataFrame) -> None:
+    """Draw a table of shares from 0 to 1 as coloured cells with their numbers; its index and columns name the axes."""
+    axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(table.to_numpy()):
+        _ = axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    axes.set(xticks=range(table.shape[1]), xticklabels=table.columns, yticks=range(len(table)), yticklabels=table.index)
+    axes.set(xlabel=table.columns.name, ylabel=table.index.name)
+    axes.grid(visible=False)
+
+
 def grid(
     images: Float[Tensor, "k C H W"] | Mapping[str, Tensor],
     name: str | None = None,

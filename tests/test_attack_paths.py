@@ -151,6 +151,7 @@ def test_absurd_counts_take_no_memory_and_no_time():
         ({"time_limit": -1}, "time_limit is a finite number of at least 0"),
         ({"max_proposals": -1}, "max_proposals is a whole number of at least 0"),
         ({"batch_size": 0}, "batch_size is a whole number of at least 1"),
+        ({"seed": -1}, "seed is a whole number of at least 0"),
     ],
 )
 def test_limits_that_are_none(options, words):

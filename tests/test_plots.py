@@ -168,3 +168,14 @@ def test_the_style_is_set_and_its_colours_differ():
     weights = np.array([0.2126, 0.7152, 0.0722])
     lightness = [weights @ mpl.colors.to_rgb(colour) for colour in plots.PALETTE]
     assert max(lightness) < 0.75  # legible on white
+
+
+def test_shares_are_written_in_their_cells():
+    table = pd.DataFrame([[0.0, 1.0], [0.25, 0.5], [1, 1]], index=["a", "b", "c"], columns=[0.1, 0.2])
+    table.columns.name = "batch / width"
+    _, axes = plt.subplots()
+    plots.shares(axes, table)
+    written = {(round(t.get_position()[1]), round(t.get_position()[0])): float(t.get_text()) for t in axes.texts}
+    assert written == {(i, j): round(v, 2) for (i, j), v in np.ndenumerate(table.to_numpy())}
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert axes.get_xlabel() == "batch / width"

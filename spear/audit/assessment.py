@@ -18,12 +18,13 @@ from spear.audit.protection import Tested
 from spear.audit.sample import Sample, choose, input_shape, outputs
 from spear.audit.simulation import Comparison, Options, Reach
 from spear.federated.clients import gradient
-from spear.federated.update import SharedUpdate
+from spear.federated.update import SharedUpdate, check_told
 from spear.models import tracing
 from spear.models.layers import Layer
 from spear.published import theory
 from spear.reconstruction import Reconstruction, Refusal, check_number
 
+LARGEST = 2**28  # entries of all samples that simulated clients hold together
 COUNT = 16  # samples of a simulated client, unless told
 
 
@@ -32,8 +33,8 @@ class Risk:
     """What a linear layer gives away of a batch. `inputs` n, `width` m; `from_data`: it reads the data itself.
 
     `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows, or where
-    training leaves an `obstacle`. `jointly` says what it gives away together with all other layers, where these
-    normalise, or drop units in training; `limit` is then the whole network's.
+    training leaves an `obstacle`. `jointly` says what it gives away together with all other layers, where it
+    gives nothing by itself; `limit` is then the whole network's.
     `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals.
     """
 
@@ -136,12 +137,15 @@ def audit(
     check_number("time_limit", time_limit, 0)
     check_number("trial_limit", trial_limit, 0)
     check_number("count", count, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
+    check_told({"input_shape": input_shape})
     started, say = time.monotonic(), progress or (lambda words: None)
     shape = input_shape or (update.input_shape if update else None)
     layers = assess(model, shape)
     target = _target(layers, layer)
     options = Options(None if target.from_data and layer is None else target.name, trial_limit, seed, device)
-    most = max(target.limit, protection.AGGREGATED * (count or COUNT))
+    _check_size(count or COUNT, target.inputs)
+    most = max(min(target.limit, LARGEST // target.inputs), protection.AGGREGATED * (count or COUNT))
     sample, words = _sample(model, update, data, shape, most, seed)
     say("attack on the update" if update else "attack on a simulated update")
     attacked = update or gradient(model, *sample.take(count or COUNT))
@@ -169,6 +173,15 @@ def audit(
         seconds=time.monotonic() - started,
         memory=peak_memory(),
     )
+
+
+def _check_size(count: int, n: int) -> None:
+    """Raises `ValueError` for simulated clients whose samples, of n entries, take more memory than is reasonable."""
+    if protection.AGGREGATED * count * n > LARGEST:
+        most = LARGEST // (protection.AGGREGATED * n)
+        raise ValueError(
+            f"a simulated client of {count:,} samples is too large: at most {most:,} of {n:,} entries each"
+        )
 
 
 def peak_memory() -> int:

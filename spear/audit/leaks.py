@@ -1,28 +1,42 @@
-"""What a model gives away in training mode: by all layers together, and by batch normalisation's buffers."""
+"""What a model gives away by all layers together, and by batch normalisation's buffers."""
 
 from typing import Any
 
 from torch import nn
 
 from spear.models import tracing
-from spear.models.layers import Shape
-from spear.models.normalised import normalised_chain
+from spear.models.layers import Layer, Shape
+from spear.models.normalised import Between, normalised_chain
 from spear.normalisation.batch_search import MARGIN
 from spear.reconstruction import Refusal
 
+TOGETHER = "together with all other layers"
+
 
 def jointly(model: nn.Module, shape: Shape) -> dict[str, dict[str, Any]]:
-    """What each linear layer of a network that normalises, or drops units in training, gives away with the others.
+    """What each linear layer gives away with the others, where by itself it gives nothing.
 
-    By its name: the words, and the largest batch. Empty for a network of any other form.
+    That is so behind other activations than ReLU, and in a network that normalises, or drops units in training. By the
+    layer's name: the words, and the largest batch. Empty for a network of any other form.
     """
     try:
         chain = normalised_chain(model, shape)
+        return _activated(tracing.chain(model, shape)) if chain is None else _normalised(*chain)
     except Refusal:
         return {}
-    if chain is None:
-        return {}
-    layers, between = chain
+
+
+def _activated(layers: list[Layer]) -> dict[str, dict[str, Any]]:
+    limit = min(*(layer.linear.out_features - 1 for layer in layers[:-1]), layers[0].linear.in_features)
+    whole = ["the samples themselves", *["the features that enter it"] * (len(layers) - 2)]
+    return {
+        layer.name: {"jointly": f"{words}, {TOGETHER}", "limit": limit}
+        for layer, words in zip(layers[:-1], whole, strict=True)
+        if not layer.relu
+    }
+
+
+def _normalised(layers: list[Layer], between: list[Between]) -> dict[str, dict[str, Any]]:
     mixes = any(one.norm is not None and one.norm.kind == "batch" for one in between)
     narrow = min(layer.linear.out_features for layer in layers[:-1])
     limit = max(0, min((narrow - layers[-1].linear.out_features - MARGIN) // 2, layers[0].linear.in_features) + mixes)
@@ -30,7 +44,7 @@ def jointly(model: nn.Module, shape: Shape) -> dict[str, dict[str, Any]]:
     whole = "the samples, up to one image common to all" if first else "the samples themselves"
     found = [whole, *["the features that enter it"] * (len(between) - 1)]
     return {
-        layer.name: {"jointly": f"{words}, together with all other layers", "limit": limit}
+        layer.name: {"jointly": f"{words}, {TOGETHER}", "limit": limit}
         for layer, words in zip(layers[:-1], found, strict=True)
     }
 

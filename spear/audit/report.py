@@ -126,6 +126,8 @@ def _caption(audit: Audit) -> str:
 def _expected(audit: Audit) -> str:
     layers = [risk for risk in audit.layers if risk.limit and audit.layer in (None, risk.name)]
     sampled = max(layers, key=lambda risk: risk.from_data)
+    if sampled.jointly:
+        return f"SPEAR's sampling reads one layer alone, which {sampled.name} does not allow; all layers together do."
     budget = f"{inversion.AFFORDABLE:.0e} proposals"
     return f"SPEAR's expectation for independent draws: {budget} reach a batch of {sampled.sampling} at {sampled.name}."
 

@@ -28,7 +28,7 @@ def audit(
     input_shape: Annotated[str | None, typer.Option(help="Of one sample, as in 3,32,32.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for the attack on the update.")] = 60,
     trial_limit: Annotated[float, typer.Option(help="Seconds for each simulated attack.")] = 5,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default cpu.")] = None,
     page: Annotated[Path | None, typer.Option("--report", help="Write the report here, HTML.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here, JSON.")] = None,

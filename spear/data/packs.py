@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt, UInt16
+from jaxtyping import Float32, Float64, Int64, UInt, UInt16
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from spear import paths
+from spear.data import deep_png
 
+TOP = 65535  # the largest value of 16 bits
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue in grey, as Pillow has it
 LEVELS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # Pillow's names for pictures of more than 8 bits, which it clips
 FREE, EXPANSION = 2**26, 100  # bytes that a pack may unpack to: so many however small it is, and for each of its own
@@ -101,13 +104,15 @@ def stacked(images: Sequence[UInt[np.ndarray, "H W C"]]) -> UInt[np.ndarray, "N 
 def decode(source: Path | zipfile.ZipExtFile, shape: tuple[int, int, int] | None = None) -> UInt[np.ndarray, "H W C"]:
     """The picture in a file: its own size in RGB, or scaled and cropped about its centre to `shape` (C, H, W).
 
-    A grey picture of more than 8 bits keeps 16 of them; one of floating-point numbers runs from 0 to 1. Raises
-    `ValueError` naming the file where it is no readable picture, or has values beyond these.
+    A grey picture of more than 8 bits, and a PNG in colours, keeps 16 of them; one of floating-point numbers runs from
+    0 to 1. Raises `ValueError` naming the file where it is no readable picture, or has values beyond these.
     """
     try:
         with Image.open(source) as image:
             if image.mode in DEEP:
-                return _deep(image, shape)
+                return _deep(np.asarray(image).astype(np.float32)[..., None], 1 if image.mode == "F" else TOP, shape)
+            if _is_cut(image):
+                return _deep(_colours(image), TOP, shape)
             if shape is None:
                 return np.asarray(image.convert("RGB"))
             channels, height, width = shape
@@ -119,16 +124,35 @@ def decode(source: Path | zipfile.ZipExtFile, shape: tuple[int, int, int] | None
         raise ValueError(f"{name} is no readable picture: {error}") from error
 
 
-def _deep(image: Image.Image, shape: tuple[int, int, int] | None) -> UInt16[np.ndarray, "H W C"]:
-    """A grey picture of more than 8 bits, its range kept."""
-    values, top = np.asarray(image).astype(np.float32), 1 if image.mode == "F" else 65535
+def _is_cut(image: Image.Image) -> bool:
+    """Whether a picture has more than 8 bits in each colour, of which Pillow leaves 8."""
+    told = [tile[3] if isinstance(tile[3], tuple) else (tile[3],) for tile in image.tile]
+    return any(";16" in str(word) or (isinstance(word, int) and word == TOP) for words in told for word in words)
+
+
+def _colours(image: Image.Image) -> Float32[np.ndarray, "H W C"]:
+    """A PNG of 16 bits in each colour, transparency left out. Raises `ValueError` for another kind of file."""
+    if image.format != "PNG":
+        raise ValueError(f"a {image.format} of 16 bits in each colour, of which 8 would be lost: save it as PNG")
+    image.fp.seek(0)
+    return deep_png.read(image.fp.read()).astype(np.float32)
+
+
+def _deep(
+    values: Float32[np.ndarray, "H W C"], top: int, shape: tuple[int, int, int] | None
+) -> UInt16[np.ndarray, "_H _W _C"]:
+    """A picture of more than 8 bits, from 0 to `top`, its range kept."""
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
         raise ValueError(f"values from {values.min():g} to {values.max():g} are not within 0 and {top}: scale them")
-    channels, height, width = shape or (3, *values.shape)
+    channels, height, width = shape or (3, *values.shape[:2])
+    if channels < values.shape[-1]:
+        values = (values @ LUMA)[..., None]
     if shape is not None:
-        values = np.asarray(ImageOps.fit(Image.fromarray(values), (width, height), Image.Resampling.LANCZOS))
-    levels = np.rint(np.clip(values, 0, top) * (65535 / top)).astype(np.uint16)  # resampling overshoots at edges
-    return np.repeat(levels[..., None], channels, axis=2)
+        size, how = (width, height), Image.Resampling.LANCZOS
+        each = [ImageOps.fit(Image.fromarray(np.ascontiguousarray(v)), size, how) for v in np.moveaxis(values, -1, 0)]
+        values = np.stack([np.asarray(v) for v in each], -1)
+    levels = np.rint(np.clip(values, 0, top) * (TOP / top)).astype(np.uint16)  # resampling overshoots at edges
+    return np.broadcast_to(levels, (*levels.shape[:2], channels)).copy()
 
 
 def _unpacked(file: io.BufferedReader) -> Pack:

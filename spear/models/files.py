@@ -21,6 +21,7 @@ from spear.models.rebuild import Rebuilt
 from spear.models.tensors import read_tensors
 
 SAVE_INSTEAD = "save the model by torch.export.save"
+EXPORT_AGAIN = "nothing is unpickled: load it where you trust it, and save it with torch 2.9 or newer"
 SHARED = 16  # times that the same weights may be used, on average
 UNKNOWN = 64  # pixels or entries in a dimension that a file leaves open
 MAY_RUN = "where you trust it, --run-code (run_code=True) lets it run"
@@ -108,11 +109,13 @@ def _reader(path: Path, run_code: bool) -> Callable[[Path], Rebuilt]:
         if not run_code:
             raise ValueError(f"a TorchScript archive is a program, which is not run; {SAVE_INSTEAD}; {MAY_RUN}")
         return archives.scripted
+    if any(name.startswith(("data/weights/", "data/constants/")) and name.endswith(".pt") for name in names):
+        raise ValueError(f"written by torch 2.8, whose archives hold the weights as a pickle; {EXPORT_AGAIN}")
     if "models/model.json" in names:
         _check_size(entries, path.stat().st_size)
         return archives.exported
     if "serialized_exported_program.json" in names:
-        raise ValueError("exported by a torch before 2.9, with pickled weights: export it again")
+        raise ValueError(f"written by a torch before 2.8, with pickled weights; {EXPORT_AGAIN}")
     kind = "a pickle, which could run code when it is loaded" if "data.pkl" in names else "an archive of another kind"
     raise ValueError(f"{kind}; {SAVE_INSTEAD}")
 

@@ -34,7 +34,7 @@ def each_layer(model: nn.Module, shape: Shape = None) -> Iterator[Layer]:
     traced = traced_model(model, shape)
     for node in traced.nodes:
         if traced.is_linear(node):
-            yield layer_at(traced, node, shape, _behind(traced, node))
+            yield _usual(traced, node, shape)
 
 
 def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
@@ -45,7 +45,7 @@ def chain(model: nn.Module, shape: Shape = None) -> list[Layer]:
     traced = traced_model(model, shape)
     nodes = [node for node in traced.nodes if traced.is_linear(node)]
     behind = [_behind(traced, node) for node in nodes]
-    layers = [layer_at(traced, node, shape, what) for node, what in zip(nodes, behind, strict=True)]
+    layers = [_usual(traced, node, shape) for node in nodes]
     _check_modes(traced)
     _check_chain(traced, nodes, layers, behind)
     return [layers[0], *(_above(low, high) for low, high in pairwise(layers))]
@@ -120,11 +120,11 @@ def traced_model(model: nn.Module, shape: Shape) -> Traced:
     return once((model, shape), lambda: trace(model, likely if shape is None else [shape]))
 
 
+def _usual(traced: Traced, node: fx.Node, shape: Shape) -> Layer:
+    return once(("layer", node, shape), lambda: layer_at(traced, node, shape, _behind(traced, node)))
+
+
 def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
-    return once(("layer", node, shape), lambda: _looked_at(traced, node, shape, behind))
-
-
-def _looked_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
     linear, before = traced.part(node), behind.before
     path = _path(traced, node, linear.in_features, shape)
     tail, unknown = _tail(traced, node, behind.start, path)

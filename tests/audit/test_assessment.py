@@ -88,9 +88,25 @@ def test_mistakes(model: nn.Module, options: dict, message: str) -> None:
         assessment.audit(model, **options)
 
 
-def test_a_model_without_relu() -> None:
+def test_a_model_that_no_attack_reads() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Softmax(1), nn.Linear(9, 4)).double()
     with pytest.raises(ValueError, match="no ReLU follows any linear layer"):
-        assessment.audit(nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.GELU(), nn.Linear(9, 4)).double())
+        assessment.audit(model)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh, nn.LeakyReLU])
+def test_other_activations_hide_nothing_from_all_layers_together(activation: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 60), activation(), nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 10)]
+    model = nn.Sequential(nn.Flatten(), *layers).double()
+    first, second, last = assessment.assess(model, (1, 8, 8))
+    assert first.gives_away == "the samples themselves, together with all other layers"
+    assert (first.limit, first.sampling) == (49, 0)
+    assert (second.gives_away, second.limit) == ("the features that enter it", 49)
+    assert last.limit == 0
+    found = assessment.audit(model, data="digits", count=6, trial_limit=0.5)
+    assert (found.status, found.result.complete, found.not_attacked) == (1, True, ())
+    assert "all layers together do" in report.html(found)
 
 
 def test_an_update_that_does_not_fit(model: nn.Module) -> None:

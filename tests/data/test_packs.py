@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -167,3 +169,44 @@ def test_values_beyond_the_range_of_a_picture_are_refused_not_clipped(values, tm
     folder = picture(tmp_path, "scan.tif", values.astype(np.float32))
     with pytest.raises(ValueError, match="scan.tif is no readable picture: values from .* not within 0 and 1: scale"):
         packs.from_folder(folder)
+
+
+def deep_png(values: np.ndarray, kind: int = 0) -> bytes:
+    """A PNG of 16 bits in each of 3 or 4 channels, or grey with transparency, by one filter: Pillow writes none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    plain = values.astype(">u2").view(np.uint8).reshape(height, -1).astype(int)
+    left, up = (np.zeros_like(plain) for _ in range(2))
+    left[:, 2 * channels :], up[1:] = plain[:, : -2 * channels], plain[:-1]
+    corner = np.zeros_like(plain)
+    corner[1:, 2 * channels :] = plain[:-1, : -2 * channels]
+    sides = np.stack([left, up, corner])
+    paeth = np.take_along_axis(sides, np.abs(left + up - corner - sides).argmin(0)[None], 0)[0]
+    filtered = plain - [0 * plain, left, up, (left + up) // 2, paeth][kind]
+    rows = b"".join(bytes([kind]) + row.astype(np.uint8).tobytes() for row in filtered % 256)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_keep_them(tmp_path, channels, kind):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 8, channels)).astype(np.uint16)
+    path = tmp_path / "colours.png"
+    path.write_bytes(deep_png(values, kind))
+    kept = values[..., :3] if channels > 2 else np.repeat(values[..., :1], 3, 2)
+    assert np.array_equal(packs.decode(path), kept)
+    assert packs.decode(path, (3, 6, 8)).shape == (6, 8, 3)
+    grey = packs.decode(path, (1, 6, 8))[..., 0].astype(float)
+    assert np.abs(grey - kept @ [0.299, 0.587, 0.114]).max() < 3
+
+
+def test_other_files_of_16_bits_in_each_colour_are_refused(tmp_path):
+    path = tmp_path / "colours.ppm"
+    path.write_bytes(b"P6 2 1 65535\n" + bytes(range(12)))
+    with pytest.raises(ValueError, match=r"colours.ppm is no readable picture: a PPM of 16 bits in each colour"):
+        packs.decode(path)

@@ -384,7 +384,11 @@ def test_other_archives(tmp_path: Path) -> None:
     refused(tmp_path / "other.zip", "an archive of another kind; save the model by torch.export.save")
     with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
         archive.writestr("model/serialized_exported_program.json", "{}")
-    refused(tmp_path / "old.pt2", "exported by a torch before 2.9, with pickled weights: export it again")
+    refused(tmp_path / "old.pt2", "written by a torch before 2.8, with pickled weights; nothing is unpickled")
+    with zipfile.ZipFile(tmp_path / "eight.pt2", "w") as archive:
+        for name in ("models/model.json", "data/weights/model.pt", "data/constants/model.pt"):
+            archive.writestr(f"eight/{name}", "{}")
+    refused(tmp_path / "eight.pt2", "written by torch 2.8, whose archives hold the weights as a pickle; nothing is")
     with pytest.raises(FileNotFoundError, match="none.pt2: no such file"):
         files.load(str(tmp_path / "none.pt2"))
 
