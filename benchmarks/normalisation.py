@@ -159,16 +159,16 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for case in (c for c in CASES if c.name in options.cases):
-        for seed in options.seeds:
-            with ProcessPoolExecutor(1) as pool:
+        with ProcessPoolExecutor(1) as pool:
+            for seed in options.seeds:
                 try:
                     rows.append(pool.submit(measure, case, seed, options.limit).result())
                 except FileNotFoundError as error:
                     print(f"{case.name}: skipped, {error}", file=sys.stderr)
-                    continue
-            report(case, rows[-1])
-            if options.csv is not None:
-                summary(rows).to_csv(options.csv, index=False, float_format="%.3g")
+                    break
+                report(case, rows[-1])
+        if options.csv is not None and rows:
+            summary(rows).to_csv(options.csv, index=False, float_format="%.3g")
 
 
 def report(case: Case, row: Row) -> None:

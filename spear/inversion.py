@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from spear.deployments import claims, noise, pruning
+from spear.deployments import claims, noise, pruning, unknown
 from spear.deployments.local_training import retrace
 from spear.deployments.opening import holds_few_values, open_noisy
 from spear.descent.dictionary import Dictionary
@@ -20,6 +20,7 @@ from spear.models.memory import remembered
 from spear.models.tracing import Sent, next_sent
 from spear.network import whole_batch
 from spear.network.problem import NetworkView, open_network, plain
+from spear.normalisation import entry
 from spear.normalisation.opening import open_normalised
 from spear.normalisation.recover import recover as recover_normalised
 from spear.published.algorithm import Sampling
@@ -76,9 +77,12 @@ def attack(
     `"network"`, every layer, whatever its elementwise activations (batches of hundreds). `"auto"` is the strongest
     method whose preconditions hold, and the next where it ends without the whole batch; `Reconstruction.method` says
     which it was.
-    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping. Of one
-    layer alone (a private head: the update holds that layer's gradient only, and `model` ends with its ReLU or goes on
-    with weights that are not the client's), inputs come without labels, and up to their length (`certify_layer`).
+    `layer` names the one linear layer, the default being the first whose input is the data up to reshaping, or, where
+    its gradient was not sent, the next whose was: then the features that enter it come. Of one layer (a private head:
+    the update holds that layer's gradient only, and `model` ends with its ReLU or goes on with weights that are not the
+    client's) inputs come without labels, and up to their length, which what reads the layer pins (`certify_layer`).
+    What a client did beside what it says is read off the update, undone and said: the sign, a factor, weight decay, the
+    first step of Adam and its kin, another loss, steps (`spear.federated.decoding`).
     `batch_size` is read off the gradient's rank unless given, and nothing is certified where neither it nor the update
     says it (`spear.certificate`); of several local steps it is the number of samples in all. `time_limit` (seconds)
     bounds the searches of all methods together, `max_proposals` (kernels that sampling tests, starts of the others)
@@ -106,8 +110,10 @@ def attack(
         read = decoding.read(model, update)
         doubted = claims.contradicted(model, read.update)
         sent = next_sent(model, read.update.gradients, read.update.input_shape) if layer is None else Sent(layer)
-        request = Request(model, read.update, sent.layer, batch_size, device, terms, doubted)
-        result = as_given(model, read.update, sent.layer, _as_read(request, chosen))
+        fixed, known = entry.with_statistics(model, read.update)
+        request = Request(fixed, read.update, sent.layer, batch_size, device, terms, doubted)
+        result = as_given(fixed, read.update, sent.layer, _as_read(request, chosen))
+        result = entry.confirmed(model, read.update, result, known)
     if read.doubt and bool(result.certified.any()):
         nobody = torch.zeros_like(result.certified)
         result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")
@@ -232,6 +238,8 @@ class Request:
 
     def _as_disclosed(self, told: SharedUpdate) -> Reconstruction:
         """Every layer, for what is disclosed: noise or rounding, pruning, or nothing of these."""
+        if told.has_unknown:
+            return self._completed(told)
         if is_perturbed(told):
             return noise.denoise(self.model, told, self.batch_size, self.device, self.terms)
         try:
@@ -242,8 +250,37 @@ class Request:
                 raise
             return recover_normalised(view, self.terms)
         if told.pruning is not None:
-            return pruning.recover(plain(network), self.terms)
-        return _exact_or_not(network, told, self.terms)
+            cut = unknown.marked(told)
+            found = None if cut is None else self._completed(cut)
+            return found if found is not None and len(found.inputs) else pruning.recover(plain(network), self.terms)
+        return self._exact_or_not(network, told)
+
+    def _completed(self, told: SharedUpdate) -> Reconstruction:
+        """Every layer, the entries that are not known completed."""
+        return unknown.recover(self.model, told, self.batch_size, self.device, self.terms)
+
+    def _exact_or_not(self, network: NetworkView, told: SharedUpdate) -> Reconstruction:
+        """What every layer gives exactly, or though rounding, cuts, missing entries or noise were not disclosed."""
+        plain_relu = network.is_relu and not network.folded
+        rounded = plain_relu and holds_few_values(network)
+        found = noise.recover(open_noisy(network, told), self.terms) if rounded else None
+        if found is not None and len(found.inputs):
+            return found
+        cut = unknown.marked(told) if plain_relu and not rounded else None
+        completed = None if cut is None else self._completed(cut)
+        if completed is not None and len(completed.inputs):
+            return completed
+        exact = whole_batch.recover(network, self.terms)
+        if len(exact.inputs) or rounded or not plain_relu:
+            return exact if found is None else larger(found, exact)
+        if pruning.is_pruned(network):
+            return pruning.recover(network, self.terms)
+        opening = open_noisy(network, told)
+        seen = network.precision > COARSE or opening.is_visible
+        found = noise.recover(opening, self.terms) if seen else exact
+        # Samples that the layers merge leave fewer directions, and pass for noise: the estimate's errors mean nothing.
+        sure = len(found.inputs) >= (network.batch_size or 1) or (len(found.inputs) and opening.is_even)
+        return found if sure else exact
 
     def following(self, auto: Auto) -> Iterator[Method]:
         """The methods that `auto` tries in turn; sampling does not stand noise."""
@@ -283,21 +320,3 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
         raise Refusal("; ".join(refusals))
     tried = [] if result.complete else refusals
     return replace(result, reason="; ".join([result.reason, *tried]))
-
-
-def _exact_or_not(network: NetworkView, told: SharedUpdate, terms: Terms) -> Reconstruction:
-    """What every layer gives exactly; where that is nothing, what comes out of noise that was not disclosed."""
-    rounded = network.is_relu and not network.folded and holds_few_values(network)
-    found = noise.recover(open_noisy(network, told), terms) if rounded else None
-    if found is not None and len(found.inputs):
-        return found
-    exact = whole_batch.recover(network, terms)
-    if len(exact.inputs) or rounded or network.folded or not network.is_relu:
-        return exact if found is None else larger(found, exact)
-    if pruning.is_pruned(network):
-        return pruning.recover(network, terms)
-    opening = open_noisy(network, told)
-    seen = network.precision > COARSE or opening.is_visible
-    found = noise.recover(opening, terms) if seen else exact
-    # Samples that the layers merge leave fewer directions, and pass for noise: then the estimate's errors mean nothing.
-    return found if len(found.inputs) >= (network.batch_size or 1) else exact

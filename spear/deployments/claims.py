@@ -30,7 +30,9 @@ def contradicted(model: nn.Module, update: SharedUpdate) -> bool:
     Each of these raises the rank of a gradient to all that its rows and columns allow; a batch leaves it below, where
     it is smaller than the layer. Raises as `check_gradients` does.
     """
-    if not words(update) or update.local_steps > 1 or any(g.dtype not in PRECISIONS for g in update.gradients.values()):
+    if not words(update) or update.has_unknown or update.local_steps > 1:
+        return False
+    if any(g.dtype not in PRECISIONS for g in update.gradients.values()):
         return False
     matrices = [g for g in check_gradients(model, update).values() if g.ndim == 2 and g.any()]
     if not matrices:

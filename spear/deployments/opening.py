@@ -22,7 +22,7 @@ class Opening:
     """The gradients of the hidden layers, each scaled so that its noise is even.
 
     `weighted` says that samples were clipped, and so have weights of their own, at most the common one; `rounded` that
-    the first gradient holds few distinct values; `sigma` is the noise per entry of the gradients where it is disclosed.
+    every gradient holds few distinct values; `sigma` is the noise per entry of the gradients where it is disclosed.
     """
 
     problem: NetworkView
@@ -50,6 +50,11 @@ class Opening:
         rounding = max(LOUD * self.problem.precision, 10 * ROUNDING) * float(J.norm()) / J.numel() ** 0.5
         return self.rounded or (first.sigma > rounding and first.is_noise)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether what the batch leaves of a layer is noise, and nothing else."""
+        return any(layer.is_even for layer in self.layers)
+
     def noisy(self, count: int | None = None) -> Noisy:
         """The problem as the refinement takes it, for as many samples as stand out, or another number of them."""
         size = count or self.count
@@ -67,22 +72,22 @@ def open_noisy(problem: NetworkView, told: SharedUpdate) -> Opening:
     if not all(bool(g.any()) for g in problem.weight_gradients):
         raise ValueError("a gradient has rank 0: it is zero everywhere")
     scale = told.loss_scale * (told.learning_rate or 1.0)
-    sigma, rounded, layers = told.noise / scale if told.noise else None, False, []
+    sigma, rounded, layers = told.noise / scale if told.noise else None, True, []
     for k in range(problem.last + 1):
         width = _width(problem, k)
         guesses = [] if width is None else [width.square]
         layers.append(scaled(problem.augmented(k), sigma, problem.batch_size, [*guesses, *_floats(problem, k, told)]))
-        rounded |= k == 0 and width is not None
+        rounded &= width is not None
     return Opening(problem, tuple(layers), told.clip is not None, rounded, sigma)
 
 
 def holds_few_values(problem: NetworkView) -> bool:
-    """Whether the gradients were rounded to few values: then no layer's rank is below what its live rows allow.
+    """Whether every layer's gradient was rounded to few values: then its rank is all that its live rows allow.
 
-    Exact gradients of a sample or two may hold few as well, as pictures do.
+    Exact gradients of the first layer may hold few as well, as pictures do, and all of a sample or two.
     """
-    W = problem.weight_gradients[0]
-    if block_size(W.flatten(), W.shape[1]) is None:
+    hidden = problem.weight_gradients[: problem.last + 1]
+    if any(block_size(W.flatten(), W.shape[1]) is None for W in hidden):
         return False
     ranks = [(problem.factors(k).rank, problem.augmented(k)) for k in range(problem.last + 1)]
     return any(rank >= FULL * min(int(J.any(1).sum()), int(J.any(0).sum())) for rank, J in ranks)

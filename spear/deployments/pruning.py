@@ -17,6 +17,7 @@ from spear.deployments import completion
 from spear.deployments.completion import Completed
 from spear.network.check import CORRECTIONS, Misfit, certificate, conclude
 from spear.network.factors import Factors, wedderburn
+from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import NetworkView, Passes, Targets, passes
 from spear.network.projection import NEEDED, Limits, Projections, applicable, class_sines, each_class
 from spear.network.recovery import Judged, Reached, nothing
@@ -125,11 +126,21 @@ class Pruned:
         scale = torch.einsum("scm,sm->sc", own, measured) / own.pow(2).sum(2).clamp_min(1e-300)
         off = (measured[:, None] - scale[:, :, None] * own).norm(dim=2) / measured.norm(dim=1, keepdim=True)
         off, label = off.min(1)
-        unit = problem.unit(problem.batch_size or self.rank)
-        copies = scale.gather(1, label[:, None])[:, 0] / unit
+        weights = scale.gather(1, label[:, None])[:, 0]
+        unit = self._unit(weights)
+        copies = weights / unit
         whole = copies.round().clamp_min(1)
         error = torch.maximum(off, (copies - whole).abs()).amax()
         return Targets(F.one_hot(label, problem.classes).to(inputs) * whole[:, None], unit, float(error))
+
+    def _unit(self, weights: Float[Tensor, " b"]) -> float:
+        """One copy's weight in the loss, with the sign of the samples' own; where they all have another, that."""
+        told, middle = self.problem.unit(self.problem.batch_size or self.rank), float(weights.median())
+        if middle < 0:
+            told = -told
+        common = float((weights / middle - 1).abs().max()) < self.problem.accuracy.weight
+        off = abs(middle / told - max(1, round(middle / told)))
+        return middle if common and off > WHOLE_NUMBERS else told
 
     def check(self, inputs: Float[Tensor, "b n"], targets: Targets) -> tuple[Misfit, Float[Tensor, "b n"]]:
         """The samples' own gradients against the entries that arrived, in every layer; and the inputs corrected.
@@ -140,8 +151,9 @@ class Pruned:
         problem, run = self.problem, passes(self.problem, inputs, targets)
         own = [run.deltas[k].T @ problem.extend(k, run.inputs[k]) for k in range(problem.last + 2)]
         layers = tuple(
-            float(((problem.augmented(k) - own[k]) * kept).norm() / problem.augmented(k).norm().clamp_min(1e-300))
+            float(((J - own[k]) * kept).norm() / (J * kept).norm().clamp_min(1e-300))
             for k, kept in enumerate(self.kept)
+            for J in [problem.augmented(k)]
         )
         step, noise = self._step(0, run, own[0])
         inner = self.first.columns[:-1]
@@ -184,14 +196,21 @@ class Pruned:
         return inverse @ completion.masked_least_squares(basis, rest, kept.to(rest))[0], noise
 
 
-def open_pruned(problem: NetworkView, generator: Generator, until: float = math.inf) -> Pruned:
+def open_pruned(
+    problem: NetworkView,
+    generator: Generator,
+    until: float = math.inf,
+    kept: tuple[Bool[Tensor, "_m _n"], ...] | None = None,
+) -> Pruned:
     """The first two gradients completed, the second first, until the clock shows `until`.
+
+    `kept` are the entries of every layer's that arrived, those that are not zero unless given.
 
     Raises `Refusal` where too few entries arrived, or samples cannot be told apart.
     """
     if not applicable(problem):
         raise Refusal(f"pruned gradients need {NEEDED}")
-    kept, parts = kept_entries(problem), []
+    kept, parts = kept or kept_entries(problem), []
     for k in (1, 0):
         if completion.most_rank(kept[k]) < (problem.batch_size or 1):
             raise Refusal(_too_few(k, kept[k]))
@@ -214,14 +233,18 @@ def _too_few(k: int, kept: Bool[Tensor, "m n"]) -> str:
     return f"{arrived}: they bear a rank of {completion.most_rank(kept)} at most"
 
 
-def recover(problem: NetworkView, terms: Terms) -> Reconstruction:
+def recover(
+    problem: NetworkView, terms: Terms, kept: tuple[Bool[Tensor, "_m _n"], ...] | None = None
+) -> Reconstruction:
     """The batch behind an update of which only some entries were sent; certified where it explains each of them.
+
+    `kept` as for `open_pruned`.
 
     Raises `ValueError` for a gradient that is zero.
     """
     generator, rank = terms.generator(), problem.batch_size or 0
     try:
-        pruned = open_pruned(problem, generator, terms.budget.until)
+        pruned = open_pruned(problem, generator, terms.budget.until, kept)
     except Refusal as refusal:
         judged = nothing(problem, str(refusal), Reached(rank, 0.0, 0, 0, 0))
     else:

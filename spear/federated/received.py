@@ -67,6 +67,7 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
             dtype = str(g.dtype if g.dtype not in PRECISIONS else parameters[name].dtype).removeprefix("torch.")
             raise Refusal(f"{name} is {dtype}: exact recovery needs float32 or float64")
         if not is_finite(g):
+            _refuse_unknown(name, g)
             raise ValueError(f"the gradient of {name} holds NaN or infinite values")
     scale = update.loss_scale * (update.learning_rate or 1.0)
     received = update.gradients
@@ -74,6 +75,13 @@ def check_gradients(model: nn.Module, update: SharedUpdate) -> Mapping[str, Tens
     if largest and not 1 / EXTREME < largest < EXTREME:
         raise ValueError(f"the gradients are out of range: their largest entry is {largest:.0e}")
     return received if scale == 1 else Lazy(tuple(received), lambda name: received[name] / scale)
+
+
+def _refuse_unknown(name: str, g: Tensor) -> None:
+    """Raises `Refusal` for a gradient of which some entries are numbers, and the others NaN: not known."""
+    unknown = int(g.isnan().sum())
+    if unknown < g.numel() and not bool(g.isinf().any()):
+        raise Refusal(f"{unknown:,} of {g.numel():,} entries of the gradient of {name} are not known")
 
 
 def check_weights(model: nn.Module) -> None:

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spear.federated import naming
+from spear.federated import missing, naming
+from spear.models.streaming import CHUNK
 from spear.models.tensors import read_tensors
 
 FORMAT = "spear.SharedUpdate/1"
@@ -24,7 +25,7 @@ LOSSES = ("cross_entropy", "binary_cross_entropy", "squared_error")
 LARGEST_SAMPLE = 2**24  # entries: samples of that size are made to try a model
 TINY, LARGE = 1e-30, 1e30  # of rates, norms and scales: beyond, no number of the update would be left
 OURS = "spear."  # what the format begins with where this package wrote the file
-TENSORS = {"gradients", "buffers"}  # what of an update is no number or word
+TENSORS = {"gradients", "buffers", "known"}  # what of an update is no number or word
 TUPLES = {"input_shape", "clients"}  # lists, in a file's metadata
 CHOICES = {"reduction": ("mean", "sum"), "loss": LOSSES, "pruning": (None, "random", "top-k")}
 MOST, MOST_SIZES = 2**40, 2**16  # of samples, pixels or steps; of clients or dimensions: more is no honest update
@@ -94,7 +95,9 @@ class SharedUpdate:
     deviation of the noise in each entry as it is sent, of a change of weights that of the weights, and `epsilon`,
     `delta` what an accountant says of the release. Compression: entries were dropped by
     `pruning` (`"random"` or `"top-k"`: an entry that is exactly zero may be missing), rounded at random to `bits` bits,
-    or sent in a half-precision dtype as `loss_scale` times their value.
+    or sent in a half-precision dtype as `loss_scale` times their value. `known` says by name which entries arrived,
+    by a boolean tensor for each parameter of which some did not; the others are held, and saved, as NaN, and may be
+    given so.
     Batch normalisation: `buffers` holds its running statistics after the step, by the model's own names, as clients
     send them that return their whole state.
     """
@@ -118,6 +121,7 @@ class SharedUpdate:
     loss: str = "cross_entropy"
     weight_decay: float | int = 0.0
     buffers: Mapping[str, Tensor | np.ndarray] | None = None
+    known: Mapping[str, Tensor | np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.gradients):
@@ -127,8 +131,17 @@ class SharedUpdate:
             named = self.gradients if isinstance(self.gradients, Mapping) else dict(_numbered(self.gradients))
             tensors = {name: _tensor(name, value) for name, value in named.items()}
             object.__setattr__(self, "gradients", tensors)
+        if self.known is not None:
+            object.__setattr__(self, "gradients", _only_known(self.gradients, self.known))
+            object.__setattr__(self, "known", None)
         if self.buffers is not None and not isinstance(self.buffers, Lazy):
             object.__setattr__(self, "buffers", {name: _tensor(name, value) for name, value in self.buffers.items()})
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether entries of it are not known, NaN, but of no tensor all."""
+        shares = [_nan(g) for g in self.gradients.values() if g.is_floating_point()]
+        return any(shares) and max(shares) < 1
 
     def disclosing(self, **told: float | int | str | None) -> "SharedUpdate":
         """The update with what is known from elsewhere of the client's training, `None` where nothing is.
@@ -177,6 +190,28 @@ def _taken(tensors: dict[str, Tensor], words: str) -> dict[str, Tensor] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) and name in tensors for name in names):
         raise ValueError(f"its buffers are not names of its tensors: {_brief(names)}")
     return {name: tensors.pop(name) for name in dict.fromkeys(names)} or None
+
+
+def _nan(tensor: Tensor) -> float:
+    """The share of entries that are NaN; looked at in parts."""
+    return sum(int(part.isnan().sum()) for part in tensor.flatten().split(CHUNK)) / max(tensor.numel(), 1)
+
+
+def _only_known(gradients: Mapping[str, Tensor], known: Mapping[str, Tensor | np.ndarray]) -> Mapping[str, Tensor]:
+    """The gradients with NaN where entries did not arrive. Raises `ValueError` for masks that do not fit."""
+    masks = {name: torch.as_tensor(mask) for name, mask in known.items()}
+    for name, mask in masks.items():
+        if name not in gradients:
+            raise ValueError(f"it is said which entries of {_brief(name)} are known, of which there is no gradient")
+        if mask.dtype != torch.bool or mask.shape != gradients[name].shape:
+            shape = tuple(gradients[name].shape)
+            raise ValueError(f"which entries of {name} are known is said by a boolean tensor of its shape {shape}")
+
+    def partly(name: str) -> Tensor:
+        g = gradients[name]
+        return torch.where(masks[name].to(g.device), g, torch.nan) if name in masks else g
+
+    return Lazy(tuple(gradients), partly) if isinstance(gradients, Lazy) else {name: partly(name) for name in gradients}
 
 
 def _disclosed(words: str, known: Sequence[str]) -> dict[str, Any]:
@@ -344,9 +379,10 @@ def difference(
 ) -> SharedUpdate:
     """The change of a client's weights by name, before - after, by a step of SGD with `learning_rate`.
 
-    Each is computed when it is asked for. The names may be those that wrappers make (`naming.match`); running
-    statistics are the update's `buffers`, other entries that are no parameters of the model are left out. `count` and
-    `input_shape` are what the client discloses; of several steps, see `SharedUpdate.disclosing`.
+    Each is computed when it is asked for. Where the weights after the step show that they were cut at a bound, or set
+    to zero, the change is not known: NaN (`missing.cuts`). The names may be those that wrappers make (`naming.match`);
+    running statistics are the update's `buffers`, other entries that are no parameters of the model are left out.
+    `count` and `input_shape` are what the client discloses; of several steps, see `SharedUpdate.disclosing`.
     Raises `ValueError` for a learning rate that is not positive, and for a parameter that is missing or of another
     shape on one side.
     """
@@ -357,7 +393,15 @@ def difference(
         shapes = [tuple(weights[own[name]].shape) if name in own else None for weights, own in sides]
         if None in shapes or shapes[0] != shapes[1]:
             raise ValueError(f"{name} has shape {shapes[0]} before the step and {shapes[1]} after it")
-    change = Lazy(names, lambda name: (before[old[name]] - after[new[name]]).detach())
+    cut = missing.cuts(Lazy(names, lambda name: after[new[name]]))
+
+    def changed(name: str) -> Tensor:
+        earlier, later = before[old[name]].detach(), after[new[name]].detach()
+        unknown = ((later == 0) | cut.unknown(name, later)) & (earlier != later)
+        alike = int(unknown.sum()) > 1 and len(earlier[unknown].unique()) == 1  # and so they are where nothing was cut
+        return earlier - later if alike else torch.where(unknown, torch.nan, earlier - later)
+
+    change = Lazy(names, changed)
     buffers = naming.statistics(model, after)
     return SharedUpdate(change, input_shape=input_shape, buffers=buffers or None).disclosing(
         learning_rate=learning_rate, count=count

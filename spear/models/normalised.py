@@ -17,7 +17,7 @@ from spear.models.graphs import extract
 from spear.models.layers import Behind, Layer, Shape
 from spear.models.modes import dropped, mode, modes, words
 from spear.models.traced import Traced
-from spear.models.tracing import LONGEST, cuts, ends_at, layer_at, outputs_of, source_of, traced_model
+from spear.models.tracing import LONGEST, ancestors, cuts, ends_at, layer_at, outputs_of, source_of, traced_model
 from spear.reconstruction import Refusal
 
 WANTED = "a network in training mode is attacked where it is Linear, normalisation, ReLU, dropout, in turn"
@@ -72,6 +72,17 @@ def normalised_chain(model: nn.Module, shape: Shape = None) -> tuple[list[Layer]
     layers = [layer_at(traced, node, shape, one.behind) for node, one in zip(nodes, between, strict=True)]
     _check(traced, nodes, layers, between)
     return layers, between[:-1]
+
+
+def entry(model: nn.Module, shape: Shape = None) -> Normaliser | None:
+    """BatchNorm in training mode on the data, before the first linear layer; `None` where there is none, or more."""
+    traced = traced_model(model, shape)
+    first = next((node for node in traced.nodes if traced.is_linear(node)), None)
+    before = [] if first is None else [node for node in ancestors(source_of(first)) if _is_on(traced, node)]
+    if len(before) != 1 or not isinstance(traced.part(before[0]), nn.modules.batchnorm._BatchNorm):
+        return None
+    found = _batch_norm(traced, before[0], traced.part(before[0]).num_features)
+    return found if found.mean_name and found.rate else None
 
 
 def _between(traced: Traced, node: fx.Node) -> Between:

@@ -205,7 +205,7 @@ def cuts(start: fx.Node) -> Iterator[fx.Node]:
         last = max(last, last_use(node))
 
 
-def _ancestors(node: fx.Node) -> list[fx.Node]:
+def ancestors(node: fx.Node) -> list[fx.Node]:
     """The node and all that its value depends on."""
     seen, waiting = set(), [node]
     while waiting:
@@ -218,7 +218,7 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
 
 def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
     """How the data reach a layer; `None` where its inputs are no samples, nor parts of them."""
-    way = _ancestors(source_of(node))
+    way = ancestors(source_of(node))
     roots = [one for one in way if one.op == "placeholder"]
     if len(roots) != 1 or any(isinstance(traced.part(one), SPREADS) for one in way) or modes(traced, way, on=True):
         return None
@@ -235,7 +235,7 @@ def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
 def _no_data(traced: Traced, shape: Shape) -> str:
     """Why no layer reads the data, in words."""
     first = next((node for node in traced.nodes if traced.is_linear(node)), None)
-    on = [] if first is None else modes(traced, _ancestors(source_of(first)), on=True)
+    on = [] if first is None else modes(traced, ancestors(source_of(first)), on=True)
     if on:
         what = f"the client trained with {words(on)} on before {first.target}"
         return f"no linear layer reads the data directly: {what}, so what enters that is not the samples"
@@ -248,7 +248,7 @@ def outputs_of(traced: Traced) -> list[fx.Node]:
     """What the model returns that nothing else that it returns is computed from."""
     end = traced.nodes[-1]
     given = [node for node in end.all_input_nodes if node.op != "placeholder"]
-    below = {inner for node in given for inner in _ancestors(node) if inner is not node}
+    below = {inner for node in given for inner in ancestors(node) if inner is not node}
     return [node for node in given if node not in below]
 
 
@@ -260,7 +260,7 @@ def _tail(traced: Traced, node: fx.Node, start: fx.Node, path: Path | None) -> t
     if len(outputs) != 1:
         names = ", ".join(output.name for output in outputs)
         return None, f"the model gives {len(outputs)} outputs ({names}): which of them the loss reads is not known"
-    rest = [one for one in _ancestors(outputs[0]) if node in _ancestors(one)]
+    rest = [one for one in ancestors(outputs[0]) if node in ancestors(one)]
     if on := modes(traced, rest, on=True):
         return None, f"the client trained with {words(on)} on: what follows {node.target} is not known"
     tail = extract(traced, start, outputs[0], then=as_rows)

@@ -47,18 +47,19 @@ def difference_bounds(
     `misfit` is the relative residual of the worst gradient.
     """
     network, size = view.network, len(own.inputs[0])
-    eps, below = max(2 * network.precision, misfit), own.inputs[0].new_zeros(())
+    eps, above = max(2 * network.precision, misfit), own.inputs[0].new_zeros(())
     for k in range(network.last, -1, -1):
         low = lows[k]
         if low.rank != size - 1:
             return torch.full_like(own.inputs[0][:, 0], torch.inf)
-        layer = _System.of(view, own, k, low, deviations[k], eps, below)
+        layer = _System.of(view, own, k, low, deviations[k], eps, above)
         if k == network.last:
             heads = network.weights[k + 1].mT @ contrasts(network.outputs, network.loss, own.inputs[0])
             t, s = layer.with_heads(heads, own.active[k])
         else:
-            t, s = layer.alone()
-        below = (t + layer.turn_off).amax()
+            through = network.weights[k + 1].mT @ lows[k + 1].L / (1 - view.drops[k])
+            t, s = layer.alone(through, t, own.active[k])
+        above = layer.turn_off.amax()
     x = own.inputs[0] - own.inputs[0].mean(0)
     return (SAFETY * torch.hypot(s, layer.rows_off) / norms(x)).nan_to_num(torch.inf, torch.inf)
 
@@ -67,8 +68,8 @@ def difference_bounds(
 class _System:
     """The columns (σ/γ) U and c ∘ P of a layer, rows over their errors, factorised: `inverse` is of the triangle.
 
-    `noise` (m,) is the error of each row, `turn_off` and `rows_off` (b,) are those that U and R leave in U t and Rᵀ s,
-    all per sample in units of `NetworkView.unit`.
+    `noise` (m,) is the error of each row, `turn_off` (b,) that which U leaves in each entry of U t, `rows_off` (b,)
+    what R leaves in Rᵀ s, all per sample in units of `NetworkView.unit`.
     """
 
     basis: Float[Tensor, "m r2"]
@@ -80,9 +81,9 @@ class _System:
 
     @classmethod
     def of(
-        cls, view: NormalisedView, own: Run, k: int, low: LowRank, deviation: Deviation, eps: float, below: Tensor
+        cls, view: NormalisedView, own: Run, k: int, low: LowRank, deviation: Deviation, eps: float, above: Tensor
     ) -> "_System":
-        """`below` is the error of ∂L/∂z of the layer above."""
+        """`above` is the error that U leaves in each entry of ∂L/∂z of the layer above."""
         spaces = open_spaces(view.network, view.norms[k], k, low, deviation)
         live, unit = spaces.live, view.network.unit(spaces.batch)
         normal, delta = own.normals[k][:, live], own.deltas[k] / unit
@@ -97,7 +98,7 @@ class _System:
             eps * rms(spaces.level) * torch.ones_like(ratio),
             eps * rms(spaces.slope) * normal.abs().amax(0),
             deviation.error[live] * ((t @ spaces.turned.mT).abs() + curved.abs()).amax(0),
-            view.network.weights[k + 1].norm(dim=0)[live] * below / (1 - view.drops[k]),
+            view.network.weights[k + 1].norm(dim=0)[live] * above / (1 - view.drops[k]),
         )
         noise = torch.stack(parts).norm(dim=0).clamp_min(1e-300)
         columns = torch.cat([spaces.turned, spaces.slope[:, None] * spaces.place], 1) / noise[:, None]
@@ -112,13 +113,20 @@ class _System:
         )
         n = own.inputs[k].shape[1]
         rows_off = entry * n**0.5 * (s / spaces.singular).norm(dim=1)
-        return cls(basis, inverse, noise, live, turned * len(delta.mT) ** 0.5, rows_off)
+        return cls(basis, inverse, noise, live, turned, rows_off)
 
-    def alone(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The error of t and of s where dY is known."""
-        half = len(self.inverse) // 2
-        t, s = (part.square().sum().sqrt() for part in (self.inverse[:half], self.inverse[half:]))
-        return t, s
+    def alone(
+        self, through: Float[Tensor, "units r"], moved: Float[Tensor, " b"], active: Bool[Tensor, "b units"]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """The error of t and of s where dY is D ∘ `through` t of the layer above, and that t is off by `moved`."""
+        half, errors = len(self.inverse) // 2, []
+        to_both = self.inverse @ (self.basis / self.noise[:, None]).mT
+        for some, off in zip(active[:, self.live].split(AT_ONCE), moved.split(AT_ONCE), strict=True):
+            carried = (to_both * some[:, None, :]) @ through[self.live]
+            for part in (slice(None, half), slice(half, None)):
+                own = self.inverse[part].square().sum().sqrt()
+                errors.append(torch.hypot(own, _at_most(carried[:, part]) * off))
+        return torch.cat(errors[::2]), torch.cat(errors[1::2])
 
     def with_heads(
         self, heads: Float[Tensor, "units c"], mask: Bool[Tensor, "b units"]
@@ -140,3 +148,11 @@ class _System:
                 both = self.inverse[part].square().sum() + moved[:, part].square().sum((1, 2))
                 errors.append(torch.where(sound, both.sqrt(), torch.inf))
         return torch.cat(errors[::2]), torch.cat(errors[1::2])
+
+
+def _at_most(A: Float[Tensor, "s r r2"]) -> Float[Tensor, " s"]:
+    """A bound on the spectral norm of each matrix: the eighth root of the sum of its singular values' eighth powers."""
+    gram = A @ A.mT
+    size = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)
+    gram = gram / size[:, None, None]
+    return (size**4 * (gram @ gram).square().sum((1, 2))) ** 0.125

@@ -1,6 +1,8 @@
 """Rounds of search behind BatchNorm: starts by the label counts, reflections, exact steps; what is found confines the
 rest."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
@@ -27,7 +29,12 @@ MARGIN = 8  # rows beyond the unknowns: equations that a wrong answer fails
 
 
 class BatchSearch:
-    """A search in progress at the last hidden layer: `found` samples, in `rounds` of `starts` together."""
+    """A search in progress at the last hidden layer: `found` samples, in `rounds` of `starts` together.
+
+    A round under way ends when `time.monotonic` shows `until`.
+    """
+
+    until = math.inf
 
     def __init__(self, view: NormalisedView, spaces: BatchSpaces, accept: float, generator: Generator) -> None:
         problem, norm, self.drop = view.network, view.top, view.drops[-1]
@@ -97,6 +104,7 @@ class BatchSearch:
             targets=lambda y: (self.outputs(y) - wanted) @ space,
             ridge=ridges[self.rounds % len(ridges)],
             generator=self.generator,
+            until=self.until,
         )
         mask = mask[distance < NEAR][different_masks(mask[distance < NEAR], distance[distance < NEAR])]
         if len(mask):

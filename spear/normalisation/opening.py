@@ -1,9 +1,10 @@
 """From a model and an update to what the server knows of a network that normalises, or drops units as it trains."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from spear.federated.received import (
@@ -16,7 +17,7 @@ from spear.federated.received import (
     input_shape,
     rounding_unit,
 )
-from spear.federated.update import SharedUpdate
+from spear.federated.update import Lazy, SharedUpdate
 from spear.models.layers import Layer
 from spear.models.normalised import Normaliser, normalised_chain
 from spear.network.problem import NetworkView
@@ -55,6 +56,7 @@ def open_normalised(
     moved = lambda x: x.detach().to(device, torch.float64)  # noqa: E731
     received = lambda layer, kind: moved(layer.gradient(f"{layer.name}.{kind}", gradients))  # noqa: E731
     pairs = list(zip(layers, biased, strict=True))
+    idle = {layer.own.get(f"{layer.name}.bias") for layer, has in pairs if not has}
     network = NetworkView(
         tuple(moved(layer.linear.weight) for layer in layers),
         tuple(moved(layer.linear.bias) if has else None for layer, has in pairs),
@@ -62,13 +64,20 @@ def open_normalised(
         tuple(received(layer, "bias") if has else None for layer, has in pairs),
         batch_size or update.count,
         update.reduction,
-        rounding_unit(model, update) / 2,
+        rounding_unit(model, _without(update, idle)) / 2,
         input_shape(layers[0].name, layers[0].linear.in_features, update),
         "binary_cross_entropy" if update.loss == "cross_entropy" and _one_output(layers) else update.loss,
         coarsest(model, update),
     )
     norms = tuple(_norm(model, update, gradients, layer, norm) for layer, norm in zip(layers, behind, strict=True))
     return NormalisedView(network, tuple(norm and norm.to(device) for norm in norms[:-1]), tuple(x.drop for x in found))
+
+
+def _without(update: SharedUpdate, names: set[str | None]) -> SharedUpdate:
+    """The update without the gradients that are zero but for rounding: those of biases in front of BatchNorm."""
+    g = update.gradients
+    lost = (g.rounding, g.noise) if isinstance(g, Lazy) else ()
+    return replace(update, gradients=Lazy(tuple(name for name in g if name not in names), g.__getitem__, *lost))
 
 
 def _one_output(layers: list[Layer]) -> bool:
@@ -96,14 +105,25 @@ def _norm(
         raise Refusal(f"batch normalisation behind {layer.name}: {why}")
     bias = layer.linear.bias
     norm = replace(norm, offset=torch.zeros_like(norm.shift) if bias is None else bias.detach().double())
-    return _with_statistics(norm, found, dict(model.named_buffers()), update.buffers or {})
+    told = told_statistics(found, dict(model.named_buffers()), update.buffers or {})
+    return norm if told is None else replace(norm, **vars(told))
 
 
-def _with_statistics(norm: Norm, found: Normaliser, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Norm:
-    """With the batch's mean and variance, where its running statistics came and moved at a known rate."""
+@dataclass(frozen=True)
+class Told:
+    """A batch's mean and variance (m,), the latter over b - 1, as running statistics tell them, with their rounding."""
+
+    mean: Float[Tensor, " m"]
+    mean_error: Float[Tensor, " m"]
+    variance: Float[Tensor, " m"]
+    variance_error: Float[Tensor, " m"]
+
+
+def told_statistics(found: Normaliser, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Told | None:
+    """The batch's statistics, where its running ones came and moved at a known rate."""
     names = found.mean_name, found.variance_name
     if not found.rate or not all(name in before and name in after for name in names):
-        return norm
+        return None
     told = []
     for name in names:
         old, new = before[name], after[name].to(before[name].device)
@@ -111,6 +131,4 @@ def _with_statistics(norm: Norm, found: Normaliser, before: Mapping[str, Tensor]
         old, new = old.double(), new.double()
         kept = (1 - found.rate) * old
         told += [(new - kept) / found.rate, eps * (new.abs() + kept.abs()) / found.rate]
-    if not bool((told[2] > 0).all()):
-        return norm
-    return replace(norm, mean=told[0], mean_error=told[1], variance=told[2], variance_error=told[3])
+    return Told(*told) if bool((told[2] > -told[3]).all()) else None

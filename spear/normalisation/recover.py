@@ -91,6 +91,7 @@ def _search(view: NormalisedView, low: LowRank, known: Deviation | None, terms: 
         accept = max(EXACT, ROUNDINGS * 2 * network.precision, ERRORS * known.usual)
         spaces = open_spaces(network, view.top, network.last, low, known)
         run = BatchSearch(view, spaces, accept, terms.generator())
+    run.until = terms.budget.until
     while run.left:
         run.round()
         terms.report("network", len(run.found), len(run.found) + run.left, run.starts)

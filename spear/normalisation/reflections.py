@@ -5,6 +5,7 @@ units as it goes, towards what the forward pass makes of y.
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,10 +68,12 @@ def search(
     targets: Callable[[Tensor], Tensor],
     ridge: float,
     generator: Generator,
+    until: float = math.inf,
 ) -> tuple[Bool[Tensor, "k m"], Float[Tensor, " k"]]:
     """From starts with these d and y at random: where each ends, its mask and relative distance from its pieces.
 
-    `targets` makes of the activations of each start the d of its forward pass.
+    `targets` makes of the activations of each start the d of its forward pass. All end when `time.monotonic` shows
+    `until`.
     """
     project, d, m = Projector.of(plane, pieces.weight), d.float(), len(plane.g0)
     noise = torch.randn(len(d), m, generator=generator, dtype=torch.float64).to(plane.g0).float()
@@ -87,6 +90,8 @@ def search(
             v = v + RELAXATION * (on - nearest)
         else:
             v = on = project(nearest)
+        if time.monotonic() > until:
+            break
         if k >= FIRST_FIT and k % FITS == 0:
             positive = on[:, m:].clamp_min(0) / pieces.weight
             d = pieces.fit(active, on[:, :m], targets(positive * active if pieces.drop else positive), ridge)

@@ -8,6 +8,7 @@ is phase retrieval in a space of 2 b + 1 dimensions. The part in U is σ_i G_i, 
 together give the inputs, as in a network that does not normalise.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -43,8 +44,10 @@ class SampleSearch:
 
     Directions found are in the coordinates of the `whole` spaces. The parts in U of those found confine the z of the
     others, as ⟨s_k, S⁻¹ t_i⟩ = 0 for i ≠ k, and with them the spaces of every round. Where dropout follows, an entry
-    that is zero says nothing of z.
+    that is zero says nothing of z. A round under way ends when `time.monotonic` shows `until`.
     """
+
+    until = math.inf
 
     def __init__(self, view: NormalisedView, low: LowRank, generator: Generator) -> None:
         problem = view.network
@@ -91,6 +94,7 @@ class SampleSearch:
         weight, moving = WEIGHTS[self.rounds % len(WEIGHTS)] * (not self.dropped), self.idle % 2 > 0
         steps, near = STEPS * min(1 + self.idle, LONGEST), 0.0 if moving else self.tolerances.near
         options = Reflections(steps, partner if weight else None, weight, self.heads if moving else None, near=near)
+        options = replace(options, until=self.until)
         end = retrieve_phases(start, spaces.basis.float(), options)
         new = refine(spaces, end, head=self.heads, tolerances=self.tolerances)
         new = replace(new, t=unit_rows(new.t @ (spaces.basis.mT @ self.whole.basis)))

@@ -1,5 +1,6 @@
 """BatchNorm in training mode: whole batches up to their mean, or with it, and nothing that is wrong."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from normalised_problems import difference_errors, differences_back, sent
 from torch import nn
 
 import spear
+from spear.federated.clients import aggregated
+from spear.federated.update import difference
 from spear.metrics import evaluate
 from spear.reconstruction import Refusal
 
@@ -161,3 +164,30 @@ def test_a_budget():
     result = spear.attack(case.model, case.update, method="network", max_proposals=1)
     assert not result.complete
     assert not len(result.inputs) or bool(result.differences.all())
+
+
+@pytest.mark.parametrize("wrapped", ["", "module."])
+def test_a_state_that_a_client_sends_back(wrapped):
+    """The whole state before and after a step of SGD, statistics included, as a server of FedAvg has them."""
+    case = sent((60, 120, 10), 12, seed=1)
+    before = {wrapped + name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    local = copy.deepcopy(case.model)
+    optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
+    nn.functional.cross_entropy(local(case.inputs), case.labels).backward()
+    optimizer.step()
+    after = {wrapped + name: tensor for name, tensor in local.state_dict().items()}
+    update = difference(case.model, before, after, learning_rate=0.1, count=12)
+    result = spear.attack(case.model, update, time_limit=60)
+    differences_back(result, case)
+    assert result.complete, result.reason
+
+
+def test_aggregation_is_not_certified():
+    case = sent((40, 120, 6), 8, seed=1)
+    parts = [spear.federated.gradient(case.model, case.inputs[k::2], case.labels[k::2]) for k in (0, 1)]
+    with pytest.raises(Refusal, match="8 samples are disclosed, the gradient shows 7"):
+        spear.attack(case.model, aggregated(parts), method="network")
+    undisclosed = replace(aggregated(parts), count=None)
+    result = spear.attack(case.model, undisclosed, method="network", max_proposals=60)
+    assert not result.certified.any()
+    assert not result.differences.any()

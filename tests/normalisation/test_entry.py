@@ -1,0 +1,61 @@
+"""BatchNorm on the data: whole batches by the buffers, in the samples' own units; buffers that lie certify nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from normalised_problems import sent
+from torch import nn
+
+import spear
+from spear.metrics import evaluate
+from spear.reconstruction import Refusal
+
+BETWEEN = {
+    "none": lambda m: nn.Identity(),
+    "layer": nn.LayerNorm,
+    "dropout": lambda m: nn.Dropout(0.2),
+}
+
+
+def client(between, seed=0, shape=(60,)):
+    case = sent((60, 160, 10), 10, BETWEEN[between], seed=seed)
+    channels = shape[0]
+    first = nn.BatchNorm2d(channels) if len(shape) == 3 else nn.BatchNorm1d(channels)
+    model = nn.Sequential(first.double(), nn.Flatten(), *case.model).train()
+    with torch.no_grad():
+        first.weight += 0.3 * torch.randn(channels, generator=torch.Generator().manual_seed(seed))
+    x = 3 * case.inputs.reshape(-1, *shape) - 1
+    return model, x, case.labels, spear.federated.gradient(model, x, case.labels)
+
+
+@pytest.mark.parametrize("shape", [(60,), (3, 4, 5)])
+@pytest.mark.parametrize("between", BETWEEN)
+def test_the_whole_batch(between, shape):
+    model, x, y, update = client(between, shape=shape)
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    result = spear.attack(model, update, time_limit=60)
+    evaluation = evaluate(result, x, y)
+    assert result.complete, result.reason
+    assert evaluation.recall == evaluation.precision == evaluation.label_accuracy == 1
+    assert "those that its running statistics tell" in result.reason
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01, 3.0])
+@pytest.mark.parametrize("shape", [(60,), (3, 4, 5)])
+def test_a_variance_that_is_not_the_batchs(shape, factor):
+    model, _, _, update = client("none", shape=shape)
+    buffers = {name: v * factor if name.endswith("var") else v for name, v in update.buffers.items()}
+    result = spear.attack(model, replace(update, buffers=buffers), time_limit=60)
+    assert not result.certified.any()
+    assert not result.differences.any()
+    assert not result.complete
+    assert "do not have the variance" in result.reason
+
+
+@pytest.mark.parametrize("told", [{"buffers": None}, {"count": None}])
+def test_without_what_tells_the_statistics(told):
+    model, _, _, update = client("none")
+    with pytest.raises(Refusal, match="the client trained with batch normalisation 0 on"):
+        spear.attack(model, replace(update, **told), method="network")
