@@ -38,6 +38,7 @@ from spear.directions import unit_rows
 from spear.models.streaming import Blocks
 
 SAFETY = 10.0  # what first order, and noise that is not quite independent, leave out
+LOOSE = 1e-2  # relative error up to which an input that is not certified is still returned
 NO_ANGLE = 1e-12  # squared sine of two spaces that meet
 DEPENDENT = 1e-12  # share of a vector beside others under which it is made of them
 LEAST_NORM = 1e-6  # of the batch's root mean square norm: what an error is relative to where an image is black
@@ -67,6 +68,11 @@ class Certificate:
     def explained(self) -> Bool[Tensor, " k"]:
         """Which samples the update supports: exact, if the number of samples is that of the images found."""
         return (self.error_bound <= self.allowed) & (not self.doubt and self.residual <= self.limit)
+
+    @property
+    def supported(self) -> Bool[Tensor, " k"]:
+        """Which samples the update determines to a per cent at least, in a batch that explains it."""
+        return (self.error_bound <= max(self.allowed, LOOSE)) & (not self.doubt and self.residual <= self.limit)
 
     @property
     def certified(self) -> Bool[Tensor, " k"]:

@@ -8,6 +8,7 @@ import typer
 
 from spear import paths
 from spear.cli.shared import (
+    Control,
     Loss,
     MiniBatch,
     Momentum,
@@ -37,6 +38,7 @@ def attack(
     weight_decay: WeightDecay = None,
     loss: Loss = None,
     samples: Samples = None,
+    control: Control = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default cpu.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers sample.")] = None,
@@ -53,17 +55,18 @@ def attack(
     Exit status: 0 nothing was recovered, 1 something was, 2 the attack could not run.
     """
     from spear import inversion
-    from spear.cli import recovered
+    from spear.cli import given, recovered
     from spear.cli.display import Display
     from spear.federated.update import SharedUpdate
     from spear.models import files
 
-    paths.check_outputs((output, picture), (Path(model), update, weights))
+    paths.check_outputs((output, picture), (Path(model), update, weights, control))
     told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
     told |= {"weight_decay": weight_decay, "loss": loss}
     with executor_of(scheduler) as executor, Display("attack") as display:
         display.part(f"loading {update}")
         shared = SharedUpdate.load(update).disclosing(**told, momentum=momentum, count=samples)
+        shared = given.without_control(shared, control)
         display.part(f"loading {model}")
         module = files.load(model, weights, run_code=run_code).module
         display.part(f"method {method}")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spear import paths
-from spear.cli.shared import Loss, MiniBatch, Momentum, Rate, RunCode, Samples, Steps, WeightDecay
+from spear.cli.shared import Control, Loss, MiniBatch, Momentum, Rate, RunCode, Samples, Steps, WeightDecay
 
 
 def audit(
@@ -22,6 +22,7 @@ def audit(
     weight_decay: WeightDecay = None,
     loss: Loss = None,
     samples: Samples = None,
+    control: Control = None,
     data: Annotated[str | None, typer.Option(help="Data set by name, or a folder of pictures by class.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Batch size of simulated clients; default 16.")] = None,
     layer: Annotated[str | None, typer.Option(help="Linear layer to attack; default the first.")] = None,
@@ -46,7 +47,7 @@ def audit(
     from spear.cli.display import Display
     from spear.models import files
 
-    paths.check_outputs((page, json), (Path(model), update, weights, before, after))
+    paths.check_outputs((page, json), (Path(model), update, weights, before, after, control))
     given.refuse_both(update, before, after, learning_rate)
     told = {"learning_rate": learning_rate, "local_steps": local_steps, "mini_batch": mini_batch}
     told |= {"weight_decay": weight_decay, "loss": loss}
@@ -56,7 +57,7 @@ def audit(
         loaded = files.load(model, weights or before, run_code=run_code)
         result = assessment.audit(
             loaded.module,
-            given.update(loaded.module, update, before, after, told),
+            given.update(loaded.module, update, before, after, told, control),
             name=Path(model).name,
             data=data,
             count=count,

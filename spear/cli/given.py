@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from spear.federated import control as variates
 from spear.federated.update import SharedUpdate, difference
 from spear.models.tensors import read_tensors
 
@@ -18,15 +19,26 @@ def refuse_both(file: Path | None, before: Path | None, after: Path | None, rate
         raise ValueError("the difference of two sets of weights needs --before, --after and --learning-rate")
 
 
+def without_control(update: SharedUpdate, file: Path | None) -> SharedUpdate:
+    """The update without the control variates in a file, where there is one."""
+    return update if file is None else variates.without_control(update, read_tensors(file)[0])
+
+
 def update(
-    model: nn.Module, file: Path | None, before: Path | None, after: Path | None, told: dict[str, Any]
+    model: nn.Module,
+    file: Path | None,
+    before: Path | None,
+    after: Path | None,
+    told: dict[str, Any],
+    control: Path | None,
 ) -> SharedUpdate | None:
     """The update, with what the client `told` of its training; None where clients are to be simulated."""
     if file is not None:
-        return SharedUpdate.load(file).disclosing(**told)
+        return without_control(SharedUpdate.load(file).disclosing(**told), control)
     if before is not None and after is not None:
         (old, _), (new, _) = read_tensors(before), read_tensors(after)
-        return difference(model, old, new, learning_rate=told["learning_rate"]).disclosing(**told)
-    if any(value is not None for value in told.values()):
+        change = difference(model, old, new, learning_rate=told["learning_rate"]).disclosing(**told)
+        return without_control(change, control)
+    if control is not None or any(value is not None for value in told.values()):
         raise ValueError("what a client disclosed needs its update: UPDATE, or --before and --after")
     return None

@@ -6,6 +6,7 @@ nor any other package that takes long. Each command imports what it works with w
 
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ MiniBatch = Annotated[int | None, typer.Option(help="Samples of each local step.
 Momentum = Annotated[float | None, typer.Option(help="Of the local SGD; default 0.")]
 WeightDecay = Annotated[float | None, typer.Option(help="Of the client's SGD; default: read off the update.")]
 Loss = Annotated[str | None, typer.Option(help="cross_entropy (the default), binary_cross_entropy or squared_error.")]
+Control = Annotated[Path | None, typer.Option(help="What SCAFFOLD's client added, c - c_i, safetensors.")]
 Samples = Annotated[int | None, typer.Option(help="How many samples the client says it used.")]
 RunCode = Annotated[
     bool, typer.Option("--run-code", help="Code of the model may run: a factory's, or a TorchScript archive's.")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from spear.federated.parts import Part, widest_part
@@ -23,6 +24,7 @@ from spear.federated.update import Lazy, SharedUpdate
 EPSILON = 1e-8  # torch's default: what E is taken to be
 SIDES = (128, 512)  # of the part of a layer that is looked at: shows batches of up to half as many
 FEWEST = 16  # rows and columns that a layer needs for that
+TRIAL = 5  # steps after which a solution that gets nowhere is given up
 STEPS, TURNS = 14, 30  # of the solution, which is quadratic at its end, and of the envelope that it begins with
 LOWER = 0.02  # weight of entries below the envelope, in units of that of those above
 LARGE, FLAT = 0.5, 0.9  # of the largest entry: what the envelope goes through; a median that shows little but signs
@@ -78,13 +80,12 @@ def undone(model: nn.Module, update: SharedUpdate) -> Undone | None:
 
 def constants(model: nn.Module, update: SharedUpdate) -> Constants | None:
     """The constants under which a layer's gradient has a low rank; or, where most steps are of one size, that."""
+    part = widest_part(model, update, SIDES[-1])
+    if part is None or len(part) < FEWEST or _is_low_rank(torch.linalg.svdvals(part.received)):
+        return None
     for side in SIDES:
         part = widest_part(model, update, side)
-        if part is None or len(part) < FEWEST:
-            return None
         s = torch.linalg.svdvals(part.received)
-        if not s[len(s) // 2] > LOW_RANK * s[0]:
-            return None
         size = part.received.abs()
         flat = float(size[size > 0].median()) > FLAT * float(size.max())
         own = float(s[len(s) // 2]) / (float(size[size > 0].median()) * len(s) ** 0.5)
@@ -94,6 +95,11 @@ def constants(model: nn.Module, update: SharedUpdate) -> Constants | None:
         if not flat:
             return None
     return _by_size(part, update)
+
+
+def _is_low_rank(s: Float[Tensor, " k"]) -> bool:
+    """Whether singular values are those of a plain gradient, of a batch of less than half as many."""
+    return not s[len(s) // 2] > LOW_RANK * s[0]
 
 
 def _by_size(part: Part, update: SharedUpdate) -> Constants | None:
@@ -134,11 +140,12 @@ def solved(part: Part, start: Constants) -> Constants:
     ends = []
     for unknowns in (("A",), ("A", "c"), ("A", "decay")):
         at = start if "c" in unknowns else replace(start, c=0.0)
-        for _ in range(STEPS):
+        for k in range(STEPS):
             at = _inside(part, at)
             now, steps = _step(part, at, unknowns)
             ends.append(replace(at, remains=now))
-            if not all(math.isfinite(step) for step in steps):
+            first = now if k == 0 else first
+            if (k == TRIAL and not now < first / 2) or not all(math.isfinite(step) for step in steps):
                 break
             moved = {name: getattr(at, name) + step for name, step in zip(unknowns, steps, strict=True)}
             least = float((part.received - moved.get("c", at.c) * part.weights).abs().max())

@@ -107,7 +107,7 @@ def conclude(
     whole: str,
 ) -> Judged:
     """What the evidence supports, certified or not; an image that it does not support is never returned."""
-    sound = evidence.explained.nonzero()[:, 0]
+    sound = evidence.supported.nonzero()[:, 0]
     complete = evidence.holds and len(sound) == reached.rank
     reason = whole if complete else evidence.why_not() or weak(reached, len(sound), problem.batch_size)
     weights = None if targets.whole else targets.copies[sound] * abs(targets.unit) / problem.unit(1)

@@ -130,7 +130,8 @@ def certify_layer(target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "
     """The evidence of one layer alone, for inputs X recovered from the directions `q`: whatever follows it, any loss.
 
     Where every column of G is fixed by its zeros, with some to spare, no other G has this pattern. But the length of an
-    input is that of dL/dW over dL/dβ, which one layer takes on trust as far as the signs of Z let it.
+    input is that of dL/dW over dL/dβ, which one layer takes on trust as far as the signs of Z let it, or the gradient
+    of a layer that reads it (`length_by_reader`), whatever its weights.
     """
     name, bias = target.layer.name, target.layer.linear.bias
     G = _columns(target, q)

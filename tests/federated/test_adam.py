@@ -117,6 +117,12 @@ def test_other_updates_are_left_as_they_are(seed: int, dtype: torch.dtype) -> No
         assert untouched(SharedUpdate(change, learning_rate=rate), model), rate
 
 
+def test_what_is_left_of_signs_is_said() -> None:
+    model, after, *_ = stepped(lambda p, lr: torch.optim.Adam(p, lr=lr, eps=1e-30))
+    sides = (dict(side.named_parameters()) for side in (model, after))
+    assert adam.SIGNS in decoding.read(model, difference(model, *sides, learning_rate=RATE)).words
+
+
 def test_a_large_batch_is_shown_by_a_larger_part() -> None:
     x, y = batch(100, 150, 6)
     model, after = (models.fcnn((150,), 260, 3, 6, seed=0) for _ in range(2))
