@@ -14,8 +14,11 @@ from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
 from spear.federated import decoding
 from spear.federated.naming import unwrapped
+from spear.federated.received import check_gradients
 from spear.federated.returned import as_given
 from spear.federated.update import SharedUpdate, as_gradient, is_perturbed
+from spear.fronts.recovery import behind
+from spear.models.fronts import cut
 from spear.models.memory import remembered
 from spear.models.tracing import Sent, next_sent
 from spear.network import whole_batch
@@ -74,8 +77,9 @@ def attack(
     one linear layer that a ReLU follows: `"sampling"`, SPEAR as published; `"guided"`, sampling where guesses of the
     batch point (`Guided(approximate=images)`); `"dictionary"`, its gradient as sparse vectors in a subspace;
     `"layer"`, its weights and gradient coupled (batches of up to a third of its width). Of a fully connected network:
-    `"network"`, every layer (batches of hundreds). `"auto"` is the strongest method whose preconditions hold, and the
-    next where it ends without the whole batch; `Reconstruction.method` says which it was.
+    `"network"`, every layer, whatever its elementwise activations (batches of hundreds). `"auto"` is the strongest
+    method whose preconditions hold, and the next where it ends without the whole batch; `Reconstruction.method` says
+    which it was.
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping, or, where
     its gradient was not sent, the next whose was: then the features that enter it come. Of one layer (a private head:
     the update holds that layer's gradient only, and `model` ends with its ReLU or goes on with weights that are not the
@@ -111,13 +115,26 @@ def attack(
         sent = next_sent(model, read.update.gradients, read.update.input_shape) if layer is None else Sent(layer)
         fixed, known = entry.with_statistics(model, read.update)
         request = Request(fixed, read.update, sent.layer, batch_size, device, terms, doubted)
-        result = as_given(fixed, read.update, sent.layer, _as_read(request, chosen))
+        result = as_given(fixed, read.update, sent.layer, _through(request, chosen))
         result = entry.confirmed(model, read.update, result, known)
     if read.doubt and bool(result.certified.any()):
         nobody = torch.zeros_like(result.certified)
         result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")
     said = [result.reason + (request.denial if doubted else ""), *sent.words, *read.words]
     return replace(result, reason="; ".join(said), stats=replace(result.stats, seconds=terms.budget.elapsed))
+
+
+def _through(request: "Request", method: Method) -> Reconstruction:
+    """The result; where features enter the layer, first they, then what a front computes them from."""
+    update, found = request.update, None
+    if request.layer is None and update.local_steps == 1 and update.pruning is None:
+        found = cut(request.model, update.input_shape)
+    if found is None:
+        return _as_read(request, method)
+    check_gradients(request.model, as_gradient(update) if is_perturbed(update) else update)
+    head = replace(update, gradients=found.of_head(update.gradients), input_shape=None)
+    result = _as_read(replace(request, model=found.head, update=head), method)
+    return behind(found, request.model, update, result, request.terms)
 
 
 def _as_read(request: "Request", method: Method) -> Reconstruction:

@@ -68,6 +68,12 @@ class Budget:
         return math.inf if self.seconds is None else self.started + self.seconds
 
     @property
+    def latest(self) -> float:
+        """What the clock shows when what was found must be tidied up: half of the tenth, or of the two seconds, that a
+        time limit may be exceeded by."""
+        return math.inf if self.seconds is None else self.until + max(0.05 * self.seconds, 1.0)
+
+    @property
     def elapsed(self) -> float:
         """Seconds since it started."""
         return time.monotonic() - self.started
@@ -126,6 +132,8 @@ class Reconstruction:
     (batch normalisation behind the first layer), inputs that are not certified may be so up to one image that is added
     to all of them: `difference_bound` (k,) then bounds the error of each less their mean, relative to that; else it is
     `None`.
+    `features_of` is empty where the inputs are samples; else it names the linear layer of the model that they enter:
+    features, which do not determine the samples, or from which these were not found.
     """
 
     inputs: Float[Tensor, "k *input_shape"]
@@ -142,6 +150,7 @@ class Reconstruction:
     error_bound: Float[Tensor, " k"] | None = None
     limit: float = 1e-6
     difference_bound: Float[Tensor, " k"] | None = None
+    features_of: str = ""
 
     def __post_init__(self) -> None:
         if self.error_bound is None:

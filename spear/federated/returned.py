@@ -28,6 +28,8 @@ def as_given(model: nn.Module, update: SharedUpdate, layer: str | None, result: 
                 result = _together(model, update, result, found)
             else:
                 result = _undone(result, found, update.input_shape)
+        elif found is not None:
+            result = replace(result, features_of=found.name)
     if update.loss == "cross_entropy" and one_output(model, update.input_shape):
         result = replace(result, reason=f"{result.reason}; the model has one output: binary cross-entropy was assumed")
     if not result.complete and (off := doubts(model, update.input_shape)):

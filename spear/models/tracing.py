@@ -126,7 +126,7 @@ def _usual(traced: Traced, node: fx.Node, shape: Shape) -> Layer:
 
 def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
     linear, before = traced.part(node), behind.before
-    path = _path(traced, node, linear.in_features, shape)
+    path = data_path(traced, node, linear.in_features, shape)
     tail, unknown = _tail(traced, node, behind.start, path)
     own, outer = traced.names(), _added_last(traced, behind.start) if linear.bias is None else ""
     if outer:
@@ -216,7 +216,7 @@ def ancestors(node: fx.Node) -> list[fx.Node]:
     return [one for one in node.graph.nodes if one in seen]
 
 
-def _path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
+def data_path(traced: Traced, node: fx.Node, n: int, shape: Shape) -> Path | None:
     """How the data reach a layer; `None` where its inputs are no samples, nor parts of them."""
     way = ancestors(source_of(node))
     roots = [one for one in way if one.op == "placeholder"]
