@@ -68,6 +68,12 @@ class Budget:
         return math.inf if self.seconds is None else self.started + self.seconds
 
     @property
+    def latest(self) -> float:
+        """What the clock shows when what was found must be tidied up: half of the tenth, or of the two seconds, that a
+        time limit may be exceeded by."""
+        return math.inf if self.seconds is None else self.until + max(0.05 * self.seconds, 1.0)
+
+    @property
     def elapsed(self) -> float:
         """Seconds since it started."""
         return time.monotonic() - self.started

@@ -193,10 +193,10 @@ def complete(
     for columns in parts:
         rank = max(1, min(most_rank(kept[:, columns]), most or min(J.shape)))
         solve = partial(factorise, most=rank, tolerance=tolerance, until=until)
-        part = _core_part(J, kept, taking_part, columns, rank, solve)
+        part = _core_part(J, kept, taking_part, columns, rank, until, solve)
         held_out = part.off(kept & ~taking_part)
         if held_out < CONFIRMED * tolerance:
-            part = part.spread()
+            part = part.spread(until)
             return part.completed(held_out, exact=bool(part.rows.any()))
     return part.completed(held_out, exact=False)
 
@@ -207,6 +207,7 @@ def _core_part(
     taking_part: Bool[Tensor, "m n"],
     columns: Bool[Tensor, " n"],
     most: int,
+    until: float,
     solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> "_Part":
     """The factors of the rows and `columns` that have enough entries for the rank found, which is `most` at most."""
@@ -215,10 +216,11 @@ def _core_part(
     if not kept[rows][:, columns].sum() > NEARLY_ALL * allowed.sum():
         rows, columns = allowed.any(1), allowed.any(0)
     while True:
+        last = time.monotonic() > until
         factors = solve(J[rows][:, columns], taking_part[rows][:, columns])
         inner = core(allowed, len(factors[1]))
         fewer = rows & inner[0], columns & inner[1]
-        if not fewer[0].any() or (torch.equal(fewer[0], rows) and torch.equal(fewer[1], columns)):
+        if last or not fewer[0].any() or (torch.equal(fewer[0], rows) and torch.equal(fewer[1], columns)):
             return _Part(J, kept.to(J), rows, columns, *factors)
         rows, columns = fewer
 
@@ -234,8 +236,8 @@ class _Part:
     Q: Float[Tensor, "k r"]
     B: Float[Tensor, "r l"]
 
-    def spread(self) -> "_Part":
-        """With every row and column that is determined by those that are, in turn."""
+    def spread(self, until: float) -> "_Part":
+        """With every row and column that is determined by those that are, in turn, until the clock shows `until`."""
         part = self.firm()
         for _ in range(SPREADS):
             if min(part.rows.sum(), part.columns.sum()) < len(part.B):
@@ -249,7 +251,8 @@ class _Part:
                 return part.nowhere()
             Q, triangle = torch.linalg.qr(A.T)
             before, part = part, replace(part, rows=rows, columns=columns, Q=Q, B=triangle @ V.T)
-            if torch.equal(before.rows, rows) and torch.equal(before.columns, columns):
+            same = torch.equal(before.rows, rows) and torch.equal(before.columns, columns)
+            if same or time.monotonic() > until:
                 break
         return part
 

@@ -6,6 +6,8 @@ tell. So each unit of each sample is decided by the sum of two log-likelihood ra
 the inputs' present error, and its own gradient, measured in the update of its layer. Samples are rows.
 """
 
+import math
+import time
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -88,8 +90,11 @@ class Estimate:
         return (self.measured - self.deltas).norm(dim=1) / self.deltas.norm(dim=1)
 
 
-def refine(noisy: Noisy, inputs: Float[Tensor, "s n"], labels: Int[Tensor, " s"], *, rounds: int = 15) -> Estimate:
-    """Alternate between T and the inputs until they settle; the round with the smallest residual counts."""
+def refine(
+    noisy: Noisy, inputs: Float[Tensor, "s n"], labels: Int[Tensor, " s"], *, rounds: int = 15, until: float = math.inf
+) -> Estimate:
+    """Alternate between T and the inputs until they settle, or the clock shows `until`; the round with the smallest
+    residual counts."""
     n, spread, best = inputs.shape[1], None, None
     weights = sample_weights(noisy, inputs, _plain(noisy.problem, inputs, labels))
     for _ in range(rounds):
@@ -106,7 +111,7 @@ def refine(noisy: Noisy, inputs: Float[Tensor, "s n"], labels: Int[Tensor, " s"]
         moved = (new - inputs).norm(dim=1)
         spread = torch.maximum(noisy.sigmas[0] * inverse.norm(dim=1), DOUBT * moved / n**0.5)
         inputs = new
-        if bool((moved < SETTLED * new.norm(dim=1)).all()):
+        if bool((moved < SETTLED * new.norm(dim=1)).all()) or time.monotonic() > until:
             break
     settled = moved / inputs.norm(dim=1)
     return _conclude(noisy, labels, *best[1:], settled)

@@ -43,7 +43,7 @@ def recover(opening: Opening, terms: Terms) -> Reconstruction:
 
     Nothing is certified; each sample has its expected error. Where the number of samples was not disclosed, the weight
     of those found tells it. Samples that do not explain the update are returned if they nearly do, each with an error
-    that is larger by that. The budget bounds the search; the refinement of what was found is not cut short.
+    that is larger by that. The budget bounds the search, and cuts the refinement of what was found short.
     """
     noisy = opening.noisy()
     try:
@@ -57,7 +57,7 @@ def recover(opening: Opening, terms: Terms) -> Reconstruction:
         used, trials = used + more, trials + again
         if _merit(found) >= _merit(estimate):
             noisy, estimate = other, found
-    noisy, estimate = _reweighed(noisy, estimate)
+    noisy, estimate = _reweighed(noisy, estimate, terms.budget.latest)
     estimate, reason = _borne_out(estimate, _reason(noisy, estimate) + multiple(noisy, estimate))
     return _reconstruction(noisy, estimate, reason, terms.stats(used, trials))
 
@@ -100,7 +100,7 @@ def _weighed(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Noisy:
     return replace(noisy, weight=noisy.weight * float(middle), most=noisy.most * float(middle))
 
 
-def _reweighed(noisy: Noisy, estimate: Estimate | None) -> tuple[Noisy, Estimate | None]:
+def _reweighed(noisy: Noisy, estimate: Estimate | None, until: float) -> tuple[Noisy, Estimate | None]:
     """A whole batch's common weight, where it was read off, by the bias gradients of all layers; its error too."""
     problem = noisy.problem
     told = problem.unit(problem.batch_size or noisy.rank)
@@ -108,11 +108,11 @@ def _reweighed(noisy: Noisy, estimate: Estimate | None) -> tuple[Noisy, Estimate
         return noisy, estimate
     factor, off = common_weight(noisy, estimate.inputs, estimate.labels)
     noisy = replace(noisy, weight=noisy.weight * factor, most=noisy.most * factor)
-    estimate = refine(noisy, estimate.inputs, estimate.labels)
+    estimate = refine(noisy, estimate.inputs, estimate.labels, until=until)
     ones = torch.linalg.pinv(estimate.deltas.mT) @ problem.augmented(0)[:, -1]
     if abs(length := float(ones.median()) - 1) > ODD:  # layers of unlike weight: the first alone makes the inputs
         noisy = replace(noisy, weight=noisy.weight * (1 + length), most=noisy.most * (1 + length))
-        estimate = refine(noisy, estimate.inputs / (1 + length), estimate.labels)
+        estimate = refine(noisy, estimate.inputs / (1 + length), estimate.labels, until=until)
     return noisy, replace(estimate, error=torch.hypot(estimate.error, torch.full_like(estimate.error, off)))
 
 
@@ -134,7 +134,7 @@ def _search(noisy: Noisy, terms: Terms) -> tuple[Noisy, Estimate | None, int, in
         new, used = candidates(noisy, inputs, used=used, terms=terms, generator=generator)
         inputs, trials = torch.cat([inputs, new]), trials + 1
         noisy = _weighed(turned_to(noisy, inputs), inputs)
-        estimate, good = _supported(noisy, inputs) if len(inputs) else (None, inputs[:, 0] > 0)
+        estimate, good = _supported(noisy, inputs, terms.budget.latest) if len(inputs) else (None, inputs[:, 0] > 0)
         inputs = inputs[good]
         best, idle = (estimate, 0) if _merit(estimate) > _merit(best) else (best, idle + 1)
         if len(inputs) == noisy.rank:
@@ -254,16 +254,17 @@ def label(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> Int[Tensor, " s"]:
     return torch.stack([F.cosine_similarity(seen, d) for d in each_class(noisy.problem, inputs)]).argmax(0)
 
 
-def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"]) -> tuple[Estimate | None, Bool[Tensor, " s"]]:
+def _supported(noisy: Noisy, inputs: Float[Tensor, "s n"], until: float) -> tuple[Estimate | None, Bool[Tensor, " s"]]:
     """The refined samples whose measured gradient has the direction and size of their own, and which these are.
 
     Where samples are missing, one round has to do, since what they add to the update is only guessed; the others are
-    known less well than the noise alone would allow: by how far they moved. Where there is none: `None`.
+    known less well than the noise alone would allow: by how far they moved. Where there is none: `None`. Rounds end
+    when the clock shows `until`.
     """
     whole, kept = len(inputs) == noisy.rank, torch.arange(len(inputs), device=inputs.device)
-    estimate = refine(noisy, inputs, label(noisy, inputs), rounds=15 if whole else 1)
+    estimate = refine(noisy, inputs, label(noisy, inputs), rounds=15 if whole else 1, until=until)
     if whole:
-        estimate = refine(noisy, estimate.inputs, label(noisy, estimate.inputs))
+        estimate = refine(noisy, estimate.inputs, label(noisy, estimate.inputs), until=until)
     for _ in range(DROPS):
         good = _is_good(estimate)
         if bool(good.all()) or not bool(good.any()):

@@ -5,6 +5,7 @@ hidden unit is one equation less, an input (a pixel that hardly any neuron sent)
 """
 
 import math
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -266,7 +267,7 @@ def _search(pruned: Pruned, generator: Generator, terms: Terms) -> Judged:
     reached = Reached(pruned.rank, 0.0, len(found), starts, rounds)
     if sight.left:
         return nothing(problem, f"found {len(found)} of {pruned.rank} samples in {starts} starts", reached)
-    return _judged(pruned, found, reached)
+    return _judged(pruned, found, reached, terms.budget.latest)
 
 
 def _check_reach(pruned: Pruned) -> None:
@@ -280,8 +281,8 @@ def _check_reach(pruned: Pruned) -> None:
         raise Refusal(f"{units} hidden units are known, {few}")
 
 
-def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], reached: Reached) -> Judged:
-    """The whole batch held against the entries that arrived, after corrections, as far as they help."""
+def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], reached: Reached, until: float) -> Judged:
+    """The whole batch held against the entries that arrived, after corrections, as far as they help and time allows."""
     best = None
     for _ in range(CORRECTIONS):
         targets = pruned.read(inputs)
@@ -289,6 +290,8 @@ def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], reached: Reached) -> J
         if best is not None and not max(seen.layers) < 0.5 * max(best[0].layers):
             break
         best, inputs = (seen, inputs, targets), corrected
+        if time.monotonic() > until:
+            break
     seen, inputs, targets = best
     bound = SAFETY * seen.inputs * pruned.problem.extend(0, inputs).norm(dim=1) / norms(inputs)
     evidence = certificate(pruned.problem, seen, targets, bound)

@@ -9,6 +9,7 @@ spaces and the coupled signs. The sign of v is known, since V^T d = 1. Vectors a
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -103,14 +104,14 @@ def find_columns(observed: Observed, terms: Terms, *, goal: float | int = 1) -> 
     def coupled(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
         coupling = given(known)
         v = draw(observed, coupling.free, count, generator)
-        return reflect(observed, coupling, v @ coupling.moment, v, schedule(steps))
+        return reflect(observed, coupling, v @ coupling.moment, v, schedule(steps), terms.budget.until)
 
     def apart(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
         nothing = uncoupled(known)
         rows = draw(observed, nothing.free, count // 2, generator)
         q, v = balanced(observed, nothing.free, count - count // 2, generator)
         starts = torch.cat([rows, q]), torch.cat([rows, v])
-        return reflect(observed, nothing, *starts, schedule(steps, coupled=False))
+        return reflect(observed, nothing, *starts, schedule(steps, coupled=False), terms.budget.until)
 
     return collect(observed, (coupled, apart), LENGTHS, terms, name="layer", goal=goal)
 
@@ -138,12 +139,13 @@ def reflect(
     q: Float[Tensor, "k b"],
     v: Float[Tensor, "k b"],
     stages: Sequence[Stage],
+    until: float = math.inf,
 ) -> Float[Tensor, "j b"]:
     """Relaxed reflections from starts q, v towards columns whose v lies in the span of `coupling.free`, in float32.
 
     x = (g, z) is reflected at the coupled signs and projected on the linear spaces, where q and v are drawn together:
     x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step. Of k starts
-    those come back that no stage dropped.
+    those come back that no stage dropped. Steps end when the clock (`time.monotonic`) shows `until`.
     """
     L, (m, b) = observed.L.float(), observed.L.shape
     basis, triangle = torch.linalg.qr(observed.B @ coupling.free)  # z = B free w = basis c with c = triangle w
@@ -161,6 +163,8 @@ def reflect(
             # P_B x is the mean of x and its reflection
             g.mul_(1 - half).sub_(rg, alpha=half).addmm_(q, L.mT, alpha=2 * half * math.sqrt(m))
             z.mul_(1 - half).sub_(rz, alpha=half).addmm_(c, C.mT, alpha=2 * half * math.sqrt(m))
+            if time.monotonic() > until:
+                break
         g = torch.where(inactive, 0, g)
         near = torch.linalg.vector_norm(g @ L, dim=1) / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-30)
         best = near.argsort(descending=True)[: math.ceil(stage.kept * len(g))]

@@ -6,6 +6,7 @@ is that of the sample's activations y_i, whose zeros determine it. Subtracting d
 with one sample less, on both sides.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -40,14 +41,18 @@ def masks_below(
     *,
     starts: int = 2,
     generator: Generator,
+    until: float = math.inf,
 ) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m"]]:
-    """Phase retrieval with exactly known h: which samples it solved, and their masks (D ∘ h in span of `basis`)."""
+    """Phase retrieval with exactly known h: which samples it solved, and their masks (D ∘ h in span of `basis`).
+
+    Steps end when the clock shows `until`.
+    """
     sample = torch.arange(len(h), device=h.device).repeat(starts)
     guess = unit_rows(h)[sample]
     v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
     low = basis.float()
     start = Iterate(guess * (v > 0), guess, v, guess).to(torch.float32)
-    end = phase_retrieval.retrieve_phases(start, low, Reflections(STEPS))
+    end = phase_retrieval.retrieve_phases(start, low, Reflections(STEPS, until=until))
     close = misfit(end.target, low) < tolerances.near
     sample, guess, mask = sample[close], guess[close], end.target[close] != 0
     for _ in range(SETTLING):

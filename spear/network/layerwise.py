@@ -1,5 +1,7 @@
 """From gradient directions down to inputs: labels, one least squares a layer, and what certifies the samples."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -139,12 +141,12 @@ def above_gap(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
 
 
 def down(
-    problem: NetworkView, lows: list[LowRank], y: Float[Tensor, "s m"]
+    problem: NetworkView, lows: list[LowRank], y: Float[Tensor, "s m"], until: float = math.inf
 ) -> tuple[Float[Tensor, "s n"], Bool[Tensor, " s"]]:
     """From each sample's own activations at the last hidden layer's input to its input; which of them are determined.
 
     On its active units a sample's pre-activations are known, and they determine its place in the row space below,
-    as long as more units are active than the rank.
+    as long as more units are active than the rank. What is not done when the clock shows `until` is not determined.
     """
     determined = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for k in range(problem.last - 1, -1, -1):
@@ -152,8 +154,11 @@ def down(
         lift = problem.affine(k) @ rows.T
         active = above_gap(y)
         determined &= active.sum(1) >= len(rows) + SPARE_ROWS
-        s = torch.stack(
-            [torch.linalg.lstsq(lift[on], z[on], driver="gelsd").solution for on, z in zip(active, y, strict=True)]
-        )
+        s = y.new_zeros(len(y), len(rows))
+        for i, (on, z) in enumerate(zip(active, y, strict=True)):
+            if time.monotonic() > until:
+                determined[i:] = False
+                break
+            s[i] = torch.linalg.lstsq(lift[on], z[on], driver="gelsd").solution
         y = (s @ rows)[:, : problem.weights[k].shape[1]]
     return y, determined

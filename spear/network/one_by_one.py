@@ -1,5 +1,6 @@
 """Samples that are certain by themselves, while others are missing: evidence, labels, peeling."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -138,7 +139,7 @@ def conclude_partly(problem: NetworkView, run: PhaseSearch, reached: Reached, re
     rank = lows[0].rank
     reached = replace(reached, rank=rank)
     seen = all(low.rank < min(problem.augmented(k).shape) for k, low in enumerate(lows))
-    known = certain_singles(problem, run, lows) if reached.found and seen else nobody(problem)
+    known = certain_singles(problem, run, lows, terms.budget.latest) if reached.found and seen else nobody(problem)
     sharp = [low for low in lows if low.rank == rank and low.gap > MIN_GAP]
     ready = len(sharp) > 1 and sharp[0] is lows[0] and sharp[1] is lows[1] and applicable(problem)
     if ready and not terms.budget.spent(run.starts) and rank < CROWDED * min(len(low.L) for low in lows[:2]):
@@ -159,8 +160,13 @@ def unit_weight(problem: NetworkView, rank: int) -> float:
     return problem.unit(problem.batch_size or rank)
 
 
-def certain_singles(problem: NetworkView, run: PhaseSearch, lows: list[LowRank]) -> KnownSamples:
-    """The solved samples that are certain by themselves: each fits every hidden layer's spaces, with its weight."""
+def certain_singles(
+    problem: NetworkView, run: PhaseSearch, lows: list[LowRank], until: float = math.inf
+) -> KnownSamples:
+    """The solved samples that are certain by themselves, as far as the clock lets them be solved for until `until`.
+
+    Each fits every hidden layer's spaces, with its weight.
+    """
     unit = unit_weight(problem, lows[0].rank)
     if problem.last:
         rows, solved = run.singles()
@@ -170,7 +176,7 @@ def certain_singles(problem: NetworkView, run: PhaseSearch, lows: list[LowRank])
     if not len(rows):
         return nobody(problem)
     y, scale = activations(problem, rows, solved.mask, solved.d)
-    inputs, determined = layerwise.down(problem, lows, y)
+    inputs, determined = layerwise.down(problem, lows, y, until)
     logits = forward(problem, inputs)[1]
     wanted = problem.activate(logits) - solved.d * scale[:, None] / unit
     labels = wanted.argmax(1) if problem.outputs > 1 else (wanted[:, 0] > 0.5).long()

@@ -31,10 +31,11 @@ class PhaseSearch:
     """A search in progress: the directions found, and how well each kind of search did last.
 
     `spaces` shrink when samples leave the problem; `solved` are the directions in it, `gone` those that left, in the
-    coordinates of the `whole` spaces. A search under way ends when `time.monotonic` shows `until`.
+    coordinates of the `whole` spaces. A search under way ends when `time.monotonic` shows `until`, what follows it when
+    it shows `latest`.
     """
 
-    until = math.inf
+    until = latest = math.inf
 
     def __init__(
         self, problem: NetworkView, spaces: Spaces, noise: float, generator: Generator, *, restricted: bool = False
@@ -116,7 +117,8 @@ class PhaseSearch:
         if self.below is None:
             self.below = self.problem.factors(self.problem.last - 1)
         h = deflation.vectors_below(self.problem, self.solved)
-        index, mask = deflation.masks_below(h, self.below.L, self.tolerances, starts=starts, generator=self.generator)
+        options = {"starts": starts, "generator": self.generator, "until": self.latest}
+        index, mask = deflation.masks_below(h, self.below.L, self.tolerances, **options)
         inputs = self.spaces.rows[:, : h.shape[1]]
         sure, s = deflation.activation_coordinates(self.spaces, self.solved, inputs, index, mask, self.tolerances)
         return index[sure], s[sure]

@@ -1,5 +1,7 @@
 """The attack that uses every layer: phase retrieval at the last hidden layer, least squares down, a certificate."""
 
+import math
+import time
 from collections.abc import Iterator
 
 from jaxtyping import Bool, Float
@@ -43,7 +45,7 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     spaces = open_spaces(problem, low.L, low.R)
     restricted = many_classes.too_many(problem, spaces, MARGIN)
     run = PhaseSearch(problem, spaces, low.noise, terms.generator(), restricted=restricted)
-    run.until = terms.budget.until
+    run.until, run.latest = terms.budget.until, terms.budget.latest
     try:
         _check_reach(problem, spaces, low)
     except Refusal as refusal:
@@ -55,7 +57,7 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     result = nothing(problem, str(reached), reached)
     if len(run.found):
         solved = many_classes.sharpen(problem, spaces, run.found) if restricted and not run.left else run.found
-        whole = conclude(problem, spaces, solved, reached)
+        whole = conclude(problem, spaces, solved, reached, terms.budget.latest)
         result = _more(whole, result) if run.left else whole
     if len(result.inputs) < max(reached.found, 1) and problem.is_relu:
         # Mixtures of samples whose masks resemble each other pass for samples: begin at the other end too.
@@ -117,8 +119,8 @@ def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
         raise Refusal(f"without biases the scale of an image shows in the softmax alone; the loss is {problem.loss}")
 
 
-def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reached) -> Judged:
-    """From all directions to samples: held against every layer's gradient."""
+def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reached, until: float = math.inf) -> Judged:
+    """From all directions to samples: held against every layer's gradient, in one way, and in others till `until`."""
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
     sane = plausible(problem, rows, solved)
     rows, solved, best = rows[sane], solved[sane], None
@@ -126,6 +128,8 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
         found = curves.conclude_slopes(problem, rows, solved, reached) if len(solved) else None
         return found or nothing(problem, str(reached), reached)
     for positive, spans in masks_by(problem) if len(solved) else ():
+        if best is not None and time.monotonic() > until:
+            break
         inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
         result = judge(problem, inputs, targets, reached)
         if len(result.inputs) < reached.rank:
