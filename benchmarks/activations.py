@@ -4,7 +4,7 @@
 
 Networks in torch's default initialisation, or after 200 steps of SGD on other samples of the data set (`trained`).
 Seconds are of processor time, one thread. `--csv` writes one row a run as it ends, and skips the runs that the file
-has: benchmarks/activations.csv is five seeds. Data sets that are not there are skipped.
+has. Data sets that are not there are skipped.
 """
 
 import argparse

@@ -10,8 +10,9 @@ labels and weights in the loss.
 g_i = a_i g'_i. G' has a left inverse, so diag(a) X = X', and the last columns, ones on both sides, say a = 1.
 
 Two such spaces are known. From the layer alone: what vanishes on the inactive units; the condition is then that the
-inactive rows of G' have rank b - 1, SPEAR's own. From a chain of linear layers and ReLU:
-D_1 W_2ᵀ D_2 ... W_outᵀ times any vector of dLoss/dlogits, D_l the found sample's masks.
+inactive rows of G' have rank b - 1, SPEAR's own. From a chain of linear layers and piecewise linear
+activations: D_1 W_2ᵀ D_2 ... W_outᵀ times any vector of dLoss/dlogits, D_l the found sample's slopes. Where an
+activation is curved there are no such regions: `spear.network.curved_bounds`.
 
 *Error.* Let G' X' = U + N, and let T_k be the inverse of what span(G') leaves of F_k beside g'_k. To first order in N,
 

@@ -77,8 +77,9 @@ def attack(
     one linear layer that a ReLU follows: `"sampling"`, SPEAR as published; `"guided"`, sampling where guesses of the
     batch point (`Guided(approximate=images)`); `"dictionary"`, its gradient as sparse vectors in a subspace;
     `"layer"`, its weights and gradient coupled (batches of up to a third of its width). Of a fully connected network:
-    `"network"`, every layer (batches of hundreds). `"auto"` is the strongest method whose preconditions hold, and the
-    next where it ends without the whole batch; `Reconstruction.method` says which it was.
+    `"network"`, every layer, whatever its elementwise activations (batches of hundreds). `"auto"` is the strongest
+    method whose preconditions hold, and the next where it ends without the whole batch; `Reconstruction.method` says
+    which it was.
     `layer` names the one linear layer, the default being the first whose input is the data up to reshaping, or, where
     its gradient was not sent, the next whose was: then the features that enter it come. Of one layer (a private head:
     the update holds that layer's gradient only, and `model` ends with its ReLU or goes on with weights that are not the

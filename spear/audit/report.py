@@ -110,7 +110,8 @@ def certificate(audit: Audit) -> str:
     if not certified.any():
         return f"none: {audit.result.reason}" if len(certified) else "none"
     bound = float(audit.result.error_bound[certified].max())
-    only = "as many as were disclosed, and the only ones with their activation patterns that give the update"
+    only = "as many as were disclosed, and the only ones that give the update with their activation patterns"
+    only += " (behind curved activations: near them)"
     return f"{int(certified.sum())} samples, {only}; relative errors under {bound:.0e}"
 
 

@@ -16,7 +16,9 @@ The entries of N are taken for independent, as large as `spear.certificate` take
 
 **Assumed**, beyond what is said there: that no second batch, far from this one, gives the same update. ReLU's theorem
 excludes those with the same activation patterns; here all of them form one region, so nothing excludes them but
-counting: each sample solves m - b equations in b - 1 unknowns, and the search keeps what solves them to rounding.
+counting: each sample solves m - b equations in b - 1 unknowns to rounding, and a round of starts from the whole
+gradient ends at none but these samples (`curves.whole.alone`). Without a bias in each hidden layer not even counting
+does: an odd activation gives x with one label and -x with the other the same gradient.
 """
 
 from typing import NamedTuple

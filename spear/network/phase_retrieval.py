@@ -141,33 +141,51 @@ def relax_levels(
     iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, evened: Evened | None = None
 ) -> Iterate:
     """The same with two slopes for each unit: u in span(U) whose entries are h_j times one or the other."""
-    partner, head, levels, relaxation = options.partner, options.head, options.levels, options.relaxation
-    u, h, v, target = iterate.u, iterate.h, iterate.v, iterate.target
-    push = 0.0 if options.lean is None else options.lean * h.abs() * h.shape[1] ** -0.5
+    if options.head is not None:
+        return _relax_both(iterate, basis, options)
+    partner, levels, relaxation, h = options.partner, options.levels, options.relaxation, iterate.h
+    middle, half = h * (levels.active + levels.inactive) / 2, h * (levels.active - levels.inactive) / 2
+    offset = -4 * middle * half
+    if options.lean is not None:
+        offset = offset + options.lean * h.abs() * h.shape[1] ** -0.5
+    u, v, target = iterate.u.clone(), iterate.v.clone(), iterate.target
     for _ in range(options.steps):
         pu = evened.project(u, basis) if evened else project(u, basis)
-        ru = torch.lerp(u, pu, 2.0)
-        if head is None:
-            evidence = levels.evidence(ru, h) + push
-        else:
-            ph = project(h, head)
-            points, costs = _nearest(levels, ru, torch.lerp(h, ph, 2.0))
-            evidence = costs[1] - costs[0] + push
+        evidence = torch.addcmul(offset, torch.lerp(u, pu, 2.0), half, value=4)
+        if partner is not None:
+            pv = project(v, partner)
+            rv = torch.lerp(v, pv, 2.0)
+            size = rv.abs()
+            evidence.addcmul_(rv, size, value=options.weight)
+        sign = evidence.sign_()
+        target = torch.addcmul(middle, half, sign)
+        u.add_(target, alpha=relaxation).sub_(pu, alpha=relaxation)
+        if partner is not None:
+            v.add_(size.mul_(sign).add_(rv), alpha=relaxation / 2).sub_(pv, alpha=relaxation)
+            v.div_(v.norm(dim=1, keepdim=True).clamp_min_(TINY))
+    return Iterate(u, h, v, target)
+
+
+def _relax_both(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -> Iterate:
+    """The same where h moves too."""
+    partner, head, levels, relaxation = options.partner, options.head, options.levels, options.relaxation
+    u, h, v, target = iterate.u, iterate.h, iterate.v, iterate.target
+    for _ in range(options.steps):
+        pu, ph = project(u, basis), project(h, head)
+        points, costs = _nearest(levels, torch.lerp(u, pu, 2.0), torch.lerp(h, ph, 2.0))
+        evidence = costs[1] - costs[0]
         if partner is not None:
             pv = project(v, partner)
             rv = torch.lerp(v, pv, 2.0)
             evidence = torch.addcmul(evidence, rv, rv.abs(), value=options.weight)
         active = evidence > 0
-        x = h if head is None else torch.where(active, *points)
+        x = torch.where(active, *points)
         target = levels.slopes(active) * x
-        u = u + relaxation * (target - pu)
+        u, h = u + relaxation * (target - pu), h + relaxation * (x - ph)
         if partner is not None:
-            sign = torch.where(active, 0.5, -0.5)
-            v = unit_rows(v + relaxation * (rv.abs() * sign + rv / 2 - pv))
-        if head is not None:
-            h = h + relaxation * (x - ph)
-            scale = h.norm(dim=1, keepdim=True).clamp_min(TINY)
-            u, h, target = u / scale, h / scale, target / scale
+            v = unit_rows(v + relaxation * (rv.abs() * torch.where(active, 0.5, -0.5) + rv / 2 - pv))
+        scale = h.norm(dim=1, keepdim=True).clamp_min(TINY)
+        u, h, target = u / scale, h / scale, target / scale
     return Iterate(u, h, v, target)
 
 

@@ -9,6 +9,9 @@ from torch import Generator, Tensor
 
 from spear.directions import unit_rows
 from spear.network import deflation, exact_step, last_samples, many_classes, phase_retrieval
+from spear.network.curves.layer import Curves, Layer
+from spear.network.curves.reflections import reflect
+from spear.network.curves.search import scattered
 from spear.network.exact_step import Tolerances
 from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.policy import Plan, Policy, Standing
@@ -23,6 +26,7 @@ LEAN = 0.2  # weight of what a unit's average pre-activation says; 0.1 to 0.3 ar
 CLOSER = 10  # times nearer a start must come to a crowded span to have arrived: it is near to everything
 BLUR = 20  # times the gradient's noise, over the last singular value: how far two solutions of one sample may differ
 MOST_BLURRED = 1e-5  # of the cosine, however large the noise: two samples are seldom that near
+PIECEWISE = 200  # steps of reflections between the pieces of a curve
 TAIL = 0.01  # of the width: so few samples left that their vertices are degenerate
 MOST_PROGRAMMES = 12  # linear programmes in a round
 
@@ -162,10 +166,28 @@ class PhaseSearch:
         self.policy.learn(plan, fresh, number=self.rounds, crowded=self.crowded)
         return found
 
+    def _reflect(self, free: Float[Tensor, "b r"], labels: Int[Tensor, " k"]) -> Iterate:
+        """Where starts end that keep to phi's pieces in z too: where its slope does not tell the sign of z."""
+        spaces = self.spaces
+        eye = torch.eye(free.shape[1], dtype=free.dtype, device=free.device)
+        size, ones = (spaces.singular[:, None] * free).norm(dim=0), spaces.rows[:, -1] @ free
+        layer = Layer(spaces.basis, size, spaces.lift @ free, ones, eye, eye)
+        curves = Curves.of(self.problem, layer)
+        s = layer.origin + scattered(layer, len(labels), self.generator)
+        w = curves.coordinates(s).float()
+        curves = curves.to(torch.float32)
+        w, pieces = reflect(curves, w, labels, steps=PIECEWISE, until=self.until)
+        at = curves.at(w, labels)
+        h = unit_rows(at.h)
+        target = curves.problem.activations[self.problem.last].at_piece(at.z, pieces)[1] * h
+        return Iterate(target, h, at.z, target)
+
     def _retrieve(self, plan: Plan, free: Float[Tensor, "b r"]) -> tuple[Iterate, Int[Tensor, " k"]]:
         """Where the plan's starts end, and the class that was guessed for each."""
         seen = torch.cat([self.gone.labels, self.solved.labels])
         labels = self.drawn.labels(plan.starts, seen, left=self.left, rank=self.whole.rank)
+        if self.spaces.levels is not None and not self.spaces.levels.signed:
+            return self._reflect(free, labels), labels
         start, partner = self.drawn.draw(self.spaces, free, labels, spread=plan.free)
         lean = None
         signed = self.spaces.levels is None or self.spaces.levels.signed

@@ -10,6 +10,7 @@ from spear.inversion import attack
 from spear.network.curved_bounds import curved_bounds
 from spear.network.curves.layer import Curves, Known, Layer
 from spear.network.curves.reflections import nearest
+from spear.network.curves.search import CurveSearch
 from spear.network.derivatives import Derivatives
 from spear.network.newton import correct
 from spear.network.problem import NetworkView, Targets, open_network, passes
@@ -189,6 +190,20 @@ def test_bounds_hold_for_gradients_with_noise(activation, depth):
     assert float(curved_bounds(problem, run_, targets).max()) < 1e-9
 
 
+def test_samples_that_fit_as_well_are_noticed():
+    x, y = batch(12)
+    problem = view(network([nn.GELU]), x, y)
+    low = problem.factors(0)
+    run_ = CurveSearch(problem, low, Generator().manual_seed(0))
+    while run_.left:
+        run_.round()
+    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(run_.known) == 0
+    half = run_.known[torch.arange(6)]
+    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(half) > 0
+    turned = Known(run_.known.s, run_.known.t, (run_.known.labels + 1) % 10)
+    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(turned) > 0
+
+
 @pytest.mark.parametrize("activations", [[nn.GELU], [nn.Softplus], [nn.Tanh, nn.ReLU], [nn.ReLU, nn.SiLU]])
 def test_newton_makes_a_nearly_right_batch_exact(activations):
     x, y = batch(9)
@@ -252,6 +267,15 @@ def test_saturated_units_leave_an_input_undetermined():
     result, _ = run(model, x, y)
     error = (result.inputs[:, None] - x).norm(dim=2).amin(1) / result.inputs.norm(dim=1)
     assert bool((error[result.certified] < 1e-6).all())
+
+
+def test_slopes_that_do_not_tell_the_sign():
+    """Hardtanh's slope is 0 on both sides: pieces are told apart by u and z together."""
+    model = network([nn.Hardtanh])
+    x, y = batch(8)
+    result, report = run(model, 2 * x, y)
+    assert report.recall == report.label_accuracy == 1
+    assert bool(result.certified.all())
 
 
 def test_time_limit_is_kept():

@@ -44,9 +44,10 @@ class Layer:
     """What is left of the last hidden layer's gradient U diag(S) V once the samples found are subtracted.
 
     `lift` is [W | beta] Vᵀ, `ones` V's last column; `left` and `right` lead from its coordinates to those of the whole.
+    Where directions alone are known, s is confined (r is less than U's columns) and nothing is subtracted.
     """
 
-    basis: Float[Tensor, "m r"]
+    basis: Float[Tensor, "m _columns"]
     singular: Float[Tensor, " r"]
     lift: Float[Tensor, "m r"]
     ones: Float[Tensor, " r"]
@@ -92,7 +93,7 @@ class Curves:
     """
 
     problem: NetworkView
-    basis: Float[Tensor, "m r"]
+    basis: Float[Tensor, "m _columns"]
     base: Float[Tensor, " m"]
     frame: Float[Tensor, "m q"]
     head: Float[Tensor, "outputs m"]

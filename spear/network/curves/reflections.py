@@ -50,7 +50,7 @@ def nearest(
         piece = torch.full_like(best.piece, k)
         y = activation.within(z, piece)
         _, slope, bend = activation.at(y)
-        for _ in range(NEWTON):
+        for _ in range(0 if activation.is_flat else NEWTON):
             d = h * bend
             y = activation.within(y + ((u - h * slope) * d + weight * (z - y)) / (d * d + weight), piece)
             _, slope, bend = activation.at(y)

@@ -79,6 +79,15 @@ class CurveSearch:
             self.layer = self.whole.without(self.known)
             self._learn()
 
+    def strangers(self, known: Known) -> int:
+        """How many samples of one round, from the whole gradient, are none of the known ones."""
+        self.round()
+        z = self.known.s @ self.whole.lift.T
+        exactly = "donot_use_mm_for_euclid_dist"
+        gap, index = torch.cdist(z, known.s @ self.whole.lift.T, compute_mode=exactly).min(1)
+        same = (gap < SAME * z.norm(dim=1)) & (known.labels[index] == self.known.labels)
+        return int((~same).sum())
+
     def _learn(self) -> None:
         """Of a network that was trained, the samples found show the mean outputs."""
         if len(self.known) >= TELLING:
@@ -93,8 +102,7 @@ class CurveSearch:
         count = max(count, 2 * classes if layer.rank <= FEWEST else 0)
         labels = self.drawn.labels(count, self.known.labels, left=layer.rank, rank=self.whole.rank)
         mean = class_means(self.problem, layer, self._counts(), self.drawn.prior)[labels]
-        noise = torch.randn(count, layer.rank, generator=self.generator, dtype=torch.float64).to(mean) * layer.singular
-        noise = noise - (noise @ layer.ones)[:, None] * layer.origin
+        noise = scattered(layer, count, self.generator)
         size = lambda s: (s @ layer.lift.T).std(1, keepdim=True)  # noqa: E731
         return mean + spread * size(mean) / size(noise).clamp_min(TINY) * noise, labels
 
@@ -140,6 +148,12 @@ class CurveSearch:
 
     def _effort(self, effort: Effort) -> Effort:
         return replace(effort, until=self.until)
+
+
+def scattered(layer: Layer, count: int, generator: Generator) -> Float[Tensor, "k r"]:
+    """Differences of samples, as normal noise of the gradient's singular values."""
+    noise = torch.randn(count, layer.rank, generator=generator, dtype=torch.float64).to(layer.lift) * layer.singular
+    return noise - (noise @ layer.ones)[:, None] * layer.origin
 
 
 def class_means(

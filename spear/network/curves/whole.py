@@ -74,9 +74,25 @@ def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reac
     if not run.left and bool(sure.all()):
         targets = decode(problem, errors, activated)
         inputs, known = correct(problem, inputs, targets)
-        return judge(problem, inputs, targets, reached, known)
+        return alone(judge(problem, inputs, targets, reached, known), problem, run, low)
     known = KnownSamples(inputs[sure], F.one_hot(run.known.labels[sure], problem.classes).to(inputs))
     return partly(problem, known, reached)
+
+
+def alone(judged: Judged, problem: NetworkView, run: CurveSearch, low: LowRank) -> Judged:
+    """The same, not certified if a round of starts from the whole gradient ends at a sample that is none of these."""
+    if not bool(judged.certified.any()):
+        return judged
+    probe = CurveSearch(problem, low, run.generator)
+    probe.until = run.until
+    others = probe.strangers(run.known)
+    if not others:
+        return judged
+    none, reason = (
+        torch.zeros_like(judged.certified),
+        f"{number(others, 'other sample')} would fit the gradient as well",
+    )
+    return replace(judged, certified=none, complete=False, reason=reason)
 
 
 def conclude_slopes(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved, reached: Reached) -> Judged:
