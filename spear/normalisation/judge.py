@@ -67,7 +67,10 @@ def judge(
     network = view.network
     inputs, own, residual = corrected(view, inputs, targets, kept)
     if view.mixes:
-        bound = difference_bounds(view, own, lows, deviations, residual)
+        seen = [  # no better than they agree with the batch's own
+            replace(known, error=known.error.maximum(_apart(view, own, k, known))) for k, known in enumerate(deviations)
+        ]
+        bound = difference_bounds(view, own, lows, seen, residual)
     else:
         bound = sample_bounds(view, own, lows, residual)
     evidence = Certificate(
@@ -114,6 +117,13 @@ def _logits(view: NormalisedView, own: Run) -> Float[Tensor, "b outputs"]:
     return view.network.apply(view.network.last + 1, own.inputs[-1])
 
 
+def _apart(view: NormalisedView, own: Run, k: int, known: Deviation) -> Float[Tensor, " m"]:
+    """The relative distance of the batch's own deviations behind layer k from those that the update tells."""
+    centred = own.inputs[k] - own.inputs[k].mean(0)
+    sigma = ((centred @ view.network.weights[k].mT).square().mean(0) + view.norms[k].eps).sqrt()
+    return (sigma / known.sigma - 1).abs()
+
+
 def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequence[Deviation | None]) -> str:
     """What speaks against the batch whatever its residual, in words."""
     if targets.error >= WHOLE_NUMBERS:
@@ -128,10 +138,8 @@ def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequenc
     for k, known in enumerate(deviations):
         if known is None:
             continue
-        centred = own.inputs[k] - own.inputs[k].mean(0)
-        sigma = ((centred @ view.network.weights[k].mT).square().mean(0) + view.norms[k].eps).sqrt()
-        off = ((sigma / known.sigma - 1).abs() > AGREE * known.error) & known.known
-        if bool(off.any()):
+        limit = (AGREE * known.error).clamp_min(view.network.accuracy.layer)
+        if bool(((_apart(view, own, k, known) > limit) & known.known).any()):
             source = "its buffers" if known.told else "epsilon"
             return f"the deviations behind layer {k + 1} are not those that the update tells by {source}"
     return ""
