@@ -219,6 +219,11 @@ CAUSES: dict[str, tuple[Callable[[], Made], tuple[str, ...], tuple[str, ...]]] =
         ("their weights in the loss differ",),
         ("noise", "smoothed", "opposite", "copies"),
     ),
+    "likelihood of probabilities": (
+        lambda: by(lambda z: F.nll_loss(z.softmax(1), Y)),
+        ("their weights in the loss differ",),
+        ("noise", "smoothed", "opposite", "copies", "times their"),
+    ),
     "mixup": (mixed, ("another loss than cross_entropy",), ("noise", "copies", "opposite", "times their")),
     "slightly stale weights": (lambda: moved(1e-3), ("older or newer weights",), ("noise", "loss", "smoothed")),
     "stale weights": (lambda: moved(1e-2), ("older or newer weights",), ("noise", "loss", "smoothed")),
@@ -311,7 +316,7 @@ CAUSES: dict[str, tuple[Callable[[], Made], tuple[str, ...], tuple[str, ...]]] =
     "one output": (one_output, ("the model has one output: binary cross-entropy was assumed",), ("noise", "smoothed")),
     "no active unit": (lambda: dead("fc1"), ("it is zero everywhere",), ("noise", "smoothed")),
     "no active unit above": (lambda: dead("fc2"), ("it is zero everywhere",), ("noise", "smoothed")),
-    "NaN": (nan, ("the gradient of fc2.weight holds NaN or infinite values",), ("noise", "rank")),
+    "NaN in an entry": (nan, ("every entry that arrived",), ("noise", "smoothed", "times their")),
     "a list": (listed, ("tensors without names were matched by shape and order",), FALSE),
     "a prefix": (lambda: renamed(lambda n: f"net.{n}"), ("the names came with the prefix 'net.'",), FALSE),
     "biases of shape (1, n)": (

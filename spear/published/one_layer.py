@@ -133,7 +133,7 @@ def _with_labels(
         Z = view.layer.linear(X.mT)
         outputs = view.layer.tail(Z).shape[1]
     best = first = None
-    told = view.unit(outputs)
+    told, exact = view.unit(outputs), LABELLED if _shows_noise(view) else max(FITTING, view.eps**0.5)
     for unit in (told, *shown_units(view.layer, Z, G.mT, view.loss)):
         seen = replace(view, scale=view.scale * unit / told)
         labels = recover_labels(view.layer, Z, G.mT, unit, view.loss)
@@ -142,9 +142,9 @@ def _with_labels(
         if best is None or float(residuals.max()) < float(best[3].max()):
             best = unit, labels, certificate, residuals
         first = first or best
-        if bool((residuals < LABELLED).all()):
+        if bool((residuals < (LABELLED if unit == told else exact)).all()):
             break
-    unit, labels, certificate, residuals = best if bool((best[3] < LABELLED).all()) else first
+    unit, labels, certificate, residuals = best if bool((best[3] < exact).all()) else first
     reason = f"the whole batch of {len(labels)}: every gradient reproduced to {certificate.residual:.0e}"
     if not certificate.holds:
         reason = f"recovered, but not certified: {certificate.why_not()}"
