@@ -20,6 +20,7 @@ from spear.audit.simulation import Comparison, Options, Reach
 from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate, check_told
 from spear.models import tracing
+from spear.models.fronts import cut
 from spear.models.layers import Layer
 from spear.published import theory
 from spear.reconstruction import Reconstruction, Refusal, check_number
@@ -237,11 +238,14 @@ def _not_attacked(model: nn.Module, layers: tuple[Risk, ...], target: Risk, opti
     risks, whole = {risk.name: risk for risk in layers}, options.layer is None and _is_chain(model)
     if options.layer is None and any(risk.jointly for risk in layers):
         return ()
-    words = []
+    words, parts = [], cut(model)
+    read = set() if parts is None else {name for name, _ in parts.front.named_modules()}
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
-        if name not in risks:
+        if name in read and parts.layer == target.name:
+            words.append(f"{name} ({type(module).__name__}: what it gives {target.name} leaks, the images often too)")
+        elif name not in risks:
             words.append(f"{name or 'the model'} ({type(module).__name__}: no attack here reads it)")
         elif name != target.name and not whole:
             words.append(f"{name} ({f'only {target.name} was attacked' if risks[name].relu else 'no ReLU follows'})")

@@ -156,9 +156,9 @@ def refined(
         better = size_of_rest < off
         w, left = torch.where(wide(better), trial, w), torch.where(wide(better), rest, left)
         off = torch.where(better, size_of_rest, off)
-        if not bool(better.any()):
-            if rough is fine:
-                break
+        if rough is fine and not bool(better.any()):
+            break
+        if not bool((better | (off <= enough)).all()):
             rough = fine  # where maxima tie, single precision places them elsewhere
     return w, off
 

@@ -12,10 +12,10 @@ import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear.directions import complement, unit_rows
+from spear.directions import complement, unit_rows, zero_entries
 from spear.network.exact_step import Tolerances, accepted, refine, solve_mask
 from spear.network.phase_retrieval import Iterate, Reflections, retrieve_phases
 from spear.network.spaces import Solved, Spaces, contrasts
@@ -27,6 +27,7 @@ STEPS = 200  # of each start
 STARTS = (16, 64)  # of a round, at least and at most
 LONGEST = 5  # times as many, after rounds that found nothing
 SAME = 1 - 1e-7  # cosine of two solutions that are one
+ZERO = 1e-6  # of the largest entry of g: what dropout took
 WEIGHTS = (0.0, 0.5, 1.0)  # of the pre-activations' signs, in turn
 
 
@@ -83,9 +84,9 @@ class SampleSearch:
         before, singular = self.left, self.low.R.norm(dim=1)
         free = complement(unit_rows(self.coordinates() / singular))
         lift = self.problem.affine(self.problem.last) @ (self.low.R / singular[:, None]).mT @ free
-        if self.left == 1 and not self.dropped:
+        if self.left == 1:
             y = normalise(self.norm, (lift / (self.low.R[:, -1] / singular @ free)).mT)[0]
-            exact = solve_mask(self.whole, y > 0)
+            exact = solve_mask(self.whole, self._kept(y > 0) if self.dropped else y > 0)
             self.found = self.found.join(exact.solved(accepted(exact, self.tolerances)), room=1, cosine=SAME)
         place = torch.cat([self.columns[:, self.low.rank : -self.low.rank], unit_rows(lift.mT).mT], 1)
         wide = self.columns if self.norm is None else torch.cat([self.columns[:, : self.low.rank], place], 1)
@@ -101,6 +102,12 @@ class SampleSearch:
         self.found = self.found.join(new, room=self.left, cosine=SAME)
         self.starts, self.rounds = self.starts + len(labels), self.rounds + 1
         self.idle = 0 if self.left < before else self.idle + 1
+
+    def _kept(self, active: Bool[Tensor, "1 m"]) -> Bool[Tensor, "1 m"]:
+        """Which active units dropout kept: g vanishes on the others, which tells it, and then shows where it does."""
+        basis = self.whole.basis
+        g = basis @ torch.linalg.svd(basis[~active[0]])[2][-1]
+        return ~zero_entries(g, ZERO)[None]
 
     def _draw(self, place: Float[Tensor, "m k"]) -> tuple[Int[Tensor, " s"], Iterate, Float[Tensor, "m p"]]:
         """Labels, h of each class, and pre-activations at random in their space, of which a basis is returned."""

@@ -26,7 +26,7 @@ def test_the_simulated_page_shows_what_was_sent(simulated: assessment.Audit) -> 
 
 
 class Mixed(nn.Module):
-    """A convolution that no attack reads, a layer that is attacked, one beside it, one without ReLU."""
+    """A convolution, a layer that is attacked, one beside it, one without ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,8 @@ def test_nothing_recovered_says_what_was_not_attacked() -> None:
     assert found.status == 0
     words = report.verdict(found)
     assert words.startswith("Nothing was recovered from a simulated update of 4 samples in the 0 s given")
-    expected = ["conv (Conv2d: no attack here reads it)", "second (only first was attacked)", "last (no ReLU follows)"]
+    leaks = "conv (Conv2d: what it gives first leaks, the images often too)"
+    expected = [leaks, "second (only first was attacked)", "last (no ReLU follows)"]
     assert words.endswith(f"Not attacked: {', '.join(expected)}.")
     assert json.loads(report.to_json(found))["attack"]["not_attacked"] == expected
     assert {risk.gives_away for risk in found.layers if not risk.relu} == {"not attacked by itself: no ReLU follows"}

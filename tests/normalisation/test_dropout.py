@@ -11,6 +11,7 @@ import spear
 from spear.metrics import evaluate
 from spear.normalisation import replay
 from spear.normalisation.opening import open_normalised
+from spear.normalisation.sample_search import SampleSearch
 from spear.reconstruction import Refusal
 
 NORMS = {"none": lambda m: nn.Identity(), "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
@@ -93,3 +94,24 @@ def test_dropout_of_the_data_is_named():
     update = spear.federated.gradient(model, case.inputs, case.labels)
     with pytest.raises(Refusal, match=r"the client trained with dropout 0 \(p = 0.2\)"):
         spear.attack(model, update, method="network")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_the_last_sample_is_told_by_the_others(norm, seed):
+    """Of the last sample z is known, and with it units on which its gradient vanishes: no search is needed."""
+    case = sent((60, 160, 5), 8, NORMS[norm], seed=seed, drop=0.5)
+    view = open_normalised(case.model, case.update)
+    low = view.network.factors(0)
+    run = SampleSearch(view, low, torch.Generator().manual_seed(seed))
+    while run.left:
+        run.round()
+    whole = run.found
+    for missing in range(8):
+        again = SampleSearch(view, low, torch.Generator().manual_seed(seed))
+        again.found = whole[torch.arange(8) != missing]
+        again._draw = None  # a search would fail
+        with pytest.raises(TypeError):
+            again.round()
+        back = again.found.t @ whole.t[missing]
+        assert float(back.abs().max()) > 1 - 1e-9
