@@ -68,12 +68,12 @@ class Audit:
     """The whole report.
 
     `source` says where the attacked update came from and `sample` what simulated clients hold; `layer` is the layer
-    attacked (None: the data), `not_attacked` what else of the model no attack here read, and why; `count` is the batch
-    size of the simulations. `statistics` says what batch normalisation's buffers give away beside the gradients, where
-    clients send them. `result` is what came back, `outcome` its
-    comparison with the truth where that is known (simulations). `picture` is the shape of one sample as a picture.
-    `time_limit` and `trial_limit` are the seconds that the attack and each simulated one had, `seconds` is what the
-    audit took, `memory` the largest that the process has been until then, in bytes.
+    whose inputs came back (None: the data), `not_attacked` what else of the model no attack here read, and why; `count`
+    is the batch size of the simulations. `statistics` says what batch normalisation's buffers give away beside the
+    gradients, where clients send them. `result` is what came back, `outcome` its comparison with the truth where that
+    is known (simulations). `picture` is the shape of one sample as a picture. `time_limit` and `trial_limit` are the
+    seconds that the attack and each simulated one had, `seconds` is what the audit took, `memory` the largest that the
+    process has been until then, in bytes.
     """
 
     model: str
@@ -126,9 +126,9 @@ def audit(
 
     `data` is what simulated clients hold (`spear.audit.sample.choose`) and `count` their batch size: by default 16,
     with an update the batch size that it shows. `layer` is the linear layer to attack, by default the first that reads
-    the data, or else the first that a ReLU follows. `input_shape` is needed where neither update nor model show it.
-    `time_limit` bounds the attack on the update and `trial_limit` each simulated one (seconds). `progress` is called
-    with a few words before each part.
+    the data, or else the first that a ReLU follows, and through its features what computes them. `input_shape` is
+    needed where neither update nor model show it. `time_limit` bounds the attack on the update and `trial_limit` each
+    simulated one (seconds). `progress` is called with a few words before each part.
 
     Where an update is given but no client can be simulated (a model of two inputs), only the update is attacked.
 
@@ -150,25 +150,27 @@ def audit(
     sample, words = _sample(model, update, data, shape, most, seed)
     say("attack on the update" if update else "attack on a simulated update")
     attacked = update or gradient(model, *sample.take(count or COUNT))
-    result = replace(options, time_limit=time_limit).attack(model, attacked)
+    front = layer is None and cut(model, shape) is not None  # of the features that enter the layer, the samples too
+    result = replace(options, layer=None if front else options.layer, time_limit=time_limit).attack(model, attacked)
+    entered = result.features_of or (None if front else options.layer)
     count = count or (result.rank if update else COUNT)
-    truth = None if update else simulation.entering(model, options.layer, sample.inputs[:count])
+    truth = None if update else simulation.entering(model, entered, sample.inputs[:count])
     return Audit(
         model=name,
         parameters=sum(p.numel() for p in model.parameters()),
         source="an update" if update else "a simulated update",
         sample=words,
         count=count,
-        layer=options.layer,
+        layer=entered,
         layers=layers,
-        not_attacked=_not_attacked(model, layers, target, options),
+        not_attacked=() if front and len(result.inputs) else _not_attacked(model, layers, target, options),
         statistics=leaks.statistics(model, shape),
         result=result,
         truth=truth,
         outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
         reaches=_reaches(model, sample, target, options, say),
         defences=_defences(model, result, sample, count, options, say),
-        picture=sample.picture if sample and options.layer is None else (target.inputs,),
+        picture=sample.picture if sample and entered is None else (target.inputs,),
         time_limit=time_limit,
         trial_limit=trial_limit,
         seconds=time.monotonic() - started,

@@ -139,3 +139,16 @@ def test_a_mean_that_is_lost_is_said() -> None:
     assert found.status == 1
     assert not found.result.complete
     assert "0 of them are certified, and of 6 the difference from their mean" in report.verdict(found)
+
+
+@pytest.mark.parametrize(("channels", "images"), [(16, True), (2, False)])
+def test_samples_are_read_through_a_front_where_its_features_determine_them(channels: int, images: bool) -> None:
+    torch.manual_seed(0)
+    front = [nn.Conv2d(1, channels, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()]
+    head = [nn.Linear(16 * channels, 60), nn.ReLU(), nn.Linear(60, 10)]
+    model = nn.Sequential(*front, *head).double().eval()
+    found = assessment.audit(model, data="digits", count=4, trial_limit=0.5, time_limit=30)
+    assert (found.status, found.outcome.exact, found.outcome.certified) == (1, 4, 4)
+    assert found.layer == (None if images else "3")
+    assert found.truth[0].numel() == (64 if images else 16 * channels)
+    assert ("numbers are missing" in found.result.reason) != images
