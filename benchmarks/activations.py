@@ -4,7 +4,7 @@
 
 Networks in torch's default initialisation, or after 200 steps of SGD on other samples of the data set (`trained`).
 Seconds are of processor time, one thread. `--csv` writes one row a run as it ends, and skips the runs that the file
-has. Data sets that are not there are skipped.
+has; FILE-cases.csv beside it has one row a case. Data sets that are not there are skipped.
 """
 
 import argparse
@@ -133,6 +133,27 @@ def measure(case: Case, seed: int, limit: float) -> Row:
     return Row(case.name, seed, case.batch, *counts, seconds, bar, starts, error, found.reason)
 
 
+def by_case(rows: list[dict]) -> pd.DataFrame:
+    """One row a case, over its seeds."""
+    table = pd.DataFrame(rows)
+    table["whole"] = (table.recovered == table.batch) & (table.certified == table.batch) & (table.labels == 1)
+    grouped = table.groupby("case", sort=False)
+    columns = {
+        "seeds": grouped.size(),
+        "whole and certified": grouped.whole.sum(),
+        "median processor seconds": grouped.seconds.median(),
+        "bar": grouped.bar.first().replace(math.inf, math.nan),
+        "largest error": grouped.largest_error.max(),
+    }
+    return pd.DataFrame(columns).reset_index()
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """The runs, and beside them the cases."""
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.3g")
+    by_case(rows).to_csv(path.with_stem(f"{path.stem}-cases"), index=False, float_format="%.3g")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], default=[c.name for c in CASES])
@@ -156,7 +177,7 @@ def main() -> None:
             bar = "" if row.bar == math.inf else f" (bar {row.bar:g})"
             print(f"{row.case} seed {seed}: {found}, {row.seconds:.2f} s{bar} | {row.reason}", flush=True)
             if options.csv is not None:
-                pd.DataFrame(rows).to_csv(options.csv, index=False, float_format="%.3g")
+                write(rows, options.csv)
 
 
 if __name__ == "__main__":
