@@ -34,12 +34,12 @@ def widest_part(model: nn.Module, update: SharedUpdate, most: int) -> Part | Non
         return None
     generator = Generator().manual_seed(0)
     sides = [torch.randperm(side, generator=generator)[: SPARE * most] for side in parameters[name].shape]
-    received, weights = (_block(x, *sides) for x in (update.gradients[name], parameters[name].detach()))
-    live = received != 0
-    rows, columns = live.any(1).nonzero()[:, 0], live.any(0).nonzero()[:, 0]
+    live = _block(update.gradients[name], *sides) != 0
+    rows, columns = (side[live.any(k).nonzero()[:, 0]] for k, side in zip((1, 0), sides, strict=True))
     size = min(len(rows), len(columns), most)
-    return Part(*(_block(x, rows[:size], columns[:size]) for x in (received, weights)))
+    whole = update.gradients[name], parameters[name].detach()
+    return Part(*(_block(x, rows[:size], columns[:size]).double() for x in whole))
 
 
 def _block(x: Float[Tensor, "m n"], rows: Int[Tensor, " r"], columns: Int[Tensor, " c"]) -> Float[Tensor, "r c"]:
-    return x[rows.to(x.device)[:, None], columns.to(x.device)].cpu().double()
+    return x[rows.to(x.device)[:, None], columns.to(x.device)].cpu()

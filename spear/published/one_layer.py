@@ -25,6 +25,7 @@ from spear.published.view import LayerView, Observed, under_noise
 from spear.reconstruction import Budget, Reconstruction, Refusal, Stats, Terms
 
 EXACT_GAP = 1e6  # between the batch's singular values and the noise's, under which single zeros are mistaken
+INDEPENDENT = 1e-6  # singular value of unit directions under which they do not span the gradient
 PLAUSIBLE = 0.75  # matching coefficient from which a reconstruction under noise is returned, uncertified
 AFFORDABLE = 1e9  # proposals that "auto" goes on with where another method ended without the whole batch
 LABELLED = 0.1  # relative distance of a sample's own gradient to that of its label, from which no label fits
@@ -177,7 +178,8 @@ def by_zeros(view: LayerView, found: Candidates) -> bool:
     """Whether directions span the gradient and are each fixed by more zeros than that takes, whatever the weights."""
     if view.observed.d is None or len(found.basis) < view.low.rank:
         return False
-    return spare_zeros(view.observed, found.q[found.basis]) >= LEAST_SPARE
+    q = found.q[found.basis]
+    return bool(torch.linalg.svdvals(q)[-1] > INDEPENDENT) and spare_zeros(view.observed, q) >= LEAST_SPARE
 
 
 def _alone(view: LayerView, found: Candidates) -> Candidates:

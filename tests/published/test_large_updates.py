@@ -15,7 +15,8 @@ from spear import federated
 
 SHAPE, WIDTHS, BATCH = (24576,), (2048, 40, 5), 3
 
-# Prints how much the process's own memory grew at most while the attack ran, in bytes; mapped files do not count.
+# Prints how much the process's own memory grew at most while the attack ran, in bytes; mapped files do not count, nor
+# does what an attack imports.
 SCRIPT = """
 import json, sys, threading
 import torch, spear
@@ -32,6 +33,8 @@ def watch():
     while not done.wait(0.002):
         seen.append(own())
 
+small = torch.nn.Sequential(torch.nn.Linear(9, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
+spear.attack(small, spear.federated.gradient(small, torch.randn(3, 9), torch.arange(3)), method="sampling")
 model = network()
 tensors, _ = spear.models.tensors.read_tensors(sys.argv[1])
 model.load_state_dict(tensors, assign=True)
