@@ -7,10 +7,12 @@ server's memory; the last filter on the server's side keeps what arrives.
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import nvflare.client as flare
 import torch
+from bitsandbytes.functional import QuantState
 from exchange import Mechanism, Task, keep, network
 from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.dxo_filter import DXOFilter
@@ -20,7 +22,7 @@ from nvflare.app_common.filters.exclude_vars import ExcludeVars
 from nvflare.app_common.filters.percentile_privacy import PercentilePrivacy
 from nvflare.app_common.filters.svt_privacy import SVTPrivacy
 from nvflare.app_opt.pt.job_config.fed_avg import FedAvgJob
-from nvflare.app_opt.pt.quantization.dequantizer import ModelDequantizer
+from nvflare.app_opt.pt.quantization import dequantizer
 from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
 from nvflare.job_config.defs import FilterType
 from nvflare.job_config.script_runner import ScriptRunner
@@ -31,8 +33,20 @@ PERCENTILE = "percentile 10, gamma 0.01"
 SVT = "fraction 0.1, ε 0.1, noise_var 0.1, gamma 1e-5, tau 1e-6"
 CHANGE = "after - before"
 
+
+def by_one_row(dequantize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As a GPU dequantises: without one, bitsandbytes takes a matrix's blocks for blocks of its rows (findings)."""
+
+    def whole(packed: Tensor, state: QuantState, **options: str) -> Tensor:
+        shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+        return dequantize(packed, state, **options).reshape(shape)
+
+    return whole
+
+
 if not torch.cuda.is_available():  # the 8-bit and 4-bit filters ask for a GPU; bitsandbytes rounds the same way without
     Tensor.cuda = lambda tensor, *_, **__: tensor
+    dequantizer.dequantize_4bit = by_one_row(dequantizer.dequantize_4bit)
 
 
 def quantized(kind: str, **told: int) -> Mechanism:
@@ -85,7 +99,7 @@ class Keep(DXOFilter):
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         (mechanism, kind), sent = MECHANISMS[dxo.meta["mechanism"]], task()
         if kind is not None and isinstance(kind(), ModelQuantizer):  # a plain message, its inverse does not stand
-            dxo = ModelDequantizer().process_dxo(dxo, shareable, fl_ctx)
+            dxo = dequantizer.ModelDequantizer().process_dxo(dxo, shareable, fl_ctx)
         assert dxo.data_kind == (DataKind.WEIGHTS if mechanism.sends == "weights" else DataKind.WEIGHT_DIFF)
         keep(Path(os.environ["KEEP"]), sent, "nvflare", mechanism, dxo.data)
         return DXO(DataKind.WEIGHTS, {name: weight.numpy() for name, weight in sent.weights.items()}, dxo.meta)
