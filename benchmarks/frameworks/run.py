@@ -138,8 +138,6 @@ def _found(result: Reconstruction | None, task: Task, reason: str) -> dict:
     judged, certified = metrics.evaluate(result, task.images, task.labels), int(result.certified.sum())
     if judged.precision < 1:
         raise SystemExit(f"{task.name}: a certified sample is wrong")
-    if judged.precision < 1:
-        raise SystemExit(f"{task.name}: a certified sample is wrong")
     recovered, batch = int((judged.psnr >= RECOGNISED).sum()), len(task.images)
     word = "part" if recovered < batch else "whole, certified" if certified == batch else "whole"
     psnr = round(float(judged.psnr.median()), 1)
