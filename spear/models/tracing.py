@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from spear.models.activations import RELU, recognise
 from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
-from spear.models.graphs import as_rows, extract, guesses, is_size, trace
-from spear.models.layers import Behind, Layer, Path, Shape
+from spear.models.graphs import as_rows, extract, guesses, is_size, like, trace
+from spear.models.layers import Behind, Block, Layer, Path, Shape
 from spear.models.memory import once
 from spear.models.modes import modes, words
 from spear.models.traced import Traced, operation
@@ -18,6 +18,7 @@ from spear.reconstruction import Refusal
 
 LONGEST = 16  # cuts of the graph behind a layer within which its activation is looked for
 MOST_ROWS = 64  # parts of a sample that are tried where its shape is not known
+SAMPLES = 2  # of which the rows that enter each layer are counted
 SPREADS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)  # before a layer: its inputs are features
 
 
@@ -68,6 +69,35 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
     if chosen.obstacle:
         raise Refusal(chosen.obstacle)
     return chosen
+
+
+def find_block(model: nn.Module, name: str | None = None, shape: Shape = None) -> Block:
+    """The feed-forward block that begins with the linear layer of that name, or else the first one of the model.
+
+    Raises `Refusal` where there is none, and where every layer is one of a chain, which is more than a block.
+    """
+    layers = linear_layers(model, shape)
+    known = ", ".join(layer.name for layer in layers) or "none"
+    if name is not None and name not in [layer.name for layer in layers]:
+        raise Refusal(f"no linear layer named {name!r}; the model's linear layers: {known}")
+    by_name = {layer.name: layer for layer in layers}
+    begins = [layer for layer in layers if layer.readers and name in (None, layer.name)]
+    if name is None and begins and _is_chain(model, shape):
+        raise Refusal("the model is a chain of linear layers, and a block only two of them")
+    for layer in begins:
+        if layer.after.is_plain and not layer.obstacle:
+            return Block(layer, by_name[layer.readers[0]])
+    where = f"behind {name}" if name else "anywhere"
+    why = f": {begins[0].obstacle}" if begins and begins[0].obstacle else ""
+    raise Refusal(f"no elementwise activation and linear layer {where}{why}; the model's linear layers: {known}")
+
+
+def _is_chain(model: nn.Module, shape: Shape) -> bool:
+    try:
+        chain(model, shape)
+    except Refusal:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -127,7 +157,8 @@ def _usual(traced: Traced, node: fx.Node, shape: Shape) -> Layer:
 def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
     linear, before = traced.part(node), behind.before
     path = data_path(traced, node, linear.in_features, shape)
-    tail, unknown = _tail(traced, node, behind.start, path)
+    rows = path.rows if path is not None else _rows(traced, shape).get(node.name, 1)
+    tail, unknown = _tail(traced, node, behind.start, rows)
     own, outer = traced.names(), _added_last(traced, behind.start) if linear.bias is None else ""
     if outer:
         own[f"{node.target}.bias"] = outer
@@ -146,8 +177,41 @@ def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Lay
         turned=frozenset(traced.turned),
         outer_bias=bool(outer),
         obstacle=_obstacle(traced, node, behind.relu),
-        readers=_readers(traced, behind.end, linear.out_features) if behind.relu is not None else (),
+        readers=_readers(traced, behind.end, linear.out_features) if behind.activation is not None else (),
+        rows=rows,
     )
+
+
+def _rows(traced: Traced, shape: Shape) -> dict[str, int]:
+    """How many inputs each linear layer has of a sample, by its node's name; none where that cannot be tried."""
+    return {} if shape is None else once(("rows", id(traced.module), shape), lambda: _counted(traced, shape))
+
+
+def _counted(traced: Traced, shape: tuple[int, ...]) -> dict[str, int]:
+    for dtype in (like(torch.zeros(0), traced.module).dtype, torch.long):  # tokens of a vocabulary are numbers
+        counter = RowCounter(traced)
+        try:
+            with torch.no_grad():
+                counter.run(torch.zeros(SAMPLES, *shape, dtype=dtype, device=next(traced.module.parameters()).device))
+        except Exception:  # another type, or the model's own code: it may raise anything
+            continue
+        return counter.rows
+    return {}
+
+
+class RowCounter(fx.Interpreter):
+    """Runs a model and counts the rows that enter each linear layer, for each sample."""
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__(traced.module)
+        self.traced, self.rows = traced, {}
+
+    def run_node(self, n: fx.Node) -> object:
+        """As the interpreter does."""
+        value = super().run_node(n)
+        if self.traced.is_linear(n):
+            self.rows[n.name] = max(1, value.numel() // value.shape[-1] // SAMPLES)
+        return value
 
 
 def _readers(traced: Traced, end: fx.Node, m: int) -> tuple[str, ...]:
@@ -252,11 +316,11 @@ def outputs_of(traced: Traced) -> list[fx.Node]:
     return [node for node in given if node not in below]
 
 
-def _tail(traced: Traced, node: fx.Node, start: fx.Node, path: Path | None) -> tuple[fx.GraphModule | None, str]:
+def _tail(traced: Traced, node: fx.Node, start: fx.Node, rows: int) -> tuple[fx.GraphModule | None, str]:
     """The logits as a function of what enters the activation; or why there is none."""
     outputs = outputs_of(traced)
-    if path is not None and path.rows > 1:
-        return None, f"{node.target} reads {path.rows} parts of each sample, and each comes back by itself"
+    if rows > 1:
+        return None, f"{node.target} reads {rows} parts of each sample, and each comes back by itself"
     if len(outputs) != 1:
         names = ", ".join(output.name for output in outputs)
         return None, f"the model gives {len(outputs)} outputs ({names}): which of them the loss reads is not known"
