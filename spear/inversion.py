@@ -146,13 +146,13 @@ def _through(request: "Request", method: Method) -> Reconstruction:
 
 
 def _before(request: "Request", method: Method, refusal: Refusal) -> Reconstruction:
-    """What a block before the head gives where the head refuses; raises its `refusal` where there is none."""
+    """What a block before the head gives where the head refuses; raises `Refusal` where there is none."""
     if not isinstance(method, Auto):
         raise refusal
     try:
         return request.run(FeedForward())
-    except Refusal:
-        raise refusal from None
+    except Refusal as error:
+        raise Refusal(f"{refusal}; before the head: {error}") from None
 
 
 def _as_read(request: "Request", method: Method) -> Reconstruction:
@@ -249,9 +249,7 @@ class Request:
         """Two layers; from exact gradients."""
         if is_perturbed(self.believed) or self.believed.pruning is not None:
             raise Refusal("the gradients of a block are read as they were computed: not rounded, pruned or with noise")
-        view = open_block(
-            self.model, self.believed, layer=self.layer, batch_size=self.batch_size, device=self.device
-        )
+        view = open_block(self.model, self.believed, layer=self.layer, batch_size=self.batch_size, device=self.device)
         return recover_block(view, self.terms)
 
     def _view(self, noise: bool) -> LayerView:

@@ -92,7 +92,7 @@ class TokenCurves:
     def at(
         self, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], pieces: Int[Tensor, "k m"] | None = None
     ) -> TokenPoints:
-        """Where starts are; with `pieces`, each entry on the given piece of phi, continued. Labels are carried along."""
+        """Where starts are; with `pieces`, each entry on the given piece of phi, continued. Labels are kept."""
         z, activation = self.base + w @ self.frame.T, self.view.activation
         a, slope, _ = activation.at(z, bend=False) if pieces is None else activation.at_piece(z, pieces)
         u = self.view.read(a)

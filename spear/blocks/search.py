@@ -26,6 +26,7 @@ NEAR = 1e-2  # sine under which a start in single precision has arrived
 EXACT = 1e-13  # sine that needs no further step
 SAME, ROUGHLY_SAME = 1e-4, 3e-3  # relative distances of two ends that are one, in double and single precision
 ZEROS = Limits(rough=0.2, alike=0.9999, sine=1e-6, same=1 - 1e-6)  # of what ReLU's zeros lead to, in double precision
+BLUR, MOST_BLURRED = 10.0, 0.01  # sine of a weak token: times the rounding over the last singular value; at most
 INVERSIONS = 3  # steps of inverse iteration
 PART = 2**23  # entries of matrices that are held at once
 
@@ -145,11 +146,12 @@ class TokenSearch:
     def _new(self, extended: Float[Tensor, "j n1"]) -> Tokens:
         """The candidates that fit both whole gradients and are no known token, the best first."""
         found = witnessed(self.view, extended)
-        limit = self.view.accuracy.certain
-        found = found[(found.sine < limit**0.75) & (found.apart < limit**0.5)]
+        low = min((low.smallest / low.largest for low in self.view.low), default=1.0)
+        limit = max(self.view.accuracy.certain**0.75, min(BLUR * self.view.eps / low, MOST_BLURRED))
+        found = found[(found.sine < limit) & (found.apart < limit**0.5)]
         found = found[found.sine.argsort()]
         tokens, known = self.view.tokens(found.extended), self.view.tokens(self.known.extended)
-        return found[apart(tokens, known, SAME)][: self.missing]
+        return found[apart(tokens, known, SAME).nonzero()[: self.missing, 0]]
 
 
 def witnessed(view: BlockView, extended: Float[Tensor, "j n1"]) -> Tokens:
@@ -168,9 +170,7 @@ def witnessed(view: BlockView, extended: Float[Tensor, "j n1"]) -> Tokens:
     return found[torch.isfinite(own) & torch.isfinite(off)]
 
 
-def _directions(
-    view: BlockView, below: Factors, above: Factors, slope: Float[Tensor, "k m"]
-) -> Float[Tensor, "k r"]:
+def _directions(view: BlockView, below: Factors, above: Factors, slope: Float[Tensor, "k m"]) -> Float[Tensor, "k r"]:
     """The unit d, in coordinates of the second gradient's columns, whose phi'(z) ∘ W'ᵀ d is nearest to the first's."""
     lifted = slope[:, :, None] * (view.reader.T @ above.basis)
     rest = lifted - below.basis @ (below.basis.T @ lifted)

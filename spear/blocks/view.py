@@ -16,6 +16,7 @@ from spear.network.factors import Factors
 from spear.published.lowrank import LowRank, augment, decompose
 from spear.reconstruction import Refusal
 
+FADED = 10.0  # roundings of the largest singular value under which one is rounding
 MARGIN = 8  # equations beyond the unknowns of a token: those that a wrong answer fails
 
 
@@ -24,9 +25,10 @@ class BlockView:
     """A block as the server sees it, in float64 on one device.
 
     `lift` is [W | beta] of the first layer (W where it has no bias), `reader` the weights W' of the second; `below` and
-    `above` are their gradients in the same way, `low` both factorised. `from_data` says whether the
-    samples themselves enter, or parts of them; `anchored` whether the first layer has a bias, and whether the second. `disclosed` is the number of tokens of all samples together, `None` where it is not known.
-    `eps` is the rounding unit of the gradients as they came, `dtype` the coarsest of model and update.
+    `above` are their gradients in the same way, `low` both factorised. `from_data` says whether the samples themselves
+    enter, or parts of them; `anchored` whether the first layer has a bias, and whether the second. `disclosed` is the
+    number of tokens of all samples together, `None` where it is not known. `eps` is the rounding unit of the gradients
+    as they came, `dtype` the coarsest of model and update.
     """
 
     name: str
@@ -136,11 +138,11 @@ def _factorised(
         if one.rank == min(J.shape) != disclosed:
             full = f"a gradient of {block.first.name} or {block.second.name} has the full rank of {one.rank}"
             raise Refusal(f"{full}: as many tokens as these layers can show, or more, or noise")
-    ranks = {one.rank for one in low}
-    if len(ranks) > 1 and disclosed is not None:  # weak tokens fade into rounding in one sooner than in the other
-        low = [decompose(J, disclosed, eps=eps) for J in (below, above)]
-        ranks = {one.rank for one in low if one.smallest > one.largest * eps}
-    if len(ranks) != 1:
+    known = [disclosed if disclosed is not None and one.rank < disclosed else one.rank for one in low]
+    if known[0] == known[1] and known != [one.rank for one in low]:  # weak tokens may fade into rounding, in one sooner
+        told = [decompose(J, rank, eps=eps) for J, rank in zip((below, above), known, strict=True)]
+        low = told if all(one.smallest > FADED * eps * one.largest for one in told) else low
+    if low[0].rank != low[1].rank:
         shown = f"the gradient of {block.first.name} has rank {low[0].rank}, that of {block.second.name} {low[1].rank}"
         raise Refusal(f"{shown}: tokens that are alike behind the block cannot be told apart")
     rank, m = low[0].rank, len(below)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import math
 import operator
 import warnings
@@ -71,6 +72,7 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
 
 def _exported(model: nn.Module, shapes: Sequence[tuple[int, ...]], error: Exception) -> fx.GraphModule:
     like = next(model.parameters(), torch.zeros(0))
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what a shape fails at
     for shape in shapes:
         example = torch.zeros(EXAMPLE, *shape, dtype=like.dtype, device=like.device)
         try:

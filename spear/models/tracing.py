@@ -82,7 +82,7 @@ def find_block(model: nn.Module, name: str | None = None, shape: Shape = None) -
         raise Refusal(f"no linear layer named {name!r}; the model's linear layers: {known}")
     by_name = {layer.name: layer for layer in layers}
     begins = [layer for layer in layers if layer.readers and name in (None, layer.name)]
-    if name is None and begins and _is_chain(model, shape):
+    if name is None and begins and is_chain(model, shape):
         raise Refusal("the model is a chain of linear layers, and a block only two of them")
     for layer in begins:
         if layer.after.is_plain and not layer.obstacle:
@@ -92,7 +92,8 @@ def find_block(model: nn.Module, name: str | None = None, shape: Shape = None) -
     raise Refusal(f"no elementwise activation and linear layer {where}{why}; the model's linear layers: {known}")
 
 
-def _is_chain(model: nn.Module, shape: Shape) -> bool:
+def is_chain(model: nn.Module, shape: Shape = None) -> bool:
+    """Whether one attack reads every layer."""
     try:
         chain(model, shape)
     except Refusal:
