@@ -2,18 +2,18 @@
 
 **Theorem.** Let U = G X and U' = D A be the gradients of the two layers, all four factors of rank n, P the projection
 on the row space of U', E a basis of the differences of the tokens (of the row space of U, where the first layer has no
-bias). Let (1 - P) u'(z_t) W E, u = [phi(z); 1], have full column rank for each token t. Then the tokens are isolated: no
-other n tokens near them give U and U', whatever their gradients d, and so whatever stands before and behind the block.
-Where phi is piecewise linear no other n tokens on the same pieces do.
+bias). Let (1 - P) u'(z_t) W E, u = [phi(z); 1], have full column rank for each token t. Then the tokens are isolated:
+no other n tokens near them give U and U', whatever their d, and so whatever stands before and behind the block. Where
+phi is piecewise linear no other n tokens on the same pieces do.
 
 *Proof.* n tokens that give U and U' have their [x; 1] in the row space of U and their [a; 1] in that of U', as the
 factors have full rank. So x_t moves by E v alone, and r(v) = (1 - P) u(z_t + W E v) = 0, whose derivative at v = 0 is
 injective. On one piece of phi, r is affine.
 
 *Error.* With the rounding N of U and N' of U', to first order: x_t is off its row space by the row (G⁺N)_t, u(z_t) off
-its own by (D⁺N')_t and by what the former moves it, and v follows by the derivative's pseudo-inverse T⁺. The entries are
-taken for independent, as large as rounding or what the tokens leave of U and U' makes them, whichever is more, times
-`spear.certificate.SAFETY`.
+its own by (D⁺N')_t and by what the former moves it, and v follows by the derivative's pseudo-inverse T⁺. The entries
+are taken for independent, as large as rounding or what the tokens leave of U and U' makes them, whichever is more,
+times `spear.certificate.SAFETY`.
 
 **Assumed**, as elsewhere: that no second set of tokens, far from this one, gives both gradients. Each solves m - n
 equations more than it has unknowns to rounding; its g and d, which no such equation mentions, must reproduce U and U'

@@ -72,24 +72,23 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
 
 
 def find_block(model: nn.Module, name: str | None = None, shape: Shape = None) -> Block:
-    """The feed-forward block that begins with the linear layer of that name, or else the first one of the model.
+    """The feed-forward block that begins with the linear layer of that name, or else the first that tokens enter.
 
-    Raises `Refusal` where there is none, and where every layer is one of a chain, which is more than a block.
+    Raises `Refusal` where there is none.
     """
-    layers = linear_layers(model, shape)
-    known = ", ".join(layer.name for layer in layers) or "none"
-    if name is not None and name not in [layer.name for layer in layers]:
+    layers = {layer.name: layer for layer in linear_layers(model, shape)}
+    known = ", ".join(layers) or "none"
+    if name is not None and name not in layers:
         raise Refusal(f"no linear layer named {name!r}; the model's linear layers: {known}")
-    by_name = {layer.name: layer for layer in layers}
-    begins = [layer for layer in layers if layer.readers and name in (None, layer.name)]
-    if name is None and begins and is_chain(model, shape):
-        raise Refusal("the model is a chain of linear layers, and a block only two of them")
+    begins = [layer for layer in layers.values() if (layer.rows > 1 if name is None else layer.name == name)]
     for layer in begins:
-        if layer.after.is_plain and not layer.obstacle:
-            return Block(layer, by_name[layer.readers[0]])
-    where = f"behind {name}" if name else "anywhere"
-    why = f": {begins[0].obstacle}" if begins and begins[0].obstacle else ""
-    raise Refusal(f"no elementwise activation and linear layer {where}{why}; the model's linear layers: {known}")
+        if layer.readers and layer.after.is_plain and not layer.obstacle:
+            return Block(layer, layers[layer.readers[0]])
+    why = "".join(f": {layer.obstacle}" for layer in begins if layer.obstacle)
+    where = (
+        f"behind {name}" if name else "that several tokens of a sample enter" if shape else "(a sample has no shape)"
+    )
+    raise Refusal(f"no activation and linear layer {where}{why}; the model's linear layers: {known}")
 
 
 def is_chain(model: nn.Module, shape: Shape = None) -> bool:
