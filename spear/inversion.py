@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from spear.blocks.behind import behind_tokens
 from spear.blocks.recover import FeedForward
 from spear.blocks.recover import recover as recover_block
 from spear.blocks.view import open_block
@@ -246,11 +247,15 @@ class Request:
         return attack_layer(self._view(method.stands_noise), method, self.terms, self.device)
 
     def _block(self) -> Reconstruction:
-        """Two layers; from exact gradients."""
+        """Two layers, and through their tokens the samples; from exact gradients."""
         if is_perturbed(self.believed) or self.believed.pruning is not None:
             raise Refusal("the gradients of a block are read as they were computed: not rounded, pruned or with noise")
-        view = open_block(self.model, self.believed, layer=self.layer, batch_size=self.batch_size, device=self.device)
-        return recover_block(view, self.terms)
+        update = self.believed
+        view = open_block(self.model, update, layer=self.layer, batch_size=self.batch_size, device=self.device)
+        found, tokens = recover_block(view, self.terms)
+        if self.layer is not None or len(tokens) < view.rank:
+            return found
+        return behind_tokens(self.model, update, view, tokens, found, self.terms)
 
     def _view(self, noise: bool) -> LayerView:
         """The one layer; for a method that stands noise also from a gradient that was rounded or has noise on it."""

@@ -76,7 +76,7 @@ def errors(
     away = view.tokens(curves.place.T @ curves.rows)  # of x by w
     gram = away @ away.T
     weights = view.lift.norm() / view.lift.shape[1] ** 0.5
-    for part in torch.arange(len(w), device=w.device).split(max(1, PART // curves.frame.numel())):
+    for part in torch.arange(len(w), device=w.device).split(max(1, PART // max(1, curves.frame.numel()))):
         at = curves.at(w[part], labels[part])
         T = curves.matrix(at) * at.size[:, None]
         factor, failed = torch.linalg.cholesky_ex(T @ T.mT)

@@ -22,8 +22,8 @@ class FeedForward:
     name: ClassVar[str] = "block"
 
 
-def recover(view: BlockView, terms: Terms) -> Reconstruction:
-    """The tokens that enter a block, in no particular order."""
+def recover(view: BlockView, terms: Terms) -> tuple[Reconstruction, Tokens]:
+    """The tokens that enter a block, in no particular order, and what is known of each."""
     run = TokenSearch(view, terms.generator())
     run.until = terms.budget.until
     while run.missing and run.idle < IDLE and not terms.budget.spent(run.starts):
@@ -31,14 +31,15 @@ def recover(view: BlockView, terms: Terms) -> Reconstruction:
         terms.report(FeedForward.name, len(run.known), view.rank, run.starts)
     if run.missing:
         spent = terms.budget.spent(run.starts) or f"{run.idle} rounds in a row found nothing new"
-        return _result(view, run, terms, run.known, f"found {len(run.known)} of {view.rank} tokens; {spent}")
+        said = f"found {len(run.known)} of {view.rank} tokens that enter {view.name}; {spent}"
+        return _result(view, run, terms, said), run.known
     evidence = certificate(view, run.known, "")
     if evidence.holds:
         evidence = certificate(view, run.known, _others(view, run, terms))
     reason = f"all {view.rank} tokens that enter {view.name}: both gradients reproduced to {evidence.residual:.0e}"
     if not evidence.holds:
         reason = f"{reason}; not certified: {_why_not(view, evidence)}"
-    return _result(view, run, terms, run.known, reason, evidence)
+    return _result(view, run, terms, reason, evidence), run.known
 
 
 def _others(view: BlockView, run: TokenSearch, terms: Terms) -> str:
@@ -56,8 +57,9 @@ def _why_not(view: BlockView, evidence: Certificate) -> str:
 
 
 def _result(
-    view: BlockView, run: TokenSearch, terms: Terms, found: Tokens, reason: str, evidence: Certificate | None = None
+    view: BlockView, run: TokenSearch, terms: Terms, reason: str, evidence: Certificate | None = None
 ) -> Reconstruction:
+    found = run.known
     inputs = view.tokens(found.extended)
     unknown = torch.full_like(found.sine, math.inf)
     return Reconstruction(

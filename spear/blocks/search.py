@@ -22,7 +22,7 @@ from spear.network.spaces import sine
 
 FEWEST, MOST = 16, 256  # starts of a round
 ROUGH = Effort(steps=40, inner=30, arrived=1e-4)  # of every start, in single precision
-NEAR = 1e-2  # sine under which a start in single precision has arrived
+NEAR, LOOSER = 1e-2, 3  # sine under which a start in single precision has arrived; times that after an idle round
 EXACT = 1e-13  # sine that needs no further step
 SAME, ROUGHLY_SAME = 1e-4, 3e-3  # relative distances of two ends that are one, in double and single precision
 ZEROS = Limits(rough=0.2, alike=0.9999, sine=1e-6, same=1 - 1e-6)  # of what ReLU's zeros lead to, in double precision
@@ -107,7 +107,7 @@ class TokenSearch:
         labels = torch.zeros(count, dtype=torch.long, device=w.device)
         effort = Effort(ROUGH.steps, ROUGH.inner, ROUGH.arrived, self.until)
         w, rough = fit(curves.to(torch.float32), w.float(), labels, effort)
-        arrived = (rough < NEAR).nonzero()[:, 0]
+        arrived = (rough < NEAR * LOOSER**self.idle).nonzero()[:, 0]
         arrived = arrived[rough[arrived].argsort()]
         found = curves.extended(w[arrived].double())
         z = found @ self.view.lift.T

@@ -16,7 +16,7 @@ from spear.network.factors import Factors
 from spear.published.lowrank import LowRank, augment, decompose
 from spear.reconstruction import Refusal
 
-FADED = 10.0  # roundings of the largest singular value under which one is rounding
+FADED = 3.0  # times the next one: a singular value that is no rounding, where the number of tokens is known
 MARGIN = 8  # equations beyond the unknowns of a token: those that a wrong answer fails
 
 
@@ -141,7 +141,7 @@ def _factorised(
     known = [disclosed if disclosed is not None and one.rank < disclosed else one.rank for one in low]
     if known[0] == known[1] and known != [one.rank for one in low]:  # weak tokens may fade into rounding, in one sooner
         told = [decompose(J, rank, eps=eps) for J, rank in zip((below, above), known, strict=True)]
-        low = told if all(one.smallest > FADED * eps * one.largest for one in told) else low
+        low = told if all(one.gap > FADED for one in told) else low
     if low[0].rank != low[1].rank:
         shown = f"the gradient of {block.first.name} has rank {low[0].rank}, that of {block.second.name} {low[1].rank}"
         raise Refusal(f"{shown}: tokens that are alike behind the block cannot be told apart")

@@ -9,16 +9,16 @@ from torch import Tensor, fx, nn
 
 from spear.models.activations import RELU, recognise
 from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
-from spear.models.graphs import as_rows, extract, guesses, is_size, like, trace
+from spear.models.graphs import as_rows, extract, guesses, is_size, trace
 from spear.models.layers import Behind, Block, Layer, Path, Shape
 from spear.models.memory import once
 from spear.models.modes import modes, words
+from spear.models.rows import row_counts
 from spear.models.traced import Traced, operation
 from spear.reconstruction import Refusal
 
 LONGEST = 16  # cuts of the graph behind a layer within which its activation is looked for
 MOST_ROWS = 64  # parts of a sample that are tried where its shape is not known
-SAMPLES = 2  # of which the rows that enter each layer are counted
 SPREADS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)  # before a layer: its inputs are features
 
 
@@ -157,7 +157,7 @@ def _usual(traced: Traced, node: fx.Node, shape: Shape) -> Layer:
 def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
     linear, before = traced.part(node), behind.before
     path = data_path(traced, node, linear.in_features, shape)
-    rows = path.rows if path is not None else _rows(traced, shape).get(node.name, 1)
+    rows = path.rows if path is not None else row_counts(traced, shape).get(node.name, 1)
     tail, unknown = _tail(traced, node, behind.start, rows)
     own, outer = traced.names(), _added_last(traced, behind.start) if linear.bias is None else ""
     if outer:
@@ -180,38 +180,6 @@ def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Lay
         readers=_readers(traced, behind.end, linear.out_features) if behind.activation is not None else (),
         rows=rows,
     )
-
-
-def _rows(traced: Traced, shape: Shape) -> dict[str, int]:
-    """How many inputs each linear layer has of a sample, by its node's name; none where that cannot be tried."""
-    return {} if shape is None else once(("rows", id(traced.module), shape), lambda: _counted(traced, shape))
-
-
-def _counted(traced: Traced, shape: tuple[int, ...]) -> dict[str, int]:
-    for dtype in (like(torch.zeros(0), traced.module).dtype, torch.long):  # tokens of a vocabulary are numbers
-        counter = RowCounter(traced)
-        try:
-            with torch.no_grad():
-                counter.run(torch.zeros(SAMPLES, *shape, dtype=dtype, device=next(traced.module.parameters()).device))
-        except Exception:  # another type, or the model's own code: it may raise anything
-            continue
-        return counter.rows
-    return {}
-
-
-class RowCounter(fx.Interpreter):
-    """Runs a model and counts the rows that enter each linear layer, for each sample."""
-
-    def __init__(self, traced: Traced) -> None:
-        super().__init__(traced.module)
-        self.traced, self.rows = traced, {}
-
-    def run_node(self, n: fx.Node) -> object:
-        """As the interpreter does."""
-        value = super().run_node(n)
-        if self.traced.is_linear(n):
-            self.rows[n.name] = max(1, value.numel() // value.shape[-1] // SAMPLES)
-        return value
 
 
 def _readers(traced: Traced, end: fx.Node, m: int) -> tuple[str, ...]:
