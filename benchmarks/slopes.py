@@ -49,7 +49,7 @@ def smallest(U: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def columns(U: torch.Tensor) -> torch.Tensor:
-    """As many directions as there are samples, the sparsest first, from the rows of U; fewer where no more are found."""
+    """As many directions as samples, the sparsest first, from the rows of U; fewer where no more are found."""
     q = soft_threshold(U, unit_rows(U))
     for _ in range(POLISHES):
         small = (q @ U.T).abs()
@@ -81,7 +81,9 @@ def measure(name: str, dataset: str, seed: int, batch: int) -> Row:
     floor = errors(problem, smallest(U, 1 / slope.clamp_min(1e-3 * largest)), x)
     found = errors(problem, columns(U), x)
     small = float((slope < 0.05 * largest).double().mean())
-    return Row(name, dataset, seed, batch, small, float(floor.median()), float(found.median()), int((found < NEAR).sum()))
+    return Row(
+        name, dataset, seed, batch, small, float(floor.median()), float(found.median()), int((found < NEAR).sum())
+    )
 
 
 def main() -> None:
