@@ -155,7 +155,7 @@ def audit(
     attacked = update or gradient(model, *sample.take(simulated))
     front = layer is None and cut(model, shape) is not None  # of the features that enter the layer, the samples too
     result = replace(options, layer=None if front else options.layer, time_limit=time_limit).attack(model, attacked)
-    entered = result.features_of or (None if front else options.layer)
+    entered = result.features_of or (None if front and len(result.inputs) else options.layer)
     count = count or (result.rank if update else simulated)
     truth = None if update else simulation.entering(model, entered, sample.inputs[:count])
     return Audit(
