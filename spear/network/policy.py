@@ -8,6 +8,7 @@ EASY, HARD_PRESSED = 0.3, 0.45  # rank over width: under the first most starts a
 STARTS = (128, 256)  # of a round, in an easy problem and another
 FEWEST, PER_SAMPLE = 32, 1.5  # starts: at least, and at most for each sample that is left
 STEPS = (100, 200, 300)  # of a start, in an easy problem, another, a hard-pressed one
+PAIRED = (96, 150)  # starts of a round and steps where the layer below is searched as well
 LONGEST = 5  # times as many, after rounds that found nothing
 MANY_LEFT = 0.7  # share of samples left over which the partner knows too little: its space is nearly everything
 SUCCESS = 0.3  # share of starts that find something from which they may go on without the partner
@@ -21,14 +22,14 @@ PATIENCE = 4  # by how much a failure in a crowd lowers a share
 class Plan:
     """One round's search: whether h moves, how many starts and steps, and the partner's weight (0 leaves it out).
 
-    `evened` evens out the rows: a unit with a small h_j says 0 or h_j as clearly as one with a large h_j.
+    `paired` searches the layer below as well.
     """
 
     free: bool
     starts: int
     steps: int
     weight: float
-    evened: bool
+    paired: bool
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Standing:
     """Where a search stands: `left` of `rank` samples at `width` units, after `idle` rounds in a row for nothing.
 
     `crowded` says that the batch is large for the width, `restricted` that every class keeps one h; `classes` is their
-    number, `lowest` says that the last hidden layer is the first.
+    number, `lowest` says that the last hidden layer is the first, `paired` that ReLU stands in it and the one below.
     """
 
     width: int
@@ -47,6 +48,7 @@ class Standing:
     crowded: bool
     restricted: bool
     lowest: bool
+    paired: bool
 
 
 @dataclass
@@ -68,12 +70,13 @@ class Policy:
         """How to search: cheap while many are left and starts succeed, then with the partner, longer when idle."""
         easy, pressed = at.rank < EASY * at.width, at.rank >= HARD_PRESSED * at.width
         free = not at.restricted and max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
-        starts = int(min(STARTS[not easy], max(FEWEST, PER_SAMPLE * at.left)))
+        paired = at.paired and not free
+        most, steps = PAIRED if paired else (STARTS[not easy], STEPS[(not easy) + pressed])
+        starts = int(min(most, max(FEWEST, PER_SAMPLE * at.left)))
         if at.left <= FEW_LEFT and at.classes <= FEW_CLASSES:
             starts = max(starts, 2 * at.classes)
         weight = self._partner_weight(at)
-        evened = not free and not weight and at.crowded and at.classes <= FEW_CLASSES
-        return Plan(free, starts, STEPS[(not easy) + pressed] * min(1 + at.idle, LONGEST), weight, evened)
+        return Plan(free, starts, steps * min(1 + at.idle, LONGEST), weight, paired)
 
     def _partner_weight(self, at: Standing) -> float:
         """How much the pre-activations count: all with one hidden layer, else once that promises more than without."""
