@@ -111,7 +111,8 @@ def activation_coordinates(
         zeros = activations[:, inactive]
         s = particular
         if free.shape[1] and zeros.shape[1] >= free.shape[1] + SPARE_ROWS:
-            s = particular - free @ (torch.linalg.pinv(zeros.T @ free) @ (zeros.T @ particular))
+            fit = torch.linalg.lstsq(zeros.T @ free, (zeros.T @ particular)[:, None], driver="gels").solution[:, 0]
+            s = particular - free @ fit
         y = s @ activations
         sure.append(((s @ zeros).norm() < tolerances.accept * y.norm()) & (y[active].min() > 0))
         answers.append(s)

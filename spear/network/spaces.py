@@ -16,6 +16,7 @@ from spear.models.activations import Activation
 LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
 SUREST = 3  # how far a unit can lean: a rough model knows no more
+MOST_LEVERAGE = 0.95  # of an entry on its own projection: past it the other units know nothing of it
 SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by the root of rounding
 
 
@@ -118,6 +119,14 @@ class Spaces:
     def active(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Bool[Tensor, "k m"]:
         """The mask that u implies."""
         return self.evidence(u, h) > 0
+
+    def without_itself(self, u: Float[Tensor, "k m"], wanted: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """What the other units say of each entry, u being the projection of `wanted` on span(U).
+
+        In a crowded span an entry follows what was wanted of it, right or wrong: its leverage is b/m on average.
+        """
+        leverage = self.basis.pow(2).sum(1).clamp_max(MOST_LEVERAGE)
+        return (u - leverage * wanted) / (1 - leverage)
 
     @property
     def head_space(self) -> Float[Tensor, "m free"]:
