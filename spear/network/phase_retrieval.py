@@ -58,9 +58,8 @@ class Reflections:
     """How long to reflect, and what beside span(U) tells 0 from h_j.
 
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
-    that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. A positive
-    `lean` (`leaning`) is evidence that a unit is active, which counts most where h_j is small. Steps go `relaxation`
-    of the way between the two reflections. `levels` are the slopes of another activation than ReLU.
+    that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Steps go
+    `relaxation` of the way between the two reflections. `levels` are the slopes of another activation than ReLU.
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
     halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
@@ -71,7 +70,6 @@ class Reflections:
     partner: Float[Tensor, "m r"] | None = None
     weight: float = 1.0
     head: Float[Tensor, "m free"] | None = None
-    lean: Float[Tensor, " m"] | None = None
     relaxation: float = 0.5
     near: float = 0.0
     until: float = math.inf
@@ -125,9 +123,8 @@ def advance(
 
 def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -> Iterate:
     """The steps of `retrieve_phases`. A sign chooses between two values: comparisons are slow at this size."""
-    partner, head, lean, relaxation = options.partner, options.head, options.lean, options.relaxation
+    partner, head, relaxation = options.partner, options.head, options.relaxation
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
-    push = None if lean is None else lean * h.abs() * h.shape[1] ** -0.5
     for _ in range(options.steps):
         pu = project(u, basis)
         ru = torch.lerp(u, pu, 2.0)
@@ -137,8 +134,6 @@ def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -
             ph = project(h, head)
             rh = torch.lerp(h, ph, 2.0)
             x, evidence = (ru + rh) / 2, ru * ru - (ru - rh) ** 2 / 2
-        if push is not None:
-            evidence.add_(push)
         if partner is not None:
             pv = project(v, partner)
             rv = torch.lerp(v, pv, 2.0)
@@ -164,8 +159,6 @@ def relax_levels(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflect
     partner, levels, relaxation, h = options.partner, options.levels, options.relaxation, iterate.h
     middle, half = h * (levels.active + levels.inactive) / 2, h * (levels.active - levels.inactive) / 2
     offset = -4 * middle * half
-    if options.lean is not None:
-        offset = offset + options.lean * h.abs() * h.shape[1] ** -0.5
     u, v, target = iterate.u.clone(), iterate.v.clone(), iterate.target
     for _ in range(options.steps):
         pu = project(u, basis)

@@ -24,7 +24,6 @@ from spear.published.lowrank import LowRank
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
 VERY_HARD, TRIES = 0.5, (2, 6)  # past it fewer starts arrive at the layer below, too: tries of each sample there
-LEAN = 0.2  # weight of what a unit's average pre-activation says; 0.1 to 0.3 are as good
 CLOSER = 10  # times nearer a start must come to a crowded span to have arrived: it is near to everything
 BLUR = 20  # times the gradient's noise, over the last singular value: how far two solutions of one sample may differ
 MOST_BLURRED = 1e-5  # of the cosine, however large the noise: two samples are seldom that near
@@ -211,18 +210,16 @@ class PhaseSearch:
         if self.spaces.levels is not None and not self.spaces.levels.signed:
             return self._reflect(free, labels), labels
         biased = self.problem.biases[self.problem.last] is not None
-        foretold = Foretold.of(self.spaces, free, biased=biased)
-        s = foretold.draw(plan.starts, self.generator)
+        s = Foretold.of(self.spaces, free, biased=biased).draw(plan.starts, self.generator)
         start = self.drawn.draw(self.spaces, s, labels, spread=plan.free)
         # An h that moves goes on improving where it arrived; a crowded span is near to everything.
         near = 0.0 if plan.free else self.tolerances.near / (CLOSER if plan.paired else 1)
         if plan.paired:
             return self._pair(start, s, free, Reflections(plan.steps, near=near, until=self.until)), labels
-        lean = LEAN * foretold.leaning(self.spaces.lift).float() if self.crowded and not plan.free and biased else None
         levels = None if self.spaces.levels is None else self.spaces.levels.to(torch.float32)
         partner = torch.linalg.qr(self.spaces.lift @ free)[0].float() if plan.weight else None
         head = self.heads if plan.free else None
-        reflections = Reflections(plan.steps, partner, plan.weight, head, lean, near=near, until=self.until)
+        reflections = Reflections(plan.steps, partner, plan.weight, head, near=near, until=self.until)
         return phase_retrieval.retrieve_phases(start, self.low, replace(reflections, levels=levels)), labels
 
     def _pair(self, start: Iterate, s: Float[Tensor, "k b"], free: Float[Tensor, "b r"], options: Reflections) -> Iterate:

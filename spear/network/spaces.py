@@ -15,7 +15,6 @@ from spear.models.activations import Activation
 
 LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
-SUREST = 3  # how far a unit can lean: a rough model knows no more
 MOST_LEVERAGE = 0.95  # of an entry on its own projection: past it the other units know nothing of it
 SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by the root of rounding
 
@@ -200,16 +199,6 @@ class Foretold:
         """The s of samples such as these, up to one factor."""
         w = torch.randn(count, len(self.mean), generator=generator, dtype=torch.float64).to(self.mean)
         return (w + (1 - w @ self.mean)[:, None] * self.mean) @ self.coordinates.T
-
-    def leaning(self, lift: Float[Tensor, "m b"]) -> Float[Tensor, " m"]:
-        """How far each unit leans to being active, z = `lift` s: mean over spread of its pre-activation.
-
-        Deep layers and images make samples alike: there it foretells most masks. At most 3 in size, as no more can be
-        known from so rough a model.
-        """
-        lift = lift @ self.coordinates
-        mean = lift @ self.mean
-        return (mean / (lift.pow(2).sum(1) - mean**2).clamp_min(TINY).sqrt()).clamp(-SUREST, SUREST)
 
 
 def sine(x: Float[Tensor, "s n"], projected: Float[Tensor, "s n"]) -> Float[Tensor, " s"]:
