@@ -83,7 +83,7 @@ def _settled(
         before, mask = mask, (2 * u - h) * h > 0
     inside = mask * h
     sine = (inside - project(inside, basis)).norm(dim=1) / inside.norm(dim=1).clamp_min(TINY)
-    good = ((before == mask).all(1) & (sine < tolerances.accept)).nonzero()[:, 0]
+    good = ((before == mask).all(1) & mask.any(1) & (sine < tolerances.accept)).nonzero()[:, 0]
     return good, mask[good]
 
 

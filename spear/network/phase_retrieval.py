@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,24 +23,24 @@ from spear.network.spaces import Levels, misfit, project, quick
 EVERY = 5  # steps after which starts are looked at
 
 
+Group = TypeVar("Group")  # starts side by side, of one kind or another
+
+
 @dataclass(frozen=True)
 class Together:
     """Starts side by side: every field has a row for each."""
 
-    def __getitem__(self, index: Int[Tensor, " j"] | Bool[Tensor, " k"]) -> Self:
+    def __getitem__(self: Group, index: Int[Tensor, " j"] | Bool[Tensor, " k"]) -> Group:
         return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
 
-    def to(self, dtype: torch.dtype) -> Self:
+    def to(self: Group, dtype: torch.dtype) -> Group:
         """The same in another precision."""
         return type(self)(*(getattr(self, f.name).to(dtype) for f in fields(self)))
 
     @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
+    def joined(cls: type[Group], parts: Sequence[Group]) -> Group:
         """All starts of the parts."""
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
-
-
-Group = TypeVar("Group", bound="Together")
 
 
 @dataclass(frozen=True)

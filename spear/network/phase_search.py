@@ -81,7 +81,7 @@ class PhaseSearch:
         return self.solved.join(found, room=self.left, cosine=max(min(SAME, 1 - blur**2), 1 - MOST_BLURRED))
 
     def round(self) -> None:
-        """One round: the tail by linear programming where it is due, else a search with the kind that did best last."""
+        """One round: a search with the kind that did best last, or where that failed near the end, linear programming."""
         before, free = self.left, complement(self.spaces, self.solved)
         self.rounds += 1
         found = Solved.none(self.spaces) if self.restricted else self._tail(free)
@@ -128,7 +128,9 @@ class PhaseSearch:
 
     def _unknown(self, count: int) -> Bool[Tensor, "f m1"]:
         """Masks of which nothing is known: no unit is active."""
-        return torch.zeros(count, self.problem.weights[self.problem.last].shape[1], dtype=torch.bool).to(self.low.device)
+        return torch.zeros(count, self.problem.weights[self.problem.last].shape[1], dtype=torch.bool).to(
+            self.low.device
+        )
 
     def _guess_below(self, new: Solved) -> Bool[Tensor, "f m1"]:
         """What the search says of the masks below of directions that it found."""
@@ -160,7 +162,7 @@ class PhaseSearch:
     def _tail(self, free: Float[Tensor, "b r"]) -> Solved:
         if self.left == 1:
             return last_samples.last_one(self.spaces, free, self.tolerances)
-        if not self.stacked or self.left > TAIL * len(self.spaces.basis):
+        if not self.stacked or not self.idle or self.left > TAIL * len(self.spaces.basis):
             return Solved.none(self.spaces)
         inputs = self.spaces.rows[:, : self.problem.weights[self.problem.last].shape[1]]
         tries = min(self.left + 2, MOST_PROGRAMMES)
@@ -217,12 +219,14 @@ class PhaseSearch:
         if plan.paired:
             return self._pair(start, s, free, Reflections(plan.steps, near=near, until=self.until)), labels
         levels = None if self.spaces.levels is None else self.spaces.levels.to(torch.float32)
-        partner = torch.linalg.qr(self.spaces.lift @ free)[0].float() if plan.weight else None
+        partner = torch.linalg.qr(self.spaces.lift @ free)[0].float() if plan.partnered else None
         head = self.heads if plan.free else None
-        reflections = Reflections(plan.steps, partner, plan.weight, head, near=near, until=self.until)
+        reflections = Reflections(plan.steps, partner, head=head, near=near, until=self.until)
         return phase_retrieval.retrieve_phases(start, self.low, replace(reflections, levels=levels)), labels
 
-    def _pair(self, start: Iterate, s: Float[Tensor, "k b"], free: Float[Tensor, "b r"], options: Reflections) -> Iterate:
+    def _pair(
+        self, start: Iterate, s: Float[Tensor, "k b"], free: Float[Tensor, "b r"], options: Reflections
+    ) -> Iterate:
         """Where starts end that search the layer below as well; what they say of its masks is kept."""
         weight = self.problem.weights[self.problem.last]
         pair = TwoLayers.of(self.spaces, weight, self.factors_below.L, free).search(start, s, options)
