@@ -57,9 +57,8 @@ class PhaseSearch:
         self.drawn = Starts(problem, generator, prior)
         self.policy = Policy.at_first(crowded=self.crowded)
         self.low = spaces.basis.float()
+        self.masks_below, self.hints = self._unknown(0), None
         self.heads = torch.linalg.qr(spaces.head_space)[0].float()
-        self.masks_below = self._unknown(0)
-        self.hints: tuple[Tensor, Tensor] | None = None
 
     @property
     def left(self) -> int:
@@ -81,14 +80,14 @@ class PhaseSearch:
         return self.solved.join(found, room=self.left, cosine=max(min(SAME, 1 - blur**2), 1 - MOST_BLURRED))
 
     def round(self) -> None:
-        """One round: a search with the kind that did best last, or where that failed near the end, linear programming."""
+        """One round: a search by the kind that did best last; near the end, where that failed, linear programming."""
         before, free = self.left, complement(self.spaces, self.solved)
         self.rounds += 1
         found = Solved.none(self.spaces) if self.restricted else self._tail(free)
         if not len(found):
             found = self._search(free)
         self.solved = self.join(found)
-        self.masks_below = torch.cat([self.masks_below, self._guess_below(self.solved[len(self.masks_below) :])])
+        self.masks_below = torch.cat([self.masks_below, self._guess_below(self.solved.t[len(self.masks_below) :])])
         self.idle = 0 if self.left < before else self.idle + 1
         if len(self.solved) >= TELLING and self.problem.loss == "cross_entropy" and not self.restricted:
             self.drawn = replace(self.drawn, prior=mean_probabilities(self.solved, self.drawn.prior))
@@ -132,12 +131,12 @@ class PhaseSearch:
             self.low.device
         )
 
-    def _guess_below(self, new: Solved) -> Bool[Tensor, "f m1"]:
+    def _guess_below(self, t: Float[Tensor, "f b"]) -> Bool[Tensor, "f m1"]:
         """What the search says of the masks below of directions that it found."""
-        if self.hints is None or not len(new):
-            return self._unknown(len(new))
+        if self.hints is None or not len(t):
+            return self._unknown(len(t))
         targets, masks = self.hints
-        return masks[(new.t.to(self.low) @ self.low.T @ targets.T).abs().argmax(1)]
+        return masks[(t.to(self.low) @ self.low.T @ targets.T).abs().argmax(1)]
 
     def determined(self, *, starts: int) -> tuple[Int[Tensor, " g"], Float[Tensor, "g b"]]:
         """Which of the `solved` have activations that the layer below determines, and their s."""
@@ -207,7 +206,7 @@ class PhaseSearch:
 
     def _retrieve(self, plan: Plan, free: Float[Tensor, "b r"]) -> tuple[Iterate, Int[Tensor, " k"]]:
         """Where the plan's starts end, and the class that was guessed for each."""
-        seen = torch.cat([self.gone.labels, self.solved.labels])
+        seen, self.hints = torch.cat([self.gone.labels, self.solved.labels]), None
         labels = self.drawn.labels(plan.starts, seen, left=self.left, rank=self.whole.rank)
         if self.spaces.levels is not None and not self.spaces.levels.signed:
             return self._reflect(free, labels), labels
