@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from spear.models.graphs import like
+from spear.models.graphs import evaluating, like
 from spear.models.layers import Shape
 from spear.models.memory import once
 from spear.models.traced import Traced
@@ -20,7 +20,7 @@ def _counted(traced: Traced, shape: tuple[int, ...]) -> dict[str, int]:
     for dtype in (like(torch.zeros(0), traced.module).dtype, torch.long):  # tokens of a vocabulary are numbers
         counter = RowCounter(traced)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(traced.module):
                 counter.run(torch.zeros(SAMPLES, *shape, dtype=dtype, device=next(traced.module.parameters()).device))
         except Exception:  # another type, or the model's own code: it may raise anything
             continue

@@ -251,3 +251,13 @@ def test_update_without_a_shape() -> None:
     assert "not known" in result.reason
     assert not bool(result.certified.any())
     assert float(apart(entering(model, "blocks.0.up", x), result.inputs).max()) < 1e-8
+
+
+def test_counting_rows_leaves_a_model_as_it_is() -> None:
+    """Rows are counted by running the model: its mode, its buffers and torch's generator stay as they were."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)).train()
+    buffers, state = {k: v.clone() for k, v in model.named_buffers()}, torch.get_rng_state()
+    assert [layer.rows for layer in linear_layers(model, (6,))] == [1, 1]
+    assert model.training
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert torch.equal(torch.get_rng_state(), state)
