@@ -13,11 +13,11 @@ from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import Targets
 from spear.network.recovery import Judged, Reached
 from spear.normalisation.batch_bounds import difference_bounds
+from spear.normalisation.descent import Known
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.replay import Kept, Run, corrected
 from spear.normalisation.sample_bounds import sample_bounds
 from spear.normalisation.statistics import Deviation
-from spear.published.lowrank import LowRank
 from spear.reconstruction import Budget, Reconstruction
 
 WHOLE = "every gradient is that of the recovered batch"
@@ -58,13 +58,12 @@ def judge(
     inputs: Float[Tensor, "b n"],
     targets: Targets,
     kept: Kept,
-    lows: Sequence[LowRank],
-    deviations: Sequence[Deviation | None],
+    known: Sequence[Known],
     reached: Reached,
     budget: Budget,
 ) -> Reconstruction:
     """Inputs, less their mean where BatchNorm follows the first layer, targets and what dropout kept as a result."""
-    network = view.network
+    network, lows, deviations = view.network, [one.low for one in known], [one.before for one in known]
     inputs, own, residual = corrected(view, inputs, targets, kept)
     if view.mixes:
         seen = [  # no better than they agree with the batch's own
@@ -106,11 +105,16 @@ def _dropped(view: NormalisedView, own: Run) -> str:
     said = []
     for k, share in enumerate(view.drops):
         if share:
-            positive = int((own.outputs[k] > 0).sum())
+            positive = _positive(view, own, k)
             took = positive - int(own.active[k].sum())
             said.append(f"{took / max(positive, 1):.1%} of the positive units of layer {k + 1} (p = {share:g})")
     unknown = "of the others it cannot be told, and does not matter"
     return f"; dropout took {', '.join(said)}; {unknown}" if said else ""
+
+
+def _positive(view: NormalisedView, own: Run, k: int) -> int:
+    """How many units of hidden layer k would be active without dropout."""
+    return int((view.network.activations[k].slope(own.outputs[k]) != 0).sum())
 
 
 def _logits(view: NormalisedView, own: Run) -> Float[Tensor, "b outputs"]:
@@ -131,9 +135,9 @@ def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequenc
     if not targets.whole:
         return "the samples' weights in the loss differ"
     for k, share in enumerate(view.drops):
-        positive = (own.outputs[k] > 0).double().sum()
-        took = 1 - float(own.active[k].sum() / positive)
-        if abs(took - share) > UNLIKELY * (share * (1 - share) / float(positive)) ** 0.5 and share:
+        positive = max(_positive(view, own, k), 1)
+        took = 1 - int(own.active[k].sum()) / positive
+        if abs(took - share) > UNLIKELY * (share * (1 - share) / positive) ** 0.5 and share:
             return f"dropout would have taken {took:.1%} of the positive units of layer {k + 1}, with p = {share:g}"
     for k, known in enumerate(deviations):
         if known is None:

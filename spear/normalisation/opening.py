@@ -1,6 +1,6 @@
 """From a model and an update to what the server knows of a network that normalises, or drops units as it trains."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,9 +38,18 @@ def open_normalised(
     idle = [layer.name for layer, norm in zip(layers, behind, strict=False) if norm and norm.kind == "batch"]
     network = view_of(layers, model, update, idle=idle, batch_size=batch_size, device=device)
     gradients = check_gradients(model, update)
-    norms = (_norm(model, update, gradients, layer, norm) for layer, norm in zip(layers, behind, strict=False))
     device = network.weights[0].device
-    return NormalisedView(network, tuple(norm and norm.to(device) for norm in norms), tuple(x.drop for x in found))
+
+    def norms(those: Iterable[Normaliser | None]) -> tuple[Norm | None, ...]:
+        made = (_norm(model, update, gradients, layer, norm) for layer, norm in zip(layers, those, strict=False))
+        return tuple(norm and norm.to(device) for norm in made)
+
+    afters = norms(one.after for one in found)
+    for layer, norm in zip(layers, afters, strict=False):
+        if norm is not None and norm.mean is None:
+            why = "where the buffers do not tell them, its mean and deviation are two unknowns of each unit: not searched"
+            raise Refusal(f"batch normalisation behind the activation of {layer.name}: {why}")
+    return NormalisedView(network, norms(behind), tuple(one.drop for one in found), afters)
 
 
 def _norm(

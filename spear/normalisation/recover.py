@@ -6,24 +6,28 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spear.network.curves.search import CurveSearch
 from spear.network.recovery import Reached, nothing
 from spear.normalisation.batch_search import MARGIN, BatchSearch
-from spear.normalisation.descent import descend
+from spear.normalisation.curves import top
+from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
 from spear.normalisation.problem import NormalisedView, normalise
 from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.sample_search import SampleSearch
-from spear.normalisation.spaces import open_spaces
-from spear.normalisation.statistics import Deviation, deviation
+from spear.normalisation.spaces import BatchSpaces, open_spaces
+from spear.normalisation.statistics import Deviation, deviation, from_buffers
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
 IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 EXACT, ROUNDINGS, ERRORS = 1e-9, 1e4, 30  # residual that a solution may have: at least; in roundings; in errors of σ
 
+Search = BatchSearch | SampleSearch | CurveSearch
+
 
 def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
-    """Recover the whole batch behind the gradients of a network that normalises in front of its ReLU.
+    """Recover the whole batch behind the gradients of a network that normalises, or drops units, as it trains.
 
     Nothing is returned that the update does not support. Where BatchNorm follows the first layer, the inputs come with
     the mean that the running mean tells; `Reconstruction.difference_bound` says of which the differences are certain.
@@ -31,31 +35,47 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     Raises `Refusal` where no search can begin, `ValueError` for a gradient that is zero.
     """
     network = view.network
-    lows = [network.factors(k) for k in range(len(view.norms))]
-    _check_reach(view, lows[-1])
-    size = lows[-1].rank + view.mixes
-    deviations = [_deviation(view, k, size) if norm and norm.mixes else None for k, norm in enumerate(view.norms)]
-    run = _search(view, lows[-1], deviations[-1], terms)
-    reached = Reached(size, lows[-1].noise / lows[-1].largest, size - run.left, run.starts, run.rounds)
+    known = known_layers(view)
+    _check_reach(view, known[-1].low)
+    run = _search(view, known[-1], terms)
+    size, low = known[-1].low.rank + view.mixes, known[-1].low
+    reached = Reached(size, low.noise / low.largest, size - run.left, run.starts, run.rounds)
     if run.left:
         return nothing(network, str(reached), reached).entries(network, terms.budget.elapsed, "network")
-    inputs, targets, kept = descend(view, *_solved(view, lows[-1], deviations[-1], run), lows, deviations)
-    return judge(view, inputs, targets, kept, lows, deviations, reached, terms.budget)
+    inputs, targets, kept = descend(view, *_solved(view, known[-1], run), known)
+    return judge(view, inputs, targets, kept, known, reached, terms.budget)
+
+
+def known_layers(view: NormalisedView) -> list[Known]:
+    """What is known of each hidden layer before anything is searched."""
+    network, hidden = view.network, range(len(view.norms))
+    lows = [network.factors(k) for k in hidden]
+    size = lows[-1].rank + view.mixes
+    told = [_deviation(view, k, size) if view.norms[k] and view.norms[k].mixes else None for k in hidden]
+    after = [norm and from_buffers(norm, 2 * network.precision, size) for norm in view.afters]
+    return [Known(*parts) for parts in zip(lows, told, after, strict=True)]
 
 
 def _solved(
-    view: NormalisedView, low: LowRank, known: Deviation | None, run: BatchSearch | SampleSearch
+    view: NormalisedView, known: Known, run: Search
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b outputs"], Bool[Tensor, "b m"] | None]:
     """The inputs of the last hidden layer, less their mean behind BatchNorm, ∂L/∂logits, and the active units there
     where dropout follows."""
-    network, found = view.network, run.found
+    network, low = view.network, known.low
+    if isinstance(run, CurveSearch):
+        at, s = run.curves.at(run.coordinates(run.known.s), run.known.labels), run.known.s
+        s = s - s.mean(0) if view.mixes else s
+        rows = s @ (low.R / low.R.norm(dim=1)[:, None])
+        errors = network.activate(at.logits) - network.one_hot(run.known.labels)
+        return rows[:, : network.weights[-2].shape[1]], network.unit(run.whole.samples) * errors, None
+    found = run.found
     if isinstance(run, BatchSearch):
         inputs = (found.s - found.s.mean(0)) @ run.spaces.rows
         d = found.d @ run.contrasts.mT
         return (
             inputs,
             network.unit(run.spaces.batch) * d,
-            _active(view, run, low, known, d) if view.drops_units else None,
+            _active(view, run, low, known.before, d) if view.drops_units else None,
         )
     inputs, factor = inputs_behind(view, network.last, low, found.t @ run.whole.basis.mT)
     deviation = normalise(view.top, network.apply(network.last, inputs))[2]
@@ -82,19 +102,31 @@ def _deviation(view: NormalisedView, k: int, size: int) -> Deviation:
     return deviation(norm, network.weights[k], network.weight_gradients[k], 2 * network.precision, size)
 
 
-def _search(view: NormalisedView, low: LowRank, known: Deviation | None, terms: Terms) -> BatchSearch | SampleSearch:
+def _spaces(view: NormalisedView, known: Known) -> BatchSpaces | None:
+    """Where samples lie behind BatchNorm in front of the last activation, if there is one."""
+    last = view.network.last
+    return open_spaces(view.network, view.top, last, known.low, known.before) if view.mixes else None
+
+
+def opened(view: NormalisedView, known: Known, generator: torch.Generator) -> Search:
+    """The search at the last hidden layer, before its first round."""
+    spaces = _spaces(view, known)
+    if view.is_curved:
+        found = top(view, known.low, spaces, generator)
+        return CurveSearch(found.network, found.layer, generator, found.prior)
+    if spaces is None:
+        return SampleSearch(view, known.low, generator)
+    accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * known.before.usual)
+    return BatchSearch(view, spaces, accept, generator)
+
+
+def _search(view: NormalisedView, known: Known, terms: Terms) -> Search:
     """Rounds until all samples are found, the budget is spent or they find no more."""
-    network = view.network
-    if known is None:
-        run = SampleSearch(view, low, terms.generator())
-    else:
-        accept = max(EXACT, ROUNDINGS * 2 * network.precision, ERRORS * known.usual)
-        spaces = open_spaces(network, view.top, network.last, low, known)
-        run = BatchSearch(view, spaces, accept, terms.generator())
+    run = opened(view, known, terms.generator())
     run.until = terms.budget.until
     while run.left:
         run.round()
-        terms.report("network", len(run.found), len(run.found) + run.left, run.starts)
+        terms.report("network", known.low.rank + view.mixes - run.left, known.low.rank + view.mixes, run.starts)
         if terms.budget.spent(run.starts) or run.idle >= IDLE:
             break
     return run
@@ -102,19 +134,26 @@ def _search(view: NormalisedView, low: LowRank, known: Deviation | None, terms: 
 
 def _check_reach(view: NormalisedView, low: LowRank) -> None:
     """Raises `Refusal` where the search cannot be trusted to say anything."""
-    network, kinds = view.network, {None if norm is None else norm.mixes for norm in view.norms}
-    if kinds > {True}:
-        raise Refusal("normalisation is attacked where one kind of it stands behind every hidden layer")
-    lacking = [k + 1 for k, norm in enumerate(view.norms) if not view.mixes and network.biases[k] is None]
+    network, curved = view.network, view.is_curved
+    lacking = [
+        k + 1
+        for k, norm in enumerate(view.norms)
+        if not (norm is not None and norm.mixes) and network.biases[k] is None
+    ]
     if lacking:
         layers = ", ".join(map(str, lacking))
         raise Refusal(f"no bias in layer {layers}: nothing else that is used here tells the length of an input")
     size = low.rank + view.mixes
     if low.rank == min(network.weights[network.last].shape) and low.gap < MIN_GAP:
         raise Refusal("no gap in the singular values of the last hidden layer's gradient: a batch too large, or noise")
-    if view.mixes and network.batch_size not in (None, size):
+    if view.needs_all and network.batch_size not in (None, size):
         shown = f"the gradient shows {size}: copies of a sample, or some too weak to see"
         raise Refusal(f"{network.batch_size} samples are disclosed, {shown}; behind batch normalisation all are needed")
-    unknowns, narrow = 2 * low.rank + network.outputs + MARGIN, min(len(w) for w in network.weights[:-1])
+    for k, drop in enumerate(view.drops):
+        if drop and (view.afters[k] is not None or (curved and k == network.last)):
+            beside = "batch normalisation" if view.afters[k] is not None else "an activation other than ReLU"
+            raise Refusal(f"dropout beside {beside} behind layer {k + 1}: which units it took is not searched there")
+    unknowns = 2 * low.rank + MARGIN + network.outputs * (not curved)
+    narrow = min(len(w) for w in network.weights[:-1])
     if narrow < unknowns:
         raise Refusal(f"a batch of {size} behind a normalisation needs width {unknowns}; a layer has {narrow}")

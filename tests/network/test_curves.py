@@ -64,12 +64,12 @@ def test_a_sample_is_a_point_of_the_curve(activation):
     assert float(at.sine.max()) < 1e-12
     torch.testing.assert_close(at.z, z)
     torch.testing.assert_close(curves.samples(at.w) @ layer.lift.T, z)
-    torch.testing.assert_close(curves.coordinates(curves.samples(at.w)), at.w)
+    torch.testing.assert_close(curves.coordinates_of(layer.pre_activations(curves.samples(at.w))), at.w)
     known = Known(curves.samples(at.w), at.unit @ layer.basis, y)
     weight = layer.weight(known) / (at.size[:, 0] * problem.unit(12))
     torch.testing.assert_close(weight, torch.ones_like(weight))
     rest = layer.without(known[torch.arange(5)])
-    assert rest.rank == 7
+    assert rest.samples == 7
     curves = Curves.of(problem, rest)
     assert float(curves.at(curves.coordinates_of(z[5:]), y[5:]).sine.max()) < 1e-10
     assert float(curves.at(curves.coordinates_of(z[:5]), y[:5]).sine.min()) > 1e-3
@@ -193,15 +193,15 @@ def test_bounds_hold_for_gradients_with_noise(activation, depth):
 def test_samples_that_fit_as_well_are_noticed():
     x, y = batch(12)
     problem = view(network([nn.GELU]), x, y)
-    low = problem.factors(0)
-    run_ = CurveSearch(problem, low, Generator().manual_seed(0))
+    whole = Layer.of(problem, problem.factors(0))
+    run_ = CurveSearch(problem, whole, Generator().manual_seed(0))
     while run_.left:
         run_.round()
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(run_.known) == 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(run_.known) == 0
     half = run_.known[torch.arange(6)]
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(half) > 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(half) > 0
     turned = Known(run_.known.s, run_.known.t, (run_.known.labels + 1) % 10)
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(turned) > 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(turned) > 0
 
 
 @pytest.mark.parametrize("activations", [[nn.GELU], [nn.Softplus], [nn.Tanh, nn.ReLU], [nn.ReLU, nn.SiLU]])

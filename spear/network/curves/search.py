@@ -13,7 +13,6 @@ from spear.network.curves.layer import Curves, Known, Layer
 from spear.network.curves.reflections import polish, reflect
 from spear.network.problem import NetworkView
 from spear.network.starts import TELLING, Starts, label_counts, prior_outputs
-from spear.published.lowrank import LowRank
 
 SPREADS = (2.0, 1.0, 0.5)  # of starts around their class mean, in units of the mean's own spread over the units
 STARTS, FEWEST = 64, 16  # of a round, at most and at least
@@ -41,26 +40,28 @@ class CurveSearch:
 
     until = math.inf
 
-    def __init__(self, problem: NetworkView, low: LowRank, generator: Generator) -> None:
+    def __init__(
+        self, problem: NetworkView, layer: Layer, generator: Generator, prior: Float[Tensor, " outputs"] | None = None
+    ) -> None:
+        """`prior` is the mean output of the batch, where it is not that of a fresh network."""
         self.problem, self.generator = problem, generator
-        self.whole = self.layer = Layer.of(problem, low)
+        self.whole = self.layer = layer
         self.curves = Curves.of(problem, self.whole)
-        b = self.whole.rank
-        empty = self.whole.basis.new_zeros
-        self.known = Known(empty(0, b), empty(0, b), torch.zeros(0, dtype=torch.long, device=low.L.device))
-        self.drawn = Starts(problem, generator, prior_outputs(problem))
+        empty = self.whole.basis.new_zeros(0, len(layer.singular))
+        self.known = Known(empty, empty, torch.zeros(0, dtype=torch.long, device=empty.device))
+        self.drawn = Starts(problem, generator, prior_outputs(problem) if prior is None else prior)
         self.accept = problem.accuracy.certain
         self.starts = self.rounds = self.idle = 0
         self.patience = 1
         self.shares = {Kind(False, spread): 1.0 for spread in SPREADS}
         activation = problem.activations[problem.last]
-        if activation.breaks:
+        if activation.breaks and layer.normal is None:
             self.shares |= {Kind(True, spread): 1.0 if activation.jumps else BENT for spread in SPREADS[1:]}
 
     @property
     def left(self) -> int:
         """How many samples are still to be found."""
-        return self.whole.rank - len(self.known)
+        return self.whole.samples - len(self.known)
 
     def round(self) -> None:
         """One round of starts; what they find is held against the whole gradient, and subtracted from it."""
@@ -82,68 +83,76 @@ class CurveSearch:
     def strangers(self, known: Known) -> int:
         """How many samples of one round, from the whole gradient, are none of the known ones."""
         self.round()
-        z = self.known.s @ self.whole.lift.T
+        z = self.whole.pre_activations(self.known.s)
         exactly = "donot_use_mm_for_euclid_dist"
-        gap, index = torch.cdist(z, known.s @ self.whole.lift.T, compute_mode=exactly).min(1)
+        gap, index = torch.cdist(z, self.whole.pre_activations(known.s), compute_mode=exactly).min(1)
         same = (gap < SAME * z.norm(dim=1)) & (known.labels[index] == self.known.labels)
         return int((~same).sum())
+
+    def coordinates(self, s: Float[Tensor, "k b"]) -> Float[Tensor, "k q"]:
+        """The w, against the whole gradient, of samples' s."""
+        return self.curves.coordinates_of(self.whole.pre_activations(s))
 
     def _learn(self) -> None:
         """Of a network that was trained, the samples found show the mean outputs."""
         if len(self.known) >= TELLING:
-            at = self.curves.at(self.curves.coordinates(self.known.s), self.known.labels)
+            at = self.curves.at(self.coordinates(self.known.s), self.known.labels)
             self.drawn = replace(self.drawn, prior=self.problem.activate(at.logits).mean(0))
 
     def _draw(self, spread: float) -> tuple[Float[Tensor, "k r"], Int[Tensor, " k"]]:
         """Starts: the mean of a class, and normal noise as the gradient's singular values have it."""
         layer = self.layer
         classes = self.problem.classes
-        count = min(STARTS, max(FEWEST, layer.rank))
-        count = max(count, 2 * classes if layer.rank <= FEWEST else 0)
-        labels = self.drawn.labels(count, self.known.labels, left=layer.rank, rank=self.whole.rank)
-        mean = class_means(self.problem, layer, self._counts(), self.drawn.prior)[labels]
+        count = min(STARTS, max(FEWEST, layer.samples))
+        count = max(count, 2 * classes if layer.samples <= FEWEST else 0)
+        labels = self.drawn.labels(count, self.known.labels, left=layer.samples, rank=self.whole.samples)
+        mean = layer.means
+        mean = class_means(self.problem, layer, self._counts(), self.drawn.prior) if mean is None else mean
+        mean = mean[labels]
         noise = scattered(layer, count, self.generator)
         size = lambda s: (s @ layer.lift.T).std(1, keepdim=True)  # noqa: E731
-        return mean + spread * size(mean) / size(noise).clamp_min(TINY) * noise, labels
+        reach = size(mean) if layer.reach is None else layer.reach
+        return mean + spread * reach / size(noise).clamp_min(TINY) * noise, labels
 
     def _counts(self) -> Float[Tensor, " classes"]:
         """How often each class is thought to be among the samples that are left."""
-        need = label_counts(self.problem, self.drawn.prior, self.whole.rank)
+        need = label_counts(self.problem, self.drawn.prior, self.whole.samples)
         need = (need - torch.bincount(self.known.labels, minlength=len(need))).clamp_min(0.3)
-        return need * (self.layer.rank / need.sum())
+        return need * (self.layer.samples / need.sum())
 
     def _reflected(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
         """Where starts lead by reflections across the jumps of phi', in coordinates of the whole; and their labels."""
         curves = Curves.of(self.problem, self.layer)
         steps = REFLECTIONS * self.patience
-        low = curves.coordinates(s).float()
+        low = curves.coordinates_of(self.layer.pre_activations(s)).float()
         w, pieces = reflect(curves.to(torch.float32), low, labels, steps=steps, until=self.until)
         w, sine = polish(curves, w.to(s), labels, pieces, self._effort(POLISH))
         good = sine < self.accept**0.5
-        return curves.samples(w[good]) @ self.layer.right, labels[good]
+        return self.layer.in_whole(curves.samples(w[good])), labels[good]
 
     def _fitted(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
         """Where starts lead by fits, in coordinates of the whole, each end once; and their labels."""
         curves = Curves.of(self.problem, self.layer)
-        w, sine = fit(curves.to(torch.float32), curves.coordinates(s).float(), labels, self._effort(ROUGH))
+        start = curves.coordinates_of(self.layer.pre_activations(s)).float()
+        w, sine = fit(curves.to(torch.float32), start, labels, self._effort(ROUGH))
         arrived = (sine < NEAR).nonzero()[:, 0]
         arrived = arrived[sine[arrived].argsort()]
         w, labels = w[arrived].to(s), labels[arrived]
         one = apart(curves.base + w @ curves.frame.T, curves.base.new_zeros(0, len(curves.base)), ROUGHLY_SAME)
         w, labels = w[one], labels[one]
-        return curves.samples(w) @ self.layer.right, labels
+        return self.layer.in_whole(curves.samples(w)), labels
 
     def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"]) -> Known:
         """Ends made exact against the whole gradient: those that fit it and are new, the best first."""
-        w, sine = finish(self.curves, self.curves.coordinates(s), labels, arrived=EXACT)
+        w, sine = finish(self.curves, self.coordinates(s), labels, arrived=EXACT)
         at = self.curves.at(w, labels)
-        found = Known(self.curves.samples(w), at.unit @ self.whole.basis, labels)
-        unit = self.problem.unit(self.problem.batch_size or self.whole.rank)
+        found = Known(self.curves.samples(w), self.whole.directions(at.unit * at.size), labels)
+        unit = self.problem.unit(self.problem.batch_size or self.whole.samples)
         weight = (self.whole.weight(found) / (unit * at.size[:, 0])).abs()
         good = (sine < self.accept) & (weight > 1 / UNEQUAL) & (weight < UNEQUAL)
         ranked = sine.argsort()
         ranked = ranked[good[ranked]]
-        new = apart(at.z[ranked], self.known.s @ self.whole.lift.T, SAME)
+        new = apart(at.z[ranked], self.whole.pre_activations(self.known.s), SAME)
         return found[ranked[new][: self.left]]
 
     def _effort(self, effort: Effort) -> Effort:
@@ -152,7 +161,8 @@ class CurveSearch:
 
 def scattered(layer: Layer, count: int, generator: Generator) -> Float[Tensor, "k r"]:
     """Differences of samples, as normal noise of the gradient's singular values."""
-    noise = torch.randn(count, layer.rank, generator=generator, dtype=torch.float64).to(layer.lift) * layer.singular
+    noise = torch.randn(count, len(layer.singular), generator=generator, dtype=torch.float64)
+    noise = noise.to(layer.lift) * layer.singular
     return noise - (noise @ layer.ones)[:, None] * layer.origin
 
 
@@ -167,10 +177,10 @@ def class_means(
     head = problem.weights[-1].T
     head = head - head.mean(1, keepdim=True) if problem.loss == "cross_entropy" else head
     sums = torch.linalg.lstsq(head, layer.basis * layer.singular, driver="gelsd").solution
-    wanted = outputs * layer.rank - counts[-problem.outputs :]
+    wanted = outputs * layer.samples - counts[-problem.outputs :]
     seen = sums @ layer.ones
-    sums = outputs[:, None] * (layer.rank * layer.origin) - sums * ((wanted @ wanted) / _least(seen @ wanted))
-    sums = sums if problem.outputs > 1 else torch.cat([layer.rank * layer.origin - sums, sums])
+    sums = outputs[:, None] * (layer.samples * layer.origin) - sums * ((wanted @ wanted) / _least(seen @ wanted))
+    sums = sums if problem.outputs > 1 else torch.cat([layer.samples * layer.origin - sums, sums])
     mean = sums / counts[:, None]
     return mean - ((mean @ layer.ones) - 1)[:, None] * layer.origin
 

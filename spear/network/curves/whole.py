@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spear.network.check import judge
 from spear.network.curves.descent import descend
+from spear.network.curves.layer import Layer
 from spear.network.curves.search import CurveSearch
 from spear.network.labels import decode
 from spear.network.layerwise import solve
@@ -32,11 +33,11 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     """
     low = problem.factors(problem.last)
     check_reach(problem, low)
-    run = CurveSearch(problem, low, terms.generator())
+    run = CurveSearch(problem, Layer.of(problem, low), terms.generator())
     run.until = terms.budget.until
     while run.left and run.idle < IDLE and not terms.budget.spent(run.starts):
         run.round()
-        terms.report("network", len(run.known), run.whole.rank, run.starts)
+        terms.report("network", len(run.known), run.whole.samples, run.starts)
     reached = Reached(low.rank, low.noise / low.largest, len(run.known), run.starts, run.rounds)
     return conclude(problem, run, low, reached) if len(run.known) else nothing(problem, str(reached), reached)
 
@@ -64,7 +65,7 @@ def check_reach(problem: NetworkView, low: LowRank) -> None:
 
 def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reached) -> Judged:
     """From samples at the last hidden layer to inputs, held against every layer's gradient."""
-    at = run.curves.at(run.curves.coordinates(run.known.s), run.known.labels)
+    at = run.curves.at(run.coordinates(run.known.s), run.known.labels)
     y = (run.known.s @ (low.R / low.R.norm(dim=1)[:, None]))[:, :-1]
     weight = run.whole.weight(run.known)
     deltas = weight[:, None] * at.unit
@@ -74,16 +75,16 @@ def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reac
     if not run.left and bool(sure.all()):
         targets = decode(problem, errors, activated)
         inputs, known = correct(problem, inputs, targets)
-        return alone(judge(problem, inputs, targets, reached, known), problem, run, low)
+        return alone(judge(problem, inputs, targets, reached, known), problem, run)
     known = KnownSamples(inputs[sure], F.one_hot(run.known.labels[sure], problem.classes).to(inputs))
     return partly(problem, known, reached)
 
 
-def alone(judged: Judged, problem: NetworkView, run: CurveSearch, low: LowRank) -> Judged:
+def alone(judged: Judged, problem: NetworkView, run: CurveSearch) -> Judged:
     """The same, not certified if a round of starts from the whole gradient ends at a sample that is none of these."""
     if not bool(judged.certified.any()):
         return judged
-    probe = CurveSearch(problem, low, run.generator)
+    probe = CurveSearch(problem, run.whole, run.generator)
     probe.until = run.until
     others = probe.strangers(run.known)
     if not others:
