@@ -252,5 +252,10 @@ def _check(traced: Traced, nodes: list[fx.Node], layers: list[Layer], between: l
             found = ", ".join(user.name for user in end.users)
             raise Refusal(f"{trained}; behind {layer.name} comes {found}")
     last = between[-1]
-    if last.norm is not None or last.after is not None or last.drop or not ends_at(traced, last.behind.end, outputs[0], layers[-1]):
+    if (
+        last.norm is not None
+        or last.after is not None
+        or last.drop
+        or not ends_at(traced, last.behind.end, outputs[0], layers[-1])
+    ):
         raise Refusal(f"{trained}; something else follows {names[-1]}")

@@ -140,8 +140,15 @@ class BatchSearch:
         unknowns = 2 * (self.spaces.batch - 1) + self.heads.shape[1]
         if len(self.found) and unknowns < ROOM * len(self.heads):
             here = plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size)
-        at = ExactStep.of(here, self.heads)(mask)
-        good = at.residual < self.accept
-        t, s = here.coordinates(at.x[good])
-        new = Found(t, s, at.d[good], mask[good])
+        new = self._solved(here, mask, self.accept)
         self.found = self.found.join(new, self.left, 1 - max(SAME, min(1e-2, 10 * self.accept)))
+
+    def solved(self, mask: Bool[Tensor, "k m"]) -> Found:
+        """Samples of these masks, among all samples."""
+        return self._solved(plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size), mask, math.inf)
+
+    def _solved(self, here: Plane, mask: Bool[Tensor, "k m"], accept: float) -> Found:
+        at = ExactStep.of(here, self.heads)(mask)
+        good = at.residual <= accept
+        t, s = here.coordinates(at.x[good])
+        return Found(t, s, at.d[good], mask[good])

@@ -1,7 +1,7 @@
 """The batch held against the update: what is certain, the inputs themselves or only their differences."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from spear.normalisation.descent import Known
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.replay import Kept, Run, corrected
 from spear.normalisation.sample_bounds import sample_bounds
+from spear.normalisation.sensitivity import measured_bounds
 from spear.normalisation.statistics import Deviation
 from spear.reconstruction import Budget, Reconstruction
 
@@ -36,11 +37,11 @@ class Mean:
     words: str
 
 
-def common_mean(view: NormalisedView, deviations: Sequence[Deviation]) -> Mean:
+def common_mean(view: NormalisedView, deviations: Sequence[Deviation | None]) -> Mean:
     """W mean + β is the batch's mean pre-activation, which the buffers tell: mean by least squares, of least norm."""
     norm, W = view.norms[0], view.network.weights[0]
     lost = "no gradient depends on the mean of the batch"
-    if norm.mean is None or not all(known.told for known in deviations):
+    if norm.mean is None or not all(known is None or known.told for known in deviations):
         sent = "no running mean was sent" if norm.mean is None else "the buffers are not those of this batch"
         return Mean(W.new_zeros(W.shape[1]), math.inf, f"{lost}, and {sent}: it is set to zero")
     U, S, V = torch.linalg.svd(W, full_matrices=False)
@@ -61,11 +62,19 @@ def judge(
     known: Sequence[Known],
     reached: Reached,
     budget: Budget,
+    *,
+    again: Callable[[NormalisedView, Run], Tensor | None],
+    doubt: str = "",
 ) -> Reconstruction:
-    """Inputs, less their mean where BatchNorm follows the first layer, targets and what dropout kept as a result."""
+    """Inputs, less their mean where BatchNorm follows the first layer, targets and what dropout kept as a result.
+
+    `again` gives the inputs to which another update of this batch leads; `doubt` is what the search has against it.
+    """
     network, lows, deviations = view.network, [one.low for one in known], [one.before for one in known]
     inputs, own, residual = corrected(view, inputs, targets, kept)
-    if view.mixes:
+    if not view.is_uniform:
+        bound = measured_bounds(view, inputs, lambda other: again(other, own), residual)
+    elif view.mixes:
         seen = [  # no better than they agree with the batch's own
             replace(known, error=known.error.maximum(_apart(view, own, k, known))) for k, known in enumerate(deviations)
         ]
@@ -79,7 +88,7 @@ def judge(
         limit=network.accuracy.layer,
         error_bound=torch.where(targets.agree(network.activate(_logits(view, own))), bound, torch.inf),
         allowed=network.accuracy.recovered,
-        doubt=_doubt(view, own, targets, deviations),
+        doubt=doubt or _doubt(view, own, targets, known),
     )
     error, reason = evidence.error_bound, (evidence.why_not() or WHOLE) + _dropped(view, own)
     if view.loses_mean:
@@ -128,7 +137,7 @@ def _apart(view: NormalisedView, own: Run, k: int, known: Deviation) -> Float[Te
     return (sigma / known.sigma - 1).abs()
 
 
-def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequence[Deviation | None]) -> str:
+def _doubt(view: NormalisedView, own: Run, targets: Targets, known: Sequence[Known]) -> str:
     """What speaks against the batch whatever its residual, in words."""
     if targets.error >= WHOLE_NUMBERS:
         return f"labels do not come out as whole numbers (off by {targets.error:.1e})"
@@ -139,11 +148,11 @@ def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequenc
         took = 1 - int(own.active[k].sum()) / positive
         if abs(took - share) > UNLIKELY * (share * (1 - share) / positive) ** 0.5 and share:
             return f"dropout would have taken {took:.1%} of the positive units of layer {k + 1}, with p = {share:g}"
-    for k, known in enumerate(deviations):
-        if known is None:
+    for k, one in enumerate(known):
+        if one.before is None:
             continue
-        limit = (AGREE * known.error).clamp_min(view.network.accuracy.layer)
-        if bool(((_apart(view, own, k, known) > limit) & known.known).any()):
-            source = "its buffers" if known.told else "epsilon"
+        limit = (AGREE * one.before.error).clamp_min(view.network.accuracy.layer)
+        if bool(((_apart(view, own, k, one.before) > limit) & one.before.known).any()):
+            source = "its buffers" if one.before.told else "epsilon"
             return f"the deviations behind layer {k + 1} are not those that the update tells by {source}"
     return ""

@@ -47,7 +47,9 @@ def open_normalised(
     afters = norms(one.after for one in found)
     for layer, norm in zip(layers, afters, strict=False):
         if norm is not None and norm.mean is None:
-            why = "where the buffers do not tell them, its mean and deviation are two unknowns of each unit: not searched"
+            why = (
+                "where the buffers do not tell them, its mean and deviation are two unknowns of each unit: not searched"
+            )
             raise Refusal(f"batch normalisation behind the activation of {layer.name}: {why}")
     return NormalisedView(network, norms(behind), tuple(one.drop for one in found), afters)
 

@@ -76,6 +76,13 @@ class NormalisedView:
         return self.afters[-1] is not None or not self.network.activations[-1].is_relu
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether ReLU follows every layer, and BatchNorm in front of it either all of them or none: theorems bound
+        the errors of samples there."""
+        mixing = {norm is not None and norm.mixes for norm in self.norms}
+        return self.network.is_relu and len(mixing) == 1 and not any(self.afters)
+
+    @property
     def needs_all(self) -> bool:
         """Whether samples mix anywhere."""
         return any(norm is not None and norm.mixes for norm in (*self.norms, *self.afters))

@@ -1,18 +1,23 @@
 """Whole batches of networks that normalise in training mode, from every layer of the update."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Generator, Tensor
 
+from spear.network.curves.fit import finish
 from spear.network.curves.search import CurveSearch
-from spear.network.recovery import Reached, nothing
+from spear.network.exact_step import solve_mask
+from spear.network.recovery import Reached, nothing, number
 from spear.normalisation.batch_search import MARGIN, BatchSearch
 from spear.normalisation.curves import top
 from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
 from spear.normalisation.problem import NormalisedView, normalise
+from spear.normalisation.replay import Run
 from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.sample_search import SampleSearch
 from spear.normalisation.spaces import BatchSpaces, open_spaces
@@ -43,15 +48,45 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     if run.left:
         return nothing(network, str(reached), reached).entries(network, terms.budget.elapsed, "network")
     inputs, targets, kept = descend(view, *_solved(view, known[-1], run), known)
-    return judge(view, inputs, targets, kept, known, reached, terms.budget)
+    rest = partial(_again, run=run, before=known)
+    return judge(view, inputs, targets, kept, known, reached, terms.budget, again=rest, doubt=_others(run))
 
 
-def known_layers(view: NormalisedView) -> list[Known]:
-    """What is known of each hidden layer before anything is searched."""
+def _others(run: Search) -> str:
+    """What speaks against samples on curves, which no theorem says to be the only ones: a round that finds others."""
+    if not isinstance(run, CurveSearch):
+        return ""
+    probe = CurveSearch(run.problem, run.whole, run.generator, run.drawn.prior)
+    probe.until = run.until
+    others = probe.strangers(run.known)
+    return f"{number(others, 'other sample')} would fit the gradient as well" if others else ""
+
+
+def _again(view: NormalisedView, own: Run, *, run: Search, before: Sequence[Known]) -> Float[Tensor, "b n"] | None:
+    """The inputs that a view of the same batch leads to, from the samples found and their active units."""
+    known = known_layers(view, before)
+    try:
+        new = opened(view, known[-1], Generator().manual_seed(0))
+        mask = own.active[view.network.last]
+        if isinstance(new, CurveSearch):
+            z = run.whole.pre_activations(run.known.s)
+            w = finish(new.curves, new.curves.coordinates_of(z), run.known.labels, arrived=0.0)[0]
+            new.known = replace(run.known, s=new.curves.samples(w))
+        elif isinstance(new, SampleSearch):
+            new.found = solve_mask(new.whole, mask, rounds=1).solved(torch.arange(len(mask)))
+        else:
+            new.found = new.solved(mask[:, new.spaces.live])
+        return descend(view, *_solved(view, known[-1], new), known)[0]
+    except Refusal:
+        return None
+
+
+def known_layers(view: NormalisedView, before: Sequence[Known] | None = None) -> list[Known]:
+    """What is known of each hidden layer before anything is searched; of another view, told in the same way."""
     network, hidden = view.network, range(len(view.norms))
-    lows = [network.factors(k) for k in hidden]
+    lows = [network.factors(k, None if before is None else before[k].low.rank) for k in hidden]
     size = lows[-1].rank + view.mixes
-    told = [_deviation(view, k, size) if view.norms[k] and view.norms[k].mixes else None for k in hidden]
+    told = [_deviation(view, k, size, before and before[k].before) for k in hidden]
     after = [norm and from_buffers(norm, 2 * network.precision, size) for norm in view.afters]
     return [Known(*parts) for parts in zip(lows, told, after, strict=True)]
 
@@ -97,9 +132,14 @@ def _active(
     return mask
 
 
-def _deviation(view: NormalisedView, k: int, size: int) -> Deviation:
-    network, norm = view.network, view.norms[k]
-    return deviation(norm, network.weights[k], network.weight_gradients[k], 2 * network.precision, size)
+def _deviation(view: NormalisedView, k: int, size: int, before: Deviation | None) -> Deviation | None:
+    network, norm, eps = view.network, view.norms[k], 2 * view.network.precision
+    if norm is None or not norm.mixes:
+        return None
+    if before is not None and before.told:
+        return replace(before, sigma=from_buffers(norm, eps, size).sigma)
+    found = deviation(norm, network.weights[k], network.weight_gradients[k], eps, size)
+    return found if before is None else replace(before, sigma=found.sigma)
 
 
 def _spaces(view: NormalisedView, known: Known) -> BatchSpaces | None:
@@ -108,7 +148,7 @@ def _spaces(view: NormalisedView, known: Known) -> BatchSpaces | None:
     return open_spaces(view.network, view.top, last, known.low, known.before) if view.mixes else None
 
 
-def opened(view: NormalisedView, known: Known, generator: torch.Generator) -> Search:
+def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
     """The search at the last hidden layer, before its first round."""
     spaces = _spaces(view, known)
     if view.is_curved:

@@ -63,7 +63,9 @@ class Layer:
     normal: Normal | None = None
 
     @classmethod
-    def of(cls, problem: NetworkView, low: LowRank, taken: Taken | None = None, normal: Normal | None = None) -> "Layer":
+    def of(
+        cls, problem: NetworkView, low: LowRank, taken: Taken | None = None, normal: Normal | None = None
+    ) -> "Layer":
         """The whole gradient's."""
         singular = low.R.norm(dim=1)
         rows = low.R / singular[:, None]
