@@ -101,7 +101,7 @@ def _between(traced: Traced, node: fx.Node) -> Between:
 
 @dataclass
 class _Found:
-    """What stands behind a layer so far: `origin` enters its normalisation, `start` its activation; `end` is the last."""
+    """What stands behind a layer so far: `origin` enters its normalisation, `start` its activation; `end` is last."""
 
     end: fx.Node
     norm: Normaliser | None = None

@@ -10,10 +10,12 @@ from torch import Tensor
 from spear.directions import unit_rows
 from spear.network.labels import decode
 from spear.network.problem import Targets
+from spear.normalisation.centred import pre_activations
 from spear.normalisation.problem import NormalisedView, denormalise, normalise
 from spear.normalisation.replay import Kept, solve_inputs
 from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.sample_search import columns
+from spear.normalisation.spaces import open_spaces
 from spear.normalisation.statistics import Deviation
 from spear.published.lowrank import LowRank
 from spear.reconstruction import Refusal
@@ -96,12 +98,24 @@ def _through_activation(
             on = _by_gradient(view, k, on, behind, known.low)
         return behind * on / share, on if view.drops[k] else None
     if centred:
-        lost = f"layer {k + 1}'s activations come less their mean, as batch normalisation follows layer {k + 2}"
-        raise Refusal(f"{lost}: with an activation other than ReLU no zeros tell it, and that is not searched")
+        return behind * activation.slope(_between(view, k, a, behind, known)), None
     kept = a.abs() > ROUNDING * a.abs().amax() if view.drops[k] else None
     y = _inverse(view, k, a * share, kept, known)
     slopes = behind * activation.slope(y) / share
     return slopes if kept is None else slopes * kept, kept
+
+
+def _between(
+    view: NormalisedView, k: int, a: Float[Tensor, "b m"], behind: Float[Tensor, "b m"], known: Known
+) -> Float[Tensor, "b m"]:
+    """What enters an activation that is not ReLU, between two BatchNorms."""
+    norm, lost = view.norms[k], f"layer {k + 1}'s activations come less their mean, as batch normalisation follows next"
+    if norm is None or not norm.mixes or view.drops[k]:
+        raise Refusal(f"{lost}: with an activation other than ReLU, and none in front of it, that is not searched")
+    spaces = open_spaces(view.network, norm, k, known.low, known.before)
+    if not bool(spaces.live.all()):
+        raise Refusal(f"{lost}, and the deviation of {int((~spaces.live).sum())} units in front of it is not told")
+    return pre_activations(view.network.activations[k], spaces, a, behind / view.network.unit(len(a)))
 
 
 def is_centred(view: NormalisedView, k: int) -> bool:

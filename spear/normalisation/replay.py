@@ -60,7 +60,7 @@ def gradients(view: NormalisedView, own: Run) -> Iterator[tuple[Tensor, Tensor]]
     for k, delta in enumerate(own.deltas):
         yield view.network.augmented(k), delta.mT @ view.network.extend(k, own.inputs[k])
     pairs = [*zip(view.norms, zip(own.normals, own.slopes, strict=True), strict=True)]
-    for norm, (normal, slope) in pairs + [*zip(view.afters, own.behind, strict=True)]:
+    for norm, (normal, slope) in [*pairs, *zip(view.afters, own.behind, strict=True)]:
         if norm is not None and norm.scale_gradient is not None:
             yield norm.scale_gradient, (slope * normal).sum(0)
         if norm is not None and norm.shift_gradient is not None:
