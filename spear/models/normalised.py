@@ -76,15 +76,26 @@ def normalised_chain(model: nn.Module, shape: Shape = None) -> tuple[list[Layer]
     return layers, between[:-1]
 
 
-def entry(model: nn.Module, shape: Shape = None) -> Normaliser | None:
-    """BatchNorm in training mode on the data, before the first linear layer; `None` where there is none, or more."""
+@dataclass(frozen=True)
+class Entry:
+    """What stands before the first linear layer in training mode: the module's `name`, and BatchNorm, or the share
+    `drop` of the data that dropout takes."""
+
+    name: str
+    norm: Normaliser | None
+    drop: float
+
+
+def entry(model: nn.Module, shape: Shape = None) -> Entry | None:
+    """BatchNorm or dropout of the data; `None` where there is none, where it is no module, or where there is more."""
     traced = traced_model(model, shape)
     first = next((node for node in traced.nodes if traced.is_linear(node)), None)
     before = [] if first is None else [node for node in ancestors(source_of(first)) if _is_on(traced, node)]
-    if len(before) != 1 or not isinstance(traced.part(before[0]), nn.modules.batchnorm._BatchNorm):
-        return None
-    found = _batch_norm(traced, before[0], traced.part(before[0]).num_features)
-    return found if found.mean_name and found.rate else None
+    part = traced.part(before[0]) if len(before) == 1 else None
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        return Entry(str(before[0].target), _batch_norm(traced, before[0], part.num_features), 0.0)
+    drop = 0.0 if part is None else dropped(traced, before[0])
+    return Entry(str(before[0].target), None, drop) if drop else None
 
 
 def _between(traced: Traced, node: fx.Node) -> Between:

@@ -57,7 +57,7 @@ def descend(
     network, top = view.network, view.network.last
     y, normal, deviation = normalise(view.norms[top], network.apply(top, inputs))
     kept: list[Tensor | None] = [None if mask is None else mask | (y <= 0)]
-    on = 1 if mask is None else kept[0] / (1 - view.drops[top])
+    on = 1 if mask is None else kept[0].to(y) / (1 - view.drops[top])
     v, *behind = normalise(view.afters[top], network.activations[top].value(y) * on)
     activated = network.activate(network.apply(top + 1, v))
     targets = replace(decode(network, errors, activated), measured=errors)
@@ -66,7 +66,7 @@ def descend(
     x = solve_inputs(view, top, deltas)
     for k in range(top - 1, -1, -1):
         a, slopes = _through_after(view, k, x, deltas @ network.weights[k + 1], known[k].after)
-        slopes, one = _through_activation(view, k, a, slopes, known[k])
+        slopes, one = through_activation(view, k, a, slopes, known[k])
         deltas, y = _deltas(view, k, slopes, known[k])
         kept.insert(0, one | (y <= 0) if view.drops[k] and network.activations[k].is_relu else one)
         x = solve_inputs(view, k, deltas)
@@ -87,7 +87,7 @@ def _through_after(
     return norm.mean + known.sigma * normal, denormalise(norm, slopes, normal, known.sigma)
 
 
-def _through_activation(
+def through_activation(
     view: NormalisedView, k: int, a: Float[Tensor, "b m"], behind: Float[Tensor, "b m"], known: Known
 ) -> tuple[Float[Tensor, "b m"], Bool[Tensor, "b m"] | None]:
     """The gradient by what enters layer k's activation, and what dropout kept, from what it gives, and its gradient."""
@@ -100,7 +100,7 @@ def _through_activation(
     if centred:
         return behind * activation.slope(_between(view, k, a, behind, known)), None
     kept = a.abs() > ROUNDING * a.abs().amax() if view.drops[k] else None
-    y = _inverse(view, k, a * share, kept, known)
+    y = inverse(view, k, a * share, kept, known)
     slopes = behind * activation.slope(y) / share
     return slopes if kept is None else slopes * kept, kept
 
@@ -151,7 +151,7 @@ def _by_gradient(
     return torch.where(sure, on, (2 * g - behind) * behind > 0)
 
 
-def _inverse(
+def inverse(
     view: NormalisedView, k: int, a: Float[Tensor, "b m"], kept: Bool[Tensor, "b m"] | None, known: Known
 ) -> Float[Tensor, "b m"]:
     """What enters layer k's activation: where the activation tells it, by itself; so each sample's place is told, and

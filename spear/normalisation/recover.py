@@ -5,17 +5,19 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from spear.network.curves.fit import finish
 from spear.network.curves.search import CurveSearch
 from spear.network.exact_step import solve_mask
-from spear.network.recovery import Reached, nothing, number
+from spear.network.recovery import Judged, Reached, nothing, number
 from spear.normalisation.batch_search import MARGIN, BatchSearch
 from spear.normalisation.curves import top
 from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
+from spear.normalisation.partial import from_gradient, inputs_alone
 from spear.normalisation.problem import NormalisedView, normalise
 from spear.normalisation.replay import Run
 from spear.normalisation.sample_descent import inputs_behind
@@ -46,10 +48,38 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     size, low = known[-1].low.rank + view.mixes, known[-1].low
     reached = Reached(size, low.noise / low.largest, size - run.left, run.starts, run.rounds)
     if run.left:
-        return nothing(network, str(reached), reached).entries(network, terms.budget.elapsed, "network")
+        return _partly(view, known, run, reached).entries(network, terms.budget.elapsed, "network")
     inputs, targets, kept = descend(view, *_solved(view, known[-1], run), known)
     rest = partial(_again, run=run, before=known)
     return judge(view, inputs, targets, kept, known, reached, terms.budget, again=rest, doubt=_others(run))
+
+
+def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: Reached) -> Judged:
+    """The samples found while others are missing, as far as each by itself leads to an input; none is certified."""
+    network, empty = view.network, nothing(view.network, str(reached), reached)
+    if not reached.found:
+        return empty
+    if isinstance(run, SampleSearch):
+        d = run.found.d
+        g = run.found.t @ run.whole.basis.mT
+        inputs = from_gradient(view, network.last, g / view.scale(network.last), known[-1], reached.rank)
+        inputs = inputs if not view.needs_all else torch.full_like(inputs, torch.nan)
+        errors = d
+    else:
+        inputs, errors, _ = _solved(view, known[-1], run)
+    try:
+        inputs = inputs_alone(view, inputs, errors, known, reached.rank)
+    except Refusal as refusal:
+        return replace(empty, reason=f"{reached}; {refusal}")
+    sound = inputs.isfinite().all(1)
+    if not bool(sound.any()):
+        return replace(empty, reason=f"{reached}; none of them leads to an input without the gradients of all")
+    labels = (errors[:, 0] < 0).long() if network.outputs == 1 else errors.argmin(1)
+    counts = F.one_hot(labels[sound], network.classes).to(inputs)
+    said = f"{reached}; found one by one: {number(int(sound.sum()), 'sample')}, none certified while others are missing"
+    said += "; one image common to all is lost" * view.loses_mean
+    none = torch.zeros_like(labels[sound])
+    return Judged(inputs[sound], counts, none.to(inputs), none.bool(), False, said, reached)
 
 
 def _others(run: Search) -> str:
@@ -99,13 +129,13 @@ def _solved(
     network, low = view.network, known.low
     if isinstance(run, CurveSearch):
         at, s = run.curves.at(run.coordinates(run.known.s), run.known.labels), run.known.s
-        s = s - s.mean(0) if view.mixes else s
+        s = s - s.mean(0) if view.mixes and not run.left else s
         rows = s @ (low.R / low.R.norm(dim=1)[:, None])
         errors = network.activate(at.logits) - network.one_hot(run.known.labels)
         return rows[:, : network.weights[-2].shape[1]], network.unit(run.whole.samples) * errors, None
     found = run.found
     if isinstance(run, BatchSearch):
-        inputs = (found.s - found.s.mean(0)) @ run.spaces.rows
+        inputs = (found.s if run.left else found.s - found.s.mean(0)) @ run.spaces.rows
         d = found.d @ run.contrasts.mT
         return (
             inputs,

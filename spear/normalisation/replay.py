@@ -39,7 +39,7 @@ def run(view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets, ke
     for k, norm in enumerate(view.norms):
         before.append(normalise(norm, network.apply(k, states[-1])))
         y, share = before[-1][0], 1 - view.drops[k]
-        mask = 1 / share if kept[k] is None else kept[k] / share
+        mask = 1 / share if kept[k] is None else kept[k].to(y) / share
         steep.append(network.activations[k].slope(y) * mask)
         after.append(normalise(view.afters[k], network.activations[k].value(y) * mask))
         states.append(after[-1][0])

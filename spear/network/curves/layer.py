@@ -98,7 +98,7 @@ class Layer:
         """How far pre-activations of a sample scatter over the units; `None` where its class mean tells that."""
         return None
 
-    def pre_activations(self, s: Float[Tensor, "k r"]) -> Float[Tensor, "k m"]:
+    def pre_activations(self, s: Float[Tensor, "*k r"]) -> Float[Tensor, "*k m"]:
         """z of samples' s."""
         return self.shift + s @ self.lift.T
 
