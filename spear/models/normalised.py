@@ -142,7 +142,10 @@ def _switched_on(traced: Traced, cut: fx.Node, m: int, found: _Found) -> bool:
 
 
 def _tried(traced: Traced, cut: fx.Node, m: int, found: _Found) -> bool:
-    """What changes nothing; ReLU; a normalisation of each sample; another activation, each by what it computes."""
+    """What changes nothing; ReLU; a normalisation of each sample; another activation, each by what it computes.
+
+    What is none of these may be a part of one; whether more can be tried.
+    """
     module = extract(traced, found.end, cut)
     if module is None:
         return False
@@ -150,21 +153,22 @@ def _tried(traced: Traced, cut: fx.Node, m: int, found: _Found) -> bool:
     if plain is not None and plain.is_plain:
         found.origin = cut if early and found.norm is None else found.origin
         found.start, found.end = (cut if early else found.start), cut
-        return True
-    if early and (scaled := relu_then(piece, m)) is not None and scaled.is_plain:
+    elif early and (scaled := relu_then(piece, m)) is not None and scaled.is_plain:
         found.relu, found.activation, found.end = cut, RELU, cut
-        return True
-    if found.drop or found.after is not None:
-        return False
-    if early and (found.norm is None or found.norm.kind != "batch"):  # its scale and shift may be steps of their own
+    elif not found.drop and found.after is None:
+        _composed(traced, cut, m, found)
+    return True
+
+
+def _composed(traced: Traced, cut: fx.Node, m: int, found: _Found) -> None:
+    """A normalisation of each sample, whose scale and shift may be steps of their own, or an activation."""
+    if found.activation is None and (found.norm is None or found.norm.kind != "batch"):
         whole = extract(traced, found.origin, cut)
         if (norm := sample_norm(Piece(whole), m)) is not None:
             found.norm, found.start, found.end = _named(norm, whole), cut, cut
-            return True
-    activation = recognise(Piece(extract(traced, found.start, cut)).double, m)
-    if activation is not None:
+            return
+    if (activation := recognise(Piece(extract(traced, found.start, cut)).double, m)) is not None:
         found.relu, found.activation, found.end = None, activation, cut
-    return activation is not None
 
 
 def _is_on(traced: Traced, node: fx.Node) -> bool:

@@ -1,9 +1,9 @@
 """What a model does to the data themselves in training mode, before its first layer: BatchNorm, or dropout.
 
 No gradient goes on behind it, so each sample's own is that of a fixed map of each entry. BatchNorm with the batch's
-statistics from the buffers is one in evaluation mode, x -> γ (x - μ)/σ + η. Without these, x̂ = (x - μ)/σ comes back, and
-its variance, 1 - ε/σ², tells σ: samples less their mean, of which nothing depends on μ. Of dropout, what it left of each
-sample comes back.
+statistics from the buffers is one in evaluation mode, x -> γ (x - μ)/σ + η. Without these, x̂ = (x - μ)/σ comes back,
+and its variance, 1 - ε/σ², tells σ: samples less their mean, of which nothing depends on μ. Of dropout, what it left of
+each sample comes back.
 """
 
 import copy

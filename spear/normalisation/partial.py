@@ -37,7 +37,9 @@ def inputs_alone(
         if k == network.last:
             y = _normalised(view.norms[k], network.apply(k, x), one.before)[0]
             a = activation.value(y)
-            slopes = _before(after, slopes, *_normalised(after, a if after is None else a - after.mean, one.after), size)
+            slopes = _before(
+                after, slopes, *_normalised(after, a if after is None else a - after.mean, one.after), size
+            )
             slopes = slopes * activation.slope(y)
         else:
             if after is not None:

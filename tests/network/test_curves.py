@@ -9,6 +9,7 @@ from spear import federated, metrics, models
 from spear.inversion import attack
 from spear.network.curved_bounds import curved_bounds
 from spear.network.curves.layer import Curves, Known, Layer
+from spear.network.curves.normal import Normal, Taken
 from spear.network.curves.reflections import nearest
 from spear.network.curves.search import CurveSearch
 from spear.network.derivatives import Derivatives
@@ -89,6 +90,28 @@ def test_derivatives_along_the_curve(activation, loss):
     slope = (curves.at(w + step * v, y[:5]).rest - curves.at(w - step * v, y[:5]).rest) / (2 * step)
     torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "taken"])
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh])
+def test_derivatives_beside_a_normalisation(activation, kind):
+    x, y = batch(8)
+    problem = view(network([activation]), x, y)
+    generator = Generator().manual_seed(1)
+    scale, shift, a, b = torch.randn(4, 150, generator=generator, dtype=torch.float64)
+    taken = Taken(torch.stack([a, b]), torch.stack([shift, b]))
+    normal = Normal("rms" if kind == "rms" else "layer", 1 + 0.3 * scale, 0.3 * shift, 1e-5)
+    parts = {"taken": taken} if kind == "taken" else {"normal": normal}
+    curves = Curves.of(problem, Layer.of(problem, problem.factors(0), **parts))
+    w, v = torch.randn(2, 5, curves.frame.shape[1], generator=generator, dtype=torch.float64)
+    u = torch.randn(5, 150, generator=generator, dtype=torch.float64)
+    u = u - (u @ curves.basis) @ curves.basis.T
+    at, step = curves.at(w, y[:5]), 1e-6
+    slope = (curves.at(w + step * v, y[:5]).rest - curves.at(w - step * v, y[:5]).rest) / (2 * step)
+    torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
+    along = torch.einsum("kqm,kq->km", curves.matrix(at), v)
+    torch.testing.assert_close(along, curves.forth(at, v))
 
 
 @pytest.mark.parametrize("activation", [nn.SELU, nn.Hardswish, nn.Hardtanh])

@@ -103,27 +103,6 @@ def test_a_changed_update_is_not_certified(name, size):
     assert not result.differences.any()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_copies_are_not_certified(seed):
-    case = sent((30, 80, 5), 8, seed=seed)
-    x, y = case.inputs.clone(), case.labels.clone()
-    x[1], y[1] = x[0], y[0]
-    update = spear.federated.gradient(case.model, x, y)
-    with pytest.raises(Refusal, match="8 samples are disclosed, the gradient shows 7"):
-        spear.attack(case.model, update, method="network")
-    for count in (None, 7):
-        result = spear.attack(case.model, replace(update, count=count), method="network", max_proposals=60)
-        assert not result.certified.any()
-        assert not result.differences.any()
-
-
-def test_a_wrong_count():
-    case = sent((30, 80, 5), 8)
-    for count in (7, 9):
-        with pytest.raises(Refusal, match=f"{count} samples are disclosed, the gradient shows 8"):
-            spear.attack(case.model, replace(case.update, count=count), method="network")
-
-
 def test_statistics_that_are_none():
     case = sent((30, 80, 5), 8)
     buffers = dict(case.update.buffers)
