@@ -78,7 +78,7 @@ def judge(
         seen = [  # no better than they agree with the batch's own
             replace(known, error=known.error.maximum(_apart(view, own, k, known))) for k, known in enumerate(deviations)
         ]
-        bound = difference_bounds(view, own, lows, seen, residual)
+        bound = difference_bounds(view, own, lows, seen, residual) + SAFETY * max(one.common for one in deviations)
     else:
         bound = sample_bounds(view, own, lows, residual)
     evidence = Certificate(
@@ -100,7 +100,7 @@ def judge(
         reason += ";" + (vouched if evidence.holds and not mean.error < math.inf else "") + f" {mean.words}"
     certified = evidence.certified & (error <= evidence.allowed)
     complete = evidence.holds and bool(certified.all())
-    sound = evidence.explained.nonzero()[:, 0]  # an image that the update does not support is never returned
+    sound = evidence.supported.nonzero()[:, 0]  # an image that the update does not support is never returned
     held = torch.full_like(error, residual)[sound], certified[sound], complete, reason, reached
     judged = Judged(inputs[sound], targets.counts[sound], *held, error_bound=error[sound])
     made = judged.entries(network, budget.elapsed, "network")

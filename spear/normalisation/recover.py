@@ -14,6 +14,7 @@ from spear.network.curves.search import CurveSearch
 from spear.network.exact_step import solve_mask
 from spear.network.recovery import Judged, Reached, nothing, number
 from spear.normalisation.batch_search import MARGIN, BatchSearch
+from spear.normalisation.calibration import calibrated
 from spear.normalisation.curves import top
 from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
@@ -30,6 +31,8 @@ from spear.reconstruction import Reconstruction, Refusal, Terms
 IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 EXACT, ROUNDINGS, ERRORS = 1e-9, 1e4, 30  # residual that a solution may have: at least; in roundings; in errors of σ
 
+ROUGHEST, FITTING = 1e-2, 30  # residual from which σ is made better by near misses; times theirs that samples may have
+
 Search = BatchSearch | SampleSearch | CurveSearch
 
 
@@ -44,7 +47,7 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     network = view.network
     known = known_layers(view)
     _check_reach(view, known[-1].low)
-    run = _search(view, known[-1], terms)
+    known[-1], run = _search(view, known[-1], terms)
     size, low = known[-1].low.rank + view.mixes, known[-1].low
     reached = Reached(size, low.noise / low.largest, size - run.left, run.starts, run.rounds)
     if run.left:
@@ -190,16 +193,25 @@ def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
     return BatchSearch(view, spaces, accept, generator)
 
 
-def _search(view: NormalisedView, known: Known, terms: Terms) -> Search:
-    """Rounds until all samples are found, the budget is spent or they find no more."""
+def _search(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, Search]:
+    """Rounds until all samples are found, the budget is spent or they find no more; with σ as it served for that."""
     run = opened(view, known, terms.generator())
     run.until = terms.budget.until
+    if isinstance(run, BatchSearch) and run.accept > ROUGHEST and not view.drops_units:
+        rough = replace(known.before, error=torch.full_like(known.before.error, known.before.usual))
+        spaces = open_spaces(view.network, view.top, view.network.last, known.low, rough)
+        found = calibrated(BatchSearch(view, spaces, 0.0, terms.generator()), known.before, run.until)
+        if found is not None:
+            known = replace(known, before=found.deviation if not view.network.last else found.deviation.together())
+            spaces = open_spaces(view.network, view.top, view.network.last, known.low, found.deviation)
+            run = BatchSearch(view, spaces, FITTING * found.residual, terms.generator())
+            run.until = terms.budget.until
     while run.left:
         run.round()
         terms.report("network", known.low.rank + view.mixes - run.left, known.low.rank + view.mixes, run.starts)
         if terms.budget.spent(run.starts) or run.idle >= IDLE:
             break
-    return run
+    return known, run
 
 
 def _check_reach(view: NormalisedView, low: LowRank) -> None:
