@@ -22,6 +22,7 @@ from spear.reconstruction import Refusal
 
 NOISE = 8  # times the usual scatter of zeros: what is above that is active
 QUANTILE = 0.2  # of a unit's entries: among the zeros, for most units
+FEW, GAP = 1e-2, 30.0  # of the largest activation: few are less; ratio of neighbours that is a gap
 WHOLE = 1e-4  # relative distance of a variance from γ² under which ReLU took nothing away
 ROUNDING = 1e-14  # of the largest entry: no zero is known better
 ROUNDS, FINE = 6, 1e-13  # of σ by the samples, each of which halves its error; the error under which there is no need
@@ -84,7 +85,7 @@ def _through_after(
     if norm is None:
         return v, slopes
     normal = (v - v.mean(0)) / norm.scale
-    return norm.mean + known.sigma * normal, denormalise(norm, slopes, normal, known.sigma)
+    return norm.mean + known.sigma * normal, denormalise(norm, slopes, normal, known.sigma[None])
 
 
 def through_activation(
@@ -94,8 +95,8 @@ def through_activation(
     activation, share, centred = view.network.activations[k], 1 - view.drops[k], is_centred(view, k)
     if activation.is_relu:
         on = active(view, k, a)
-        if centred and view.norms[k] is None and not view.drops[k]:
-            on = _by_gradient(view, k, on, behind, known.low)
+        if centred and not view.drops[k] and not (view.norms[k] is not None and view.norms[k].mixes):
+            on = _by_gradient(view, k, on, view.scale(k) * behind, known.low)
         return behind * on / share, on if view.drops[k] else None
     if centred:
         return behind * activation.slope(_between(view, k, a, behind, known)), None
@@ -132,10 +133,21 @@ def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor
     own, centred = view.norms[k], is_centred(view, k)
     height = x - x.amin(0) if centred else x
     noise = float(height.quantile(QUANTILE, dim=0).abs().median()) if centred else float(-x.amin().clamp_max(0))
-    on = height > max(NOISE * noise, ROUNDING * float(height.abs().max()))
+    on = height > _least(height, max(NOISE * noise, ROUNDING * float(height.abs().max())))
     if centred and own is not None and own.mixes and not view.drops[k]:
         on |= (x.square().mean(0) - own.scale.square()).abs() < WHOLE * own.scale.square()
     return on
+
+
+def _least(height: Float[Tensor, "b m"], noise: float) -> float:
+    """What parts zeros from the rest: the widest gap above the noise, if it is one, between zeros of more noise and
+    activations; else the noise."""
+    largest = float(height.max())
+    above = height[(height > noise) & (height < FEW * largest)].sort().values
+    above = torch.cat([above.new_tensor([noise]), above, above.new_tensor([FEW * largest])])
+    ratio = above[1:] / above[:-1]
+    k = int(ratio.argmax())
+    return float((above[k] * above[k + 1]).sqrt()) if float(ratio[k]) > GAP else noise
 
 
 def _by_gradient(

@@ -45,6 +45,11 @@ def open_normalised(
         return tuple(norm and norm.to(device) for norm in made)
 
     afters = norms(one.after for one in found)
+    mixed = [norm is not None and norm.kind == "batch" for norm in [*behind[1:], None]]
+    afters = tuple(
+        norm and (replace(norm, shift_gradient=torch.zeros_like(norm.shift)) if mixes else norm)
+        for norm, mixes in zip(afters, mixed, strict=True)  # the next one takes a shift off again
+    )
     for layer, norm in zip(layers, afters, strict=False):
         if norm is not None and norm.mean is None:
             why = (

@@ -46,7 +46,7 @@ def inputs_alone(
                 mixed = view.norms[k + 1] is not None and view.norms[k + 1].mixes
                 normal = (x if mixed else x - after.shift) / after.scale
                 x = after.mean + one.after.sigma * normal
-                slopes = _before(after, slopes, None, normal, one.after.sigma, size)
+                slopes = _before(after, slopes, None, normal, one.after.sigma[None], size)
             a, slopes = x, through_activation(view, k, x, slopes, one)[0]
             alone = view.norms[k] is None and not is_centred(view, k)
             x = _from_activations(view, k, a, one) if alone else from_gradient(view, k, slopes, one, size)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from spear.certificate import rms
 from spear.network.curves.fit import finish
 from spear.network.curves.search import CurveSearch
 from spear.network.exact_step import solve_mask
@@ -20,10 +21,10 @@ from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
 from spear.normalisation.partial import from_gradient, inputs_alone
 from spear.normalisation.problem import NormalisedView, normalise
-from spear.normalisation.replay import Run
+from spear.normalisation.replay import Run, corrected
 from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.sample_search import SampleSearch
-from spear.normalisation.spaces import BatchSpaces, open_spaces
+from spear.normalisation.spaces import open_spaces
 from spear.normalisation.statistics import Deviation, deviation, from_buffers
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
@@ -32,6 +33,8 @@ IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 EXACT, ROUNDINGS, ERRORS = 1e-9, 1e4, 30  # residual that a solution may have: at least; in roundings; in errors of σ
 
 ROUGHEST, FITTING = 1e-2, 30  # residual from which σ is made better by near misses; times theirs that samples may have
+
+TOLD = 1e-5  # error of σ up to which all units serve beside an activation other than ReLU
 
 Search = BatchSearch | SampleSearch | CurveSearch
 
@@ -109,7 +112,7 @@ def _again(view: NormalisedView, own: Run, *, run: Search, before: Sequence[Know
             new.found = solve_mask(new.whole, mask, rounds=1).solved(torch.arange(len(mask)))
         else:
             new.found = new.solved(mask[:, new.spaces.live])
-        return descend(view, *_solved(view, known[-1], new), known)[0]
+        return corrected(view, *descend(view, *_solved(view, known[-1], new), known))[0]
     except Refusal:
         return None
 
@@ -175,22 +178,30 @@ def _deviation(view: NormalisedView, k: int, size: int, before: Deviation | None
     return found if before is None else replace(before, sigma=found.sigma)
 
 
-def _spaces(view: NormalisedView, known: Known) -> BatchSpaces | None:
-    """Where samples lie behind BatchNorm in front of the last activation, if there is one."""
-    last = view.network.last
-    return open_spaces(view.network, view.top, last, known.low, known.before) if view.mixes else None
-
-
 def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
     """The search at the last hidden layer, before its first round."""
-    spaces = _spaces(view, known)
     if view.is_curved:
-        found = top(view, known.low, spaces, generator)
-        return CurveSearch(found.network, found.layer, generator, found.prior)
-    if spaces is None:
+        return _on_curves(view, known, generator)
+    if not view.mixes:
         return SampleSearch(view, known.low, generator)
+    spaces = open_spaces(view.network, view.top, view.network.last, known.low, known.before)
     accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * known.before.usual)
     return BatchSearch(view, spaces, accept, generator)
+
+
+def _on_curves(view: NormalisedView, known: Known, generator: Generator) -> CurveSearch:
+    """Every unit counts there: what is not known of one is wrong in all outputs."""
+    spaces, off = None, 0.0
+    if view.mixes:
+        error = known.before.error
+        off = rms(error)
+        if off < TOLD:
+            known = replace(known, before=replace(known.before, error=torch.full_like(error, off)))
+        spaces = open_spaces(view.network, view.top, view.network.last, known.low, known.before)
+    found = top(view, known.low, spaces, generator)
+    run = CurveSearch(found.network, found.layer, generator, found.prior)
+    run.accept = max(run.accept, ERRORS * off)
+    return run
 
 
 def _search(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, Search]:

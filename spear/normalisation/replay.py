@@ -63,7 +63,7 @@ def gradients(view: NormalisedView, own: Run) -> Iterator[tuple[Tensor, Tensor]]
     for norm, (normal, slope) in [*pairs, *zip(view.afters, own.behind, strict=True)]:
         if norm is not None and norm.scale_gradient is not None:
             yield norm.scale_gradient, (slope * normal).sum(0)
-        if norm is not None and norm.shift_gradient is not None:
+        if norm is not None and norm.shift_gradient is not None and bool(norm.shift_gradient.any()):
             yield norm.shift_gradient, slope.sum(0)
 
 
