@@ -5,8 +5,8 @@ log σ, with q_i = ∂g_i / ∂log σ and Q_i a basis of the columns of sample i
 
     sum_i q_i ∘ (1 - Q_i Q_iᵀ) (D_i ∘ h_i - g_i - q_i ∘ δ) + τ (δ_0 - δ) / error² = 0
 
-with what epsilon tells as a prior, δ_0 away: alone it tells the one factor that all σ share, of which no sample depends.
-τ is the mean square of what is left over.
+with what epsilon tells as a prior, δ_0 away: it alone tells the one factor that all σ share, on which no sample
+depends. τ is the mean square of what is left over.
 """
 
 from dataclasses import dataclass

@@ -19,19 +19,24 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from spear import directions
+from spear.certificate import rms
+from spear.models.activations import Activation
 from spear.network.curves.layer import Known, Layer
 from spear.network.curves.normal import Normal, Taken
 from spear.network.problem import NetworkView
 from spear.network.starts import label_counts
-from spear.normalisation.problem import NormalisedView
+from spear.normalisation.problem import Norm, NormalisedView
 from spear.normalisation.spaces import BatchSpaces
 from spear.normalisation.statistics import from_buffers
 from spear.published.lowrank import LowRank
 from spear.reconstruction import Refusal
 
 DRAWS = 400  # of y at random, for the mean outputs
+CONSTANT = 1e-3  # of BatchNorm's epsilon: a variance that is none
 REACH = 0.5  # of a sample's x̂ around its class mean, over the units
 STEEPNESS = 0.5  # mean phi' of centred y
+DAMPED = 1e-2  # of the mean diagonal of its equations
+SETTLING = 12  # steps to a typical sample
 SEARCHED = "with an activation other than ReLU that is not searched"
 
 
@@ -45,10 +50,8 @@ class BatchLayer(Layer):
 
     batch: int = 0
     unit: float = 1.0
-    triangle: Float[Tensor, "r r"] | None = None
+    triangle: Float[Tensor, "b b"] | None = None
     moved: Float[Tensor, " b"] | float = 0.0
-    about: Float[Tensor, "classes r"] | None = None
-    spread: float = 1.0
 
     @classmethod
     def in_front(cls, spaces: BatchSpaces, network: NetworkView, prior: Float[Tensor, " outputs"]) -> "BatchLayer":
@@ -61,9 +64,8 @@ class BatchLayer(Layer):
         taken = Taken(before, torch.zeros_like(before))
         lift = spaces.scale[:, None] * spaces.place
         parts = basis, spaces.singular, lift, torch.zeros_like(spaces.singular), eye, eye, spaces.shift, taken, None
-        about = _class_means(spaces, network, prior)
-        spread = REACH * float(spaces.scale.square().mean().sqrt())
-        return cls(*parts, spaces.batch, abs(network.unit(spaces.batch)), triangle, about=about, spread=spread)
+        starts = _class_means(spaces, network, prior), REACH * rms(spaces.scale)
+        return cls(*parts, *starts, spaces.batch, abs(network.unit(spaces.batch)), triangle)
 
     @property
     def samples(self) -> int:
@@ -74,16 +76,6 @@ class BatchLayer(Layer):
     def tangent(self) -> Float[Tensor, "r r"]:
         """Every direction."""
         return torch.eye(len(self.singular), dtype=self.lift.dtype, device=self.lift.device)
-
-    @property
-    def means(self) -> Float[Tensor, "classes r"]:
-        """The mean s of each class, roughly."""
-        return self.about
-
-    @property
-    def reach(self) -> float:
-        """How far y scatters over the units."""
-        return self.spread
 
     def in_whole(self, s: Float[Tensor, "k r"]) -> Float[Tensor, "k b"]:
         """The same s in the coordinates of the whole."""
@@ -110,12 +102,13 @@ class BatchLayer(Layer):
             singular=(self.singular[:, None] * free).norm(dim=0),
             lift=self.lift @ free,
             ones=self.ones @ free,
+            left=turn,
             right=free.mT,
             shift=self.shift + self.lift @ moved,
             taken=replace(self.taken, before=before),
             batch=left,
             moved=moved,
-            about=(self.about - moved) @ free,
+            means=(self.means - moved) @ free,
         )
 
 
@@ -149,17 +142,40 @@ def top(view: NormalisedView, low: LowRank, spaces: BatchSpaces | None, generato
             raise Refusal(f"the deviation of {unknown} units behind the last hidden layer is not told: {SEARCHED}")
         prior = _outputs(view, generator)
         return Top(network, BatchLayer.in_front(spaces, network, prior), prior)
-    norm = view.norms[k]
+    norm, after = view.norms[k], view.afters[k]
     normal = None if norm is None else Normal(norm.kind, norm.scale, norm.shift, norm.eps)
-    prior = None if norm is None and view.afters[k] is None else _outputs(view, generator)
-    return Top(network, Layer.of(network, low, taken, normal), prior)
+    prior = None if norm is None and after is None else _outputs(view, generator)
+    layer = Layer.of(network, low, taken, normal)
+    if after is not None and norm is None:
+        typical = _typical(layer, view.network.activations[k], after, from_buffers(after, 0.0, low.rank).sigma)
+        layer = replace(layer, means=typical.expand(network.classes, -1), reach=REACH * rms(after.variance.sqrt()) * 2)
+    return Top(network, layer, prior)
+
+
+def _typical(layer: Layer, activation: Activation, norm: Norm, sigma: Float[Tensor, " m"]) -> Float[Tensor, " r"]:
+    """The s whose activations are nearest to the batch's mean ones, in units of their deviations."""
+    s = best = layer.origin
+    least = torch.inf
+    columns = layer.lift @ layer.tangent
+    for _ in range(SETTLING):
+        value, slope, _ = activation.at(layer.pre_activations(s[None]))
+        off = (norm.mean - value[0]) / sigma
+        if float(off.norm()) > least:
+            break
+        best, least = s, float(off.norm())
+        M = (slope[0] / sigma)[:, None] * columns
+        gram = M.mT @ M
+        gram = gram + DAMPED * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype).to(gram)
+        s = s + layer.tangent @ torch.linalg.solve(gram, M.mT @ off)
+    return best
 
 
 def _folded(view: NormalisedView, size: int) -> tuple[NetworkView, Taken]:
     """The network with the BatchNorm behind the last activation in its output layer, and what that takes."""
     network, norm = view.network, view.afters[view.network.last]
     sigma = from_buffers(norm, 2 * network.precision, size).sigma
-    ratio, whole = norm.scale / sigma, network.unit(size) * size
+    varies = norm.variance > CONSTANT * norm.eps  # a unit that is the same in all samples is not active in any
+    ratio, whole = varies * norm.scale / sigma, network.unit(size) * size
     along = norm.scale_gradient / (whole * sigma)
     behind = torch.stack([ratio * (norm.shift_gradient / whole - along * norm.mean), ratio * along])
     W, bias = network.weights[-1], network.biases[-1]

@@ -113,7 +113,7 @@ def _between(
     norm, lost = view.norms[k], f"layer {k + 1}'s activations come less their mean, as batch normalisation follows next"
     if norm is None or not norm.mixes or view.drops[k]:
         raise Refusal(f"{lost}: with an activation other than ReLU, and none in front of it, that is not searched")
-    spaces = open_spaces(view.network, norm, k, known.low, known.before)
+    spaces = open_spaces(view.network, norm, k, known.low, known.before.of_all())
     if not bool(spaces.live.all()):
         raise Refusal(f"{lost}, and the deviation of {int((~spaces.live).sum())} units in front of it is not told")
     return pre_activations(view.network.activations[k], spaces, a, behind / view.network.unit(len(a)))

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from spear.certificate import rms
 from spear.network.curves.fit import finish
 from spear.network.curves.search import CurveSearch
 from spear.network.exact_step import solve_mask
@@ -34,8 +33,6 @@ EXACT, ROUNDINGS, ERRORS = 1e-9, 1e4, 30  # residual that a solution may have: a
 
 ROUGHEST, FITTING = 1e-2, 30  # residual from which σ is made better by near misses; times theirs that samples may have
 
-TOLD = 1e-5  # error of σ up to which all units serve beside an activation other than ReLU
-
 Search = BatchSearch | SampleSearch | CurveSearch
 
 
@@ -55,7 +52,11 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     reached = Reached(size, low.noise / low.largest, size - run.left, run.starts, run.rounds)
     if run.left:
         return _partly(view, known, run, reached).entries(network, terms.budget.elapsed, "network")
-    inputs, targets, kept = descend(view, *_solved(view, known[-1], run), known)
+    try:
+        inputs, targets, kept = descend(view, *_solved(view, known[-1], run), known)
+    except Refusal as refusal:
+        none = nothing(network, f"{reached}; {refusal}", reached)
+        return none.entries(network, terms.budget.elapsed, "network")
     rest = partial(_again, run=run, before=known)
     return judge(view, inputs, targets, kept, known, reached, terms.budget, again=rest, doubt=_others(run))
 
@@ -193,11 +194,8 @@ def _on_curves(view: NormalisedView, known: Known, generator: Generator) -> Curv
     """Every unit counts there: what is not known of one is wrong in all outputs."""
     spaces, off = None, 0.0
     if view.mixes:
-        error = known.before.error
-        off = rms(error)
-        if off < TOLD:
-            known = replace(known, before=replace(known.before, error=torch.full_like(error, off)))
-        spaces = open_spaces(view.network, view.top, view.network.last, known.low, known.before)
+        even = known.before.of_all()
+        spaces, off = open_spaces(view.network, view.top, view.network.last, known.low, even), even.usual
     found = top(view, known.low, spaces, generator)
     run = CurveSearch(found.network, found.layer, generator, found.prior)
     run.accept = max(run.accept, ERRORS * off)

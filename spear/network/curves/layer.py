@@ -49,7 +49,8 @@ class Layer:
 
     `lift` is [W | beta] Vᵀ, `ones` V's last column; `left` and `right` lead from its coordinates to those of the whole.
     Where directions alone are known, s is confined (r is less than U's columns) and nothing is subtracted. z is `shift`
-    + lift s; `taken` and `normal` are what a normalisation of the batch or of each sample does.
+    + lift s; `taken` and `normal` are what a normalisation of the batch or of each sample does. `means` are the s of
+    each class, and `reach` is how far z scatter over the units, where the gradient does not tell them (`search`).
     """
 
     basis: Float[Tensor, "m _columns"]
@@ -61,6 +62,8 @@ class Layer:
     shift: Float[Tensor, " m"] | float = 0.0
     taken: Taken | None = None
     normal: Normal | None = None
+    means: Float[Tensor, "_classes r"] | None = None
+    reach: float | None = None
 
     @classmethod
     def of(
@@ -88,16 +91,6 @@ class Layer:
         """The shortest s whose last entry of [y; 1] is 1."""
         return self.ones / (self.ones @ self.ones).clamp_min(TINY)
 
-    @property
-    def means(self) -> Float[Tensor, "classes r"] | None:
-        """The mean s of each class, where the gradient's last column does not tell it."""
-        return None
-
-    @property
-    def reach(self) -> float | None:
-        """How far pre-activations of a sample scatter over the units; `None` where its class mean tells that."""
-        return None
-
     def pre_activations(self, s: Float[Tensor, "*k r"]) -> Float[Tensor, "*k m"]:
         """z of samples' s."""
         return self.shift + s @ self.lift.T
@@ -114,15 +107,15 @@ class Layer:
         """The rest once samples, in its coordinates, are subtracted, each with the weight that lowers the rank."""
         weight = wedderburn(self.singular, known.t, known.s)
         left, singular, right = subtract(self.singular, known.t * weight[:, None], known.s)
-        return Layer(
-            self.basis @ left,
-            singular,
-            self.lift @ right.T,
-            right @ self.ones,
-            self.left @ left,
-            right @ self.right,
-            taken=self.taken,
-            normal=self.normal,
+        return replace(
+            self,
+            basis=self.basis @ left,
+            singular=singular,
+            lift=self.lift @ right.T,
+            ones=right @ self.ones,
+            left=self.left @ left,
+            right=right @ self.right,
+            means=None if self.means is None else self.means @ right.T,
         )
 
     def weight(self, known: Known) -> Float[Tensor, " f"]:

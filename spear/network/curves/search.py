@@ -109,6 +109,7 @@ class CurveSearch:
         mean = layer.means
         mean = class_means(self.problem, layer, self._counts(), self.drawn.prior) if mean is None else mean
         mean = mean[labels]
+        mean = mean - ((mean @ layer.ones) - 1)[:, None] * layer.origin
         noise = scattered(layer, count, self.generator)
         size = lambda s: (s @ layer.lift.T).std(1, keepdim=True)  # noqa: E731
         reach = size(mean) if layer.reach is None else layer.reach
@@ -181,8 +182,7 @@ def class_means(
     seen = sums @ layer.ones
     sums = outputs[:, None] * (layer.samples * layer.origin) - sums * ((wanted @ wanted) / _least(seen @ wanted))
     sums = sums if problem.outputs > 1 else torch.cat([layer.samples * layer.origin - sums, sums])
-    mean = sums / counts[:, None]
-    return mean - ((mean @ layer.ones) - 1)[:, None] * layer.origin
+    return sums / counts[:, None]
 
 
 def _least(x: Tensor) -> Tensor:
