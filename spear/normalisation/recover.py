@@ -6,34 +6,22 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from torch import Generator, Tensor
+from jaxtyping import Float
+from torch import Tensor
 
-from spear.network.curves.fit import finish
 from spear.network.curves.search import CurveSearch
-from spear.network.exact_step import solve_mask
 from spear.network.recovery import Judged, Reached, nothing, number
 from spear.normalisation.batch_search import MARGIN, BatchSearch
-from spear.normalisation.calibration import calibrated
-from spear.normalisation.curves import top
 from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
+from spear.normalisation.last_layer import ROUGHEST, Search, anew, searched, solved
 from spear.normalisation.partial import from_gradient, inputs_alone
-from spear.normalisation.problem import NormalisedView, normalise
+from spear.normalisation.problem import NormalisedView
 from spear.normalisation.replay import Run, corrected
-from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.sample_search import SampleSearch
-from spear.normalisation.spaces import open_spaces
 from spear.normalisation.statistics import Deviation, deviation, from_buffers
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
-
-IDLE = 12  # rounds in a row that found nothing, after which there is no hope
-EXACT, ROUNDINGS, ERRORS = 1e-9, 1e4, 30  # residual that a solution may have: at least; in roundings; in errors of σ
-
-ROUGHEST, FITTING = 1e-2, 30  # residual from which σ is made better by near misses; times theirs that samples may have
-
-Search = BatchSearch | SampleSearch | CurveSearch
 
 
 def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
@@ -47,13 +35,13 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     network = view.network
     known = known_layers(view)
     _check_reach(view, known[-1].low)
-    known[-1], run = _search(view, known[-1], terms)
+    known[-1], run = searched(view, known[-1], terms)
     size, low = known[-1].low.rank + view.mixes, known[-1].low
     reached = Reached(size, low.noise / low.largest, size - run.left, run.starts, run.rounds)
     if run.left:
         return _partly(view, known, run, reached).entries(network, terms.budget.elapsed, "network")
     try:
-        inputs, targets, kept = descend(view, *_solved(view, known[-1], run), known)
+        inputs, targets, kept = descend(view, *solved(view, known[-1], run), known)
     except Refusal as refusal:
         none = nothing(network, f"{reached}; {refusal}", reached)
         return none.entries(network, terms.budget.elapsed, "network")
@@ -64,16 +52,18 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
 def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: Reached) -> Judged:
     """The samples found while others are missing, as far as each by itself leads to an input; none is certified."""
     network, empty = view.network, nothing(view.network, str(reached), reached)
+    if isinstance(run, BatchSearch) and run.accept > ROUGHEST:
+        off = f"epsilon tells the batch's deviations to {known[-1].before.usual:.0e} only"
+        return replace(empty, reason=f"{reached}; {off}: too rough for samples to be told apart from what is none")
     if not reached.found:
         return empty
     if isinstance(run, SampleSearch):
-        d = run.found.d
         g = run.found.t @ run.whole.basis.mT
         inputs = from_gradient(view, network.last, g / view.scale(network.last), known[-1], reached.rank)
         inputs = inputs if not view.needs_all else torch.full_like(inputs, torch.nan)
-        errors = d
+        errors = run.found.d
     else:
-        inputs, errors, _ = _solved(view, known[-1], run)
+        inputs, errors, _ = solved(view, known[-1], run)
     try:
         inputs = inputs_alone(view, inputs, errors, known, reached.rank)
     except Refusal as refusal:
@@ -103,17 +93,8 @@ def _again(view: NormalisedView, own: Run, *, run: Search, before: Sequence[Know
     """The inputs that a view of the same batch leads to, from the samples found and their active units."""
     known = known_layers(view, before)
     try:
-        new = opened(view, known[-1], Generator().manual_seed(0))
-        mask = own.active[view.network.last]
-        if isinstance(new, CurveSearch):
-            z = run.whole.pre_activations(run.known.s)
-            w = finish(new.curves, new.curves.coordinates_of(z), run.known.labels, arrived=0.0)[0]
-            new.known = replace(run.known, s=new.curves.samples(w))
-        elif isinstance(new, SampleSearch):
-            new.found = solve_mask(new.whole, mask, rounds=1).solved(torch.arange(len(mask)))
-        else:
-            new.found = new.solved(mask[:, new.spaces.live])
-        return corrected(view, *descend(view, *_solved(view, known[-1], new), known))[0]
+        again = anew(view, known[-1], run, own.active[view.network.last])
+        return corrected(view, *descend(view, *solved(view, known[-1], again), known))[0]
     except Refusal:
         return None
 
@@ -128,47 +109,6 @@ def known_layers(view: NormalisedView, before: Sequence[Known] | None = None) ->
     return [Known(*parts) for parts in zip(lows, told, after, strict=True)]
 
 
-def _solved(
-    view: NormalisedView, known: Known, run: Search
-) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b outputs"], Bool[Tensor, "b m"] | None]:
-    """The inputs of the last hidden layer, less their mean behind BatchNorm, ∂L/∂logits, and the active units there
-    where dropout follows."""
-    network, low = view.network, known.low
-    if isinstance(run, CurveSearch):
-        at, s = run.curves.at(run.coordinates(run.known.s), run.known.labels), run.known.s
-        s = s - s.mean(0) if view.mixes and not run.left else s
-        rows = s @ (low.R / low.R.norm(dim=1)[:, None])
-        errors = network.activate(at.logits) - network.one_hot(run.known.labels)
-        return rows[:, : network.weights[-2].shape[1]], network.unit(run.whole.samples) * errors, None
-    found = run.found
-    if isinstance(run, BatchSearch):
-        inputs = (found.s if run.left else found.s - found.s.mean(0)) @ run.spaces.rows
-        d = found.d @ run.contrasts.mT
-        return (
-            inputs,
-            network.unit(run.spaces.batch) * d,
-            _active(view, run, low, known.before, d) if view.drops_units else None,
-        )
-    inputs, factor = inputs_behind(view, network.last, low, found.t @ run.whole.basis.mT)
-    deviation = normalise(view.top, network.apply(network.last, inputs))[2]
-    return inputs, found.d * (deviation / factor[:, None]), found.mask if view.drops_units else None
-
-
-def _active(
-    view: NormalisedView, run: BatchSearch, low: LowRank, known: Deviation, d: Float[Tensor, "b outputs"]
-) -> Bool[Tensor, "b m"]:
-    """Which units of the last hidden layer are active: as found, and of those that the search left out, by what is
-    nearer to their gradient, 0 or h_j."""
-    k, live = view.network.last, run.spaces.live
-    rough = replace(known, error=torch.full_like(known.error, known.usual))
-    spaces = open_spaces(view.network, view.top, k, low, rough)
-    mask = torch.ones(len(d), len(live), dtype=torch.bool, device=d.device)
-    h = d @ view.network.weights[k + 1][:, spaces.live] / (1 - view.drops[k])
-    mask[:, spaces.live] = (2 * spaces.gradients(run.found.t, run.found.s) - h) * h > 0
-    mask[:, live] = run.found.mask
-    return mask
-
-
 def _deviation(view: NormalisedView, k: int, size: int, before: Deviation | None) -> Deviation | None:
     network, norm, eps = view.network, view.norms[k], 2 * view.network.precision
     if norm is None or not norm.mixes:
@@ -177,50 +117,6 @@ def _deviation(view: NormalisedView, k: int, size: int, before: Deviation | None
         return replace(before, sigma=from_buffers(norm, eps, size).sigma)
     found = deviation(norm, network.weights[k], network.weight_gradients[k], eps, size)
     return found if before is None else replace(before, sigma=found.sigma)
-
-
-def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
-    """The search at the last hidden layer, before its first round."""
-    if view.is_curved:
-        return _on_curves(view, known, generator)
-    if not view.mixes:
-        return SampleSearch(view, known.low, generator)
-    spaces = open_spaces(view.network, view.top, view.network.last, known.low, known.before)
-    accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * known.before.usual)
-    return BatchSearch(view, spaces, accept, generator)
-
-
-def _on_curves(view: NormalisedView, known: Known, generator: Generator) -> CurveSearch:
-    """Every unit counts there: what is not known of one is wrong in all outputs."""
-    spaces, off = None, 0.0
-    if view.mixes:
-        even = known.before.of_all()
-        spaces, off = open_spaces(view.network, view.top, view.network.last, known.low, even), even.usual
-    found = top(view, known.low, spaces, generator)
-    run = CurveSearch(found.network, found.layer, generator, found.prior)
-    run.accept = max(run.accept, ERRORS * off)
-    return run
-
-
-def _search(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, Search]:
-    """Rounds until all samples are found, the budget is spent or they find no more; with σ as it served for that."""
-    run = opened(view, known, terms.generator())
-    run.until = terms.budget.until
-    if isinstance(run, BatchSearch) and run.accept > ROUGHEST and not view.drops_units:
-        rough = replace(known.before, error=torch.full_like(known.before.error, known.before.usual))
-        spaces = open_spaces(view.network, view.top, view.network.last, known.low, rough)
-        found = calibrated(BatchSearch(view, spaces, 0.0, terms.generator()), known.before, run.until)
-        if found is not None:
-            known = replace(known, before=found.deviation if not view.network.last else found.deviation.together())
-            spaces = open_spaces(view.network, view.top, view.network.last, known.low, found.deviation)
-            run = BatchSearch(view, spaces, FITTING * found.residual, terms.generator())
-            run.until = terms.budget.until
-    while run.left:
-        run.round()
-        terms.report("network", known.low.rank + view.mixes - run.left, known.low.rank + view.mixes, run.starts)
-        if terms.budget.spent(run.starts) or run.idle >= IDLE:
-            break
-    return known, run
 
 
 def _check_reach(view: NormalisedView, low: LowRank) -> None:

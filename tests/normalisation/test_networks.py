@@ -51,16 +51,15 @@ def test_losses(network, loss):
     whole(case, network, spear.attack(case.model, case.update, time_limit=60))
 
 
-@pytest.mark.parametrize("network", ["behind", "batch-gelu", "layer-gelu", "second"])
-@pytest.mark.parametrize("size", [1e-3, 1e-6])
-def test_a_changed_update_is_not_certified(network, size):
-    case = sent(WIDTH, 8, NETWORKS[network], seed=6)
+@pytest.mark.parametrize("network", ["behind", "second", "batch-gelu"])
+def test_a_changed_update_is_not_certified(network, size=1e-6):
+    case = sent((30, *WIDTH[1:3], 5), 6, NETWORKS[network], seed=6)
     for name, own in case.update.gradients.items():
         noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         spoilt = dict(case.update.gradients) | {name: own + size * own.abs().max() * noise}
         try:
             update = replace(case.update, gradients=spoilt)
-            result = spear.attack(case.model, update, method="network", max_proposals=40)
+            result = spear.attack(case.model, update, method="network", max_proposals=20)
         except Refusal:
             continue
         bias_before_a_norm = float(own.abs().max()) < 1e-12 * float(case.update.gradients["0.weight"].abs().max())
@@ -88,13 +87,13 @@ def test_statistics_that_are_needed():
         spear.attack(case.model, replace(case.update, buffers=None), method="network")
 
 
-@pytest.mark.parametrize("network", ["batch", "layer", *NETWORKS])
+@pytest.mark.parametrize("network", ["batch", "layer", "layer-gelu", "batch-gelu", "behind-gelu", "mixed"])
 def test_some_samples_come_back_uncertified(network):
     """A search that is cut short: each sample found is one of the batch, with its label."""
     plain = {"batch": lambda m: [BATCH(m), nn.ReLU()], "layer": lambda m: [LAYER(m), nn.ReLU()]}
     case = sent(WIDTH, 16, (plain | NETWORKS)[network], seed=2)
     x = case.inputs - case.inputs.mean(0) if network in LOSES | {"batch"} else case.inputs
-    for starts in (20, 40, 80):
+    for starts in (20, 60):
         result = spear.attack(case.model, case.update, method="network", max_proposals=starts)
         if len(result.inputs) == 16:
             break
