@@ -10,6 +10,7 @@ from rich.table import Table
 
 from spear import paths
 from spear.cli.shared import console, executor_of
+from spear.data import known
 from spear.figures import gallery, markdown, schedule
 from spear.figures.table import Run, load
 
@@ -28,8 +29,9 @@ def figures(
 ) -> None:
     """Regenerate figures, tables and gallery: run the notebooks as notebooks/runs.yaml says, those that changed.
 
-    Figures go to figures/, those of the profile paper to figures/paper/, those of a chosen data set to a folder named
-    after both, which git ignores. With a scheduler, one notebook runs in each thread of its workers, whose machines
+    Figures go to figures/, those of the profile paper to figures/paper/, those of a chosen data set, or of a run that
+    the table repeats for several, to a folder named after both. A data set that is not there is left out. With a
+    scheduler, one notebook runs in each thread of its workers, whose machines
     must share this folder.
 
     Exit status: 0 all figures are there, 1 a run failed, 2 the table or the call is wrong, 130 interrupted.
@@ -41,7 +43,7 @@ def figures(
 
         catalog.classes(dataset)  # says what is wrong with it
     table = load(paths.notebooks() / "runs.yaml", profile, dataset)
-    chosen = _chosen(table, only or [])
+    chosen = _with_data(_chosen(table, only or []))
     if list_:
         _show_due(chosen)
         return
@@ -55,11 +57,20 @@ def figures(
 
 
 def _chosen(table: tuple[Run, ...], names: list[str]) -> list[Run]:
-    known = [run.name for run in table]
+    there = [*dict.fromkeys(run.name for run in table)]
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown run {name!r}: use one of {', '.join(known)}")
+        if name not in there:
+            raise ValueError(f"unknown run {name!r}: use one of {', '.join(there)}")
     return [run for run in table if not names or run.name in names]
+
+
+def _with_data(runs: list[Run]) -> list[Run]:
+    """Those of the runs whose data set is at hand; says which are not."""
+    absent = [run for run in runs if run.dataset and not known.available(run.dataset)]
+    for run in absent:
+        message = f"{run.label}: left out, the data set is not there: spear data fetch {run.dataset}"
+        console.print(message, highlight=False)
+    return [run for run in runs if run not in absent]
 
 
 def _execute(
@@ -77,7 +88,7 @@ def _execute(
     try:
         schedule.execute(chosen, **options, report=report)
     finally:
-        _show_statuses([outcomes[run.name] for run in chosen if run.name in outcomes])
+        _show_statuses([outcomes[run.label] for run in chosen if run.label in outcomes])
     return outcomes
 
 
@@ -97,7 +108,7 @@ def _show_due(runs: list[Run]) -> None:
     table = Table("run", "status", "why", "writes")
     for run in runs:
         why = schedule.reasons(run)
-        table.add_row(run.name, "due" if why else "unchanged", "\n".join(why), "\n".join(run.captions))
+        table.add_row(run.label, "due" if why else "unchanged", "\n".join(why), "\n".join(run.captions))
     console.print(table)
 
 

@@ -61,6 +61,8 @@ def origin(picture: Path) -> Origin | None:
 def render(runs: Sequence[Run], folder: Path, page: str = EMPTY_PAGE) -> str:
     """The page of a folder of figures, in Markdown, its gallery anew: figures that are there, in the order of `runs`.
 
+    `folder` is where the page is; links to the figures, in it or below it, are relative to it.
+
     Raises `ValueError` for a page without the comments that the gallery stands between.
     """
     if not GALLERY.search(page):
@@ -73,14 +75,26 @@ def render(runs: Sequence[Run], folder: Path, page: str = EMPTY_PAGE) -> str:
 
 def _section(run: Run, folder: Path) -> str:
     """The figures of one run that are there; parameters are told once, as long as they stay the same."""
-    drawn = {stem: origin(folder / f"{stem}.png") for stem in run.captions if (folder / f"{stem}.png").is_file()}
+    pictures = {stem: run.folder / f"{stem}.png" for stem in run.captions}
+    drawn = {stem: origin(place) for stem, place in pictures.items() if place.is_file()}
     if not drawn:
         return ""
-    parts, told = [f"\n## [{run.name}]({os.path.relpath(run.notebook, folder)})\n"], None
+    parts, told = [f"\n## [{run.label}]({os.path.relpath(run.notebook, folder)})\n{_time(run)}"], None
     for stem, made in drawn.items():
-        parts.append(f"\n![{stem}]({stem}.png)\n\n{run.captions[stem]}\n\n[numbers]({stem}.csv){_facts(made, told)}\n")
+        place = os.path.relpath(run.folder / stem, folder)
+        parts.append(
+            f"\n![{stem}]({place}.png)\n\n{run.captions[stem]}\n\n[numbers]({place}.csv){_facts(made, told)}\n"
+        )
         told = made.parameters if made else told
     return "".join(parts)
+
+
+def _time(run: Run) -> str:
+    """How long the run took, where that is kept beside its figures."""
+    if run.profile != "paper" or not run.record.is_file():
+        return ""
+    minutes = json.loads(run.record.read_text())["seconds"] / 60
+    return f"\nThe run took {minutes:.1f} minutes.\n"
 
 
 def _facts(made: Origin | None, told: Mapping[str, object] | None) -> str:

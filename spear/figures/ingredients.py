@@ -23,14 +23,14 @@ class Ingredients:
     """Code cells without outputs, modules of the package that they reach, parameters, versions, and data.
 
     Cells and modules are told by digests. `parameters` are those that override the notebook's, `data` the data sets at
-    hand that parameters or cells name, each with what tells a change of its files (`spear.data.known.stamp`).
+    hand that parameters or cells name, each by a digest. Nothing in it depends on the machine or the day.
     """
 
     cells: list[str]
     parameters: Mapping[str, object]
     modules: Mapping[str, str]
     versions: Mapping[str, str]
-    data: Mapping[str, list[int]]
+    data: Mapping[str, str]
 
     def changes(self, before: Mapping[str, object]) -> Iterator[str]:
         """In words, what is another than in an earlier run's, which is given as `dataclasses.asdict` made it."""
@@ -54,7 +54,7 @@ def of(run: Run) -> Ingredients:
         run.parameters,
         {name: _digest_of_module(package.files[name]) for name in package.reached(code)},
         {"python": ".".join(platform.python_version_tuple()[:2])} | {name: version(name) for name in VERSIONS},
-        {name: known.stamp(place) for name in _named(run, code) if (place := known.place(name))},
+        {name: _digest_of_data(place) for name in _named(run, code) if (place := known.place(name))},
     )
 
 
@@ -66,6 +66,15 @@ def digest(content: bytes) -> str:
 def _digest_of_module(module: Path) -> str:
     """Of its source, and of files of the same name beside it, such as a template."""
     return digest(b"".join(path.read_bytes() for path in sorted(module.parent.glob(f"{module.stem}.*"))))
+
+
+def _digest_of_data(place: Path) -> str:
+    """Of a file's content, or of the names and sizes of the many in a folder."""
+    if place.is_file():
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    sizes = {str(path.relative_to(place)): path.stat().st_size for path in place.rglob("*") if path.is_file()}
+    return digest(json.dumps(sizes, sort_keys=True).encode())
 
 
 def _named(run: Run, code: str) -> list[str]:

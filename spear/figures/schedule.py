@@ -56,7 +56,7 @@ def execute(
     due = [run for run in runs if force or not is_current(run)]
     for run in runs:
         if run not in due:
-            report(RunStatus(run.name, "unchanged"))
+            report(RunStatus(run.label, "unchanged"))
     threads = 1 if executor else max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(due))))
     own = None if executor else ThreadPoolExecutor(jobs)
     active: list[_Job] = []
@@ -74,7 +74,7 @@ def execute(
         _call_off(active)
         for job in active:
             if job.began:
-                report(RunStatus(job.run.name, "interrupted", time.monotonic() - job.began))
+                report(RunStatus(job.run.label, "interrupted", time.monotonic() - job.began))
         if own:
             own.shutdown()
 
@@ -108,7 +108,7 @@ def is_current(run: Run) -> bool:
 def reasons(run: Run) -> list[str]:
     """Why the run is due, in words: it never ended, or what it is made of, or a figure, has changed. Empty: not due."""
     try:
-        record = json.loads(_record(run).read_text())
+        record = json.loads(run.record.read_text())
         made_of, figures = record["made of"], record["figures"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return ["never run"]
@@ -118,7 +118,7 @@ def reasons(run: Run) -> list[str]:
 def _altered(run: Run, recorded: Mapping[str, str]) -> Iterator[str]:
     """What has become of a run's figures since it wrote them."""
     for name in run.files:
-        path = paths.figures() / run.variant / name
+        path = run.folder / name
         if not path.is_file():
             yield f"{name} is missing"
         elif digest(path.read_bytes()) != recorded.get(name):
@@ -126,21 +126,22 @@ def _altered(run: Run, recorded: Mapping[str, str]) -> Iterator[str]:
     yield from (f"{name} is no longer declared" for name in recorded if name not in run.files)
 
 
-def publish(run: Run, folder: Path, made_of: Ingredients) -> None:
+def publish(run: Run, folder: Path, made_of: Ingredients, seconds: float) -> None:
     """Take the figures of a run from `folder` to where they belong, stamped with their origin; record the run."""
     contents = {name: (folder / name).read_bytes() for name in run.files}
     for stem in run.captions:
         contents[f"{stem}.png"] = _stamped(run, stem, contents)
-    paths.write({paths.figures() / run.variant / name: content for name, content in contents.items()})
+    paths.write({run.folder / name: content for name, content in contents.items()})
     figures = {name: digest(content) for name, content in contents.items()}
-    paths.write({_record(run): json.dumps({"made of": asdict(made_of), "figures": figures}, indent=1).encode()})
+    record = {"seconds": round(seconds, 1), "made of": asdict(made_of), "figures": figures}
+    paths.write({run.record: f"{json.dumps(record, indent=1)}\n".encode()})
 
 
 def _stamped(run: Run, stem: str, contents: Mapping[str, bytes]) -> bytes:
     """The picture with its origin inside, of today; of its day where it is published already, with its numbers."""
     values = parameters(run.notebook) | dict(run.parameters)
     origin = gallery.Origin(run.profile, values, _data_sets(run, values), date.today().isoformat())
-    numbers, picture = (paths.figures() / run.variant / f"{stem}{suffix}" for suffix in (".csv", ".png"))
+    numbers, picture = (run.folder / f"{stem}{suffix}" for suffix in (".csv", ".png"))
     if picture.is_file() and numbers.is_file() and numbers.read_bytes() == contents[numbers.name]:
         before = gallery.origin(picture)
         same = before and gallery.stamped(contents[picture.name], replace(origin, date=before.date))
@@ -162,7 +163,7 @@ class _Job:
 
     def __init__(self, run: Run, executor: Executor, threads: int, cell_timeout: int) -> None:
         self.run, self.made_of = run, ingredients.of(run)
-        self.work = _record(run).with_suffix("")
+        self.work = run.work
         self.began, self.attempts = 0.0, 0
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
@@ -174,7 +175,7 @@ class _Job:
         attempts = len([*self.work.iterdir()])
         if attempts > self.attempts:
             self.began = self.began or time.monotonic()
-            yield RunStatus(self.run.name, "running" if not self.attempts else "running again")
+            yield RunStatus(self.run.label, "running" if not self.attempts else "running again")
         self.attempts = attempts
 
     def finish(self) -> RunStatus:
@@ -185,16 +186,12 @@ class _Job:
             folder, problem = self.work, f"{type(error).__name__}: {error}"
         seconds = time.monotonic() - (self.began or time.monotonic())
         if problem:
-            return RunStatus(self.run.name, "failed", seconds, problem)
-        publish(self.run, folder / "figures", self.made_of)
-        return RunStatus(self.run.name, "done", seconds)
+            return RunStatus(self.run.label, "failed", seconds, problem)
+        publish(self.run, folder / "figures", self.made_of, seconds)
+        return RunStatus(self.run.label, "done", seconds)
 
 
 def _call_off(jobs: Sequence[_Job]) -> None:
     for job in jobs:
         (job.work / attempt.STOP).touch()
     wait([job.future for job in jobs if not job.future.cancel()])
-
-
-def _record(run: Run) -> Path:
-    return paths.root() / "build" / "runs" / (run.variant or run.profile) / f"{run.name}.json"

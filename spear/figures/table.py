@@ -8,6 +8,7 @@ The file is a list of runs::
         quick: {}
         paper: {seeds: 100}
         test: {seeds: 2}
+      datasets: [mnist, cifar10]               # may be left out: the profile paper runs once for each of them
       writes:                                  # figures, a PNG and a CSV of this stem each, and their captions
         04_sampling-counts: Submatrices drawn until every column was met, measured and predicted.
 
@@ -17,23 +18,26 @@ word; here each is an error that names it.
 
 import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from spear import paths
 from spear.figures.notebook import code_cells
 
 PROFILES = ("quick", "paper", "test")
 KEYS = ("name", "notebook", "profiles", "writes")
+OPTIONAL = ("datasets",)
 
 
 @dataclass(frozen=True)
 class Run:
     """One execution of a notebook: the values its parameters cell is overridden with, and the figures it writes.
 
-    `captions` maps the stem of each figure to its caption, `dataset` is what `load` was asked for.
+    `captions` maps the stem of each figure to its caption. `dataset` is the data set that the notebook is run on where
+    `load` was asked for one, or the table names several.
     """
 
     name: str
@@ -46,7 +50,27 @@ class Run:
     @property
     def variant(self) -> str:
         """Folder of its figures, under that of all: of its own for another profile than quick, or another data set."""
-        return f"{self.profile}-{self.dataset}" if self.dataset else "" if self.profile == "quick" else self.profile
+        return f"{self.profile}/{self.dataset}" if self.dataset else "" if self.profile == "quick" else self.profile
+
+    @property
+    def folder(self) -> Path:
+        """Where its figures are."""
+        return paths.figures() / self.variant
+
+    @property
+    def work(self) -> Path:
+        """Where it is carried out."""
+        return paths.root() / "build" / "runs" / (self.variant or self.profile) / self.name
+
+    @property
+    def record(self) -> Path:
+        """What it was made of, and how long it took; beside the figures, and committed with them, at full size."""
+        return self.folder / f"{self.name}.json" if self.profile == "paper" else self.work.with_suffix(".json")
+
+    @property
+    def label(self) -> str:
+        """What it is called where runs of several data sets stand side by side."""
+        return f"{self.name} on {self.dataset}" if self.dataset else self.name
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -58,10 +82,11 @@ def load(table: Path, profile: str, dataset: str | None = None) -> tuple[Run, ..
     """The runs of one profile, in the order of the table; every profile is checked, not only this one.
 
     `table` is the YAML file; notebooks are looked up in its folder. With a `dataset`, those runs whose notebook has a
-    parameter of this name, which it overrides. Raises `FileNotFoundError` without the file and
+    parameter of this name, which it overrides; without, the profile paper has a run for each of the `datasets` that an
+    entry names. Raises `FileNotFoundError` without the file and
     `ValueError`, naming the run and the culprit, for: a profile, notebook, parameter or key that does not exist, a
     missing or repeated key, a repeated name, a value of another type than the notebook's own, and a figure that is
-    declared twice, not named after its notebook or without a caption.
+    declared twice, not named after its notebook or without a caption, and for `datasets` that are none.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: use one of {', '.join(PROFILES)}")
@@ -70,15 +95,21 @@ def load(table: Path, profile: str, dataset: str | None = None) -> tuple[Run, ..
         _check_entry(entry, table)
     _refuse_repeats("run name", (entry["name"] for entry in entries), table)
     _refuse_repeats("figure", (stem for entry in entries for stem in entry["writes"]), table)
-    chosen = {} if dataset is None else {"dataset": dataset}
-    found = tuple(
-        Run(entry["name"], notebook, profile, entry["profiles"][profile] | chosen, entry["writes"], dataset)
-        for entry in entries
-        if chosen.keys() <= parameters(notebook := table.parent / entry["notebook"]).keys()
-    )
+    found = tuple(run for entry in entries for run in _runs(entry, table, profile, dataset))
     if not found:
         raise ValueError(f"{table}: no notebook has a parameter 'dataset'")
     return found
+
+
+def _runs(entry: Mapping, table: Path, profile: str, dataset: str | None) -> Iterator[Run]:
+    """The runs of one entry: one, or one for each of its data sets."""
+    notebook, values = table.parent / entry["notebook"], entry["profiles"][profile]
+    own = entry.get("datasets") if profile == "paper" else None
+    for name in own or [None] if dataset is None else [dataset]:
+        if name is None:
+            yield Run(entry["name"], notebook, profile, values, entry["writes"])
+        elif "dataset" in parameters(notebook):
+            yield Run(entry["name"], notebook, profile, values | {"dataset": name}, entry["writes"], name)
 
 
 def parameters(notebook: Path) -> dict[str, object]:
@@ -130,7 +161,7 @@ def _check_entry(entry: object, table: Path) -> None:
     if not isinstance(entry, dict):
         raise ValueError(f"{table}: {entry!r} is not a run with the keys {', '.join(KEYS)}")
     where = f"{table}: run {entry.get('name', '?')!r}"
-    _same_keys(entry, KEYS, "key", where)
+    _same_keys({key: value for key, value in entry.items() if key not in OPTIONAL}, KEYS, "key", where)
     _check_name(entry["name"], f"{where}: a name")
     if not isinstance(entry["notebook"], str):
         raise ValueError(f"{where}: notebook {entry['notebook']!r} is no file name")
@@ -139,6 +170,15 @@ def _check_entry(entry: object, table: Path) -> None:
         raise ValueError(f"{where}: unknown notebook {entry['notebook']!r}")
     _check_profiles(entry["profiles"], notebook, where)
     _check_figures(entry["writes"], notebook, where)
+    _check_data_sets(entry.get("datasets", []), notebook, where)
+
+
+def _check_data_sets(names: object, notebook: Path, where: str) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: datasets is not a list of names")
+    if names and "dataset" not in parameters(notebook):
+        raise ValueError(f"{where}: datasets are given, but {notebook.name} has no parameter 'dataset'")
+    _refuse_repeats("data set", names, where)
 
 
 def _check_profiles(profiles: object, notebook: Path, where: str) -> None:
@@ -182,11 +222,11 @@ def _same_keys(given: Iterable, known: tuple[str, ...], what: str, where: str) -
             raise ValueError(f"{where}: {what} {key!r} is missing")
 
 
-def _refuse_repeats(what: str, values: Iterable[str], table: Path) -> None:
+def _refuse_repeats(what: str, values: Iterable[str], where: object) -> None:
     seen = set()
     for value in values:
         if value in seen:
-            raise ValueError(f"{table}: {what} {value!r} appears twice")
+            raise ValueError(f"{where}: {what} {value!r} appears twice")
         seen.add(value)
 
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spear.models.watching import linear_layer, watched
-from spear.published import kernels
+from spear.published import filtering, kernels
 from spear.published.view import Observed
 
 MET = 1 - 1e-8  # |cosine| between a proposal and the true direction that it is
@@ -26,22 +27,59 @@ def first_met(
     *,
     limit: int,
     generator: torch.Generator | None = None,
-    chunk: int = 2000,
+    chunk: int = 50_000,
 ) -> Float[Tensor, " b"]:
     """At which of `limit` independent proposals each true direction is first met; infinite where it is not.
 
-    Proposals are counted from 1 and drawn as in `spear.published.kernels.naive`, until every direction was met.
+    Proposals are counted from 1, as uniform as in `spear.published.kernels.naive`, until every direction was met. The
+    judge knows the zeros of each column: a submatrix that has a row outside all of them is done with at that row, and
+    kernels are computed of the few others only. Raises `ValueError` for b over 62.
     """
-    m, b = L.shape
-    met = torch.full((b,), torch.inf, dtype=torch.float64)
+    zeros = _as_bits(filtering.zero_rows(L, truth).cpu().numpy())
+    numbers = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    met = torch.full((len(truth),), torch.inf, dtype=torch.float64)
     for start in range(0, limit, chunk):
-        rows = kernels.sample_rows(min(chunk, limit - start), m, b - 1, generator=generator, device=L.device)
-        hit = ((kernels.kernels_lu(L[rows]) @ truth.mT).abs() > MET).cpu()
-        place = torch.where(hit.any(0), start + 1.0 + hit.int().argmax(0), torch.inf)
-        met = torch.minimum(met, place.double())
+        place, rows = _inside_one_column(zeros, len(truth) - 1, min(chunk, limit - start), numbers)
+        hit = met_by(L, truth, torch.from_numpy(rows)).cpu()
+        first = torch.where(hit, start + 1.0 + torch.from_numpy(place)[:, None], torch.inf)
+        met = torch.cat([first, met[None]]).amin(0)
         if met.isfinite().all():
             break
     return met
+
+
+def met_by(L: Float[Tensor, "m b"], truth: Float[Tensor, "b b"], rows: Int[Tensor, "p c"]) -> Bool[Tensor, "p b"]:
+    """Which true direction is the kernel of which submatrix of c = b - 1 rows of L."""
+    return (kernels.kernels_lu(L[rows]) @ truth.mT).abs() > MET
+
+
+def _as_bits(zeros: Bool[np.ndarray, "b m"]) -> Int[np.ndarray, " m"]:
+    """The columns in which each row is zero, as the bits of an integer."""
+    if len(zeros) > 62:
+        raise ValueError(f"{len(zeros)} directions are more than independent proposals will ever meet: at most 62")
+    kind = np.int32 if len(zeros) < 31 else np.int64
+    return (zeros.astype(kind) << np.arange(len(zeros), dtype=kind)[:, None]).sum(0, dtype=kind)
+
+
+def _inside_one_column(
+    zeros: Int[np.ndarray, " m"], size: int, count: int, numbers: np.random.Generator
+) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, "p c"]]:
+    """Of `count` uniform sets of `size` different rows, which ones are zero in a common column: their places, and rows.
+
+    Row by row, each unlike those before it; a set leaves at the first row that leaves no column to it.
+    """
+    place, columns = np.arange(count), np.full(count, -1, zeros.dtype)
+    rows = np.empty((size, count), np.int32)
+    for k in range(size):
+        drawn = numbers.integers(len(zeros), size=len(place), dtype=np.int32)
+        while (again := np.flatnonzero((rows[:k] == drawn).any(0))).size:
+            drawn[again] = numbers.integers(len(zeros), size=len(again), dtype=np.int32)
+        rows[k] = drawn
+        columns &= zeros.take(drawn)
+        left = np.flatnonzero(columns)
+        if len(left) < 0.7 * len(place) or k == size - 1:
+            place, columns, rows = place[left], columns[left], rows.take(left, 1)
+    return place, rows.T.astype(np.int64)
 
 
 @dataclass(frozen=True)

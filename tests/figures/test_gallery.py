@@ -23,12 +23,14 @@ def _png(value: int = 0, **options: object) -> bytes:
 
 
 def test_the_committed_galleries_are_what_the_figures_say(repository: Path) -> None:
-    table = load(repository / "notebooks" / "runs.yaml", "quick")
     folder = repository / "figures"
-    for place in (folder, folder / "paper"):
+    for profile, place in (("quick", folder), ("paper", folder / "paper")):
+        table = load(repository / "notebooks" / "runs.yaml", profile)
         page = (place / "README.md").read_text()
         assert page == gallery.render(table, place, page)
-    assert {path.name for path in folder.glob("*.png")} == {f"{stem}.png" for run in table for stem in run.captions}
+        names = {run.folder / f"{stem}.png" for run in table for stem in run.captions}
+        assert {*place.glob("*.png")} <= names
+        assert profile == "paper" or {*place.glob("*.png")} == names
 
 
 def test_a_stamp_is_read_back_and_leaves_the_picture_as_it_is(tmp_path: Path) -> None:
@@ -45,10 +47,17 @@ def test_a_stamp_is_read_back_and_leaves_the_picture_as_it_is(tmp_path: Path) ->
     assert gallery.origin(place) is None
 
 
-def test_the_page_shows_what_is_there_in_the_tables_order(tmp_path: Path) -> None:
+@pytest.fixture
+def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of figures."""
+    folder = tmp_path / "figures"
+    (folder / "paper" / "mnist").mkdir(parents=True)
+    monkeypatch.setenv("SPEAR_FIGURES", str(folder))
+    return folder
+
+
+def test_the_page_shows_what_is_there_in_the_tables_order(tmp_path: Path, figures: Path) -> None:
     (tmp_path / "notebooks").mkdir()
-    figures = tmp_path / "figures"
-    figures.mkdir()
     table = [
         Run(name, tmp_path / "notebooks" / f"{name}.ipynb", "quick", {}, {f"{name}-x": f"Caption of {name}."})
         for name in ("01_b", "00_a", "02_c")
@@ -63,14 +72,28 @@ def test_the_page_shows_what_is_there_in_the_tables_order(tmp_path: Path) -> Non
     assert '`dataset = "photos", sizes = [1, 2], rate = 1e-09`' in second
 
 
-def test_parameters_are_told_again_only_where_they_change(tmp_path: Path) -> None:
+def test_a_page_shows_each_data_set_of_a_run_and_what_it_took(tmp_path: Path, figures: Path) -> None:
+    where, captions = tmp_path / "08_a.ipynb", {"08_a-x": "Caption."}
+    runs = [Run("08_a", where, "paper", {}, captions, dataset) for dataset in ("mnist", None)]
+    for run in runs:
+        (run.folder / "08_a-x.png").write_bytes(gallery.stamped(_png(), ORIGIN))
+    runs[0].record.write_text('{"seconds": 90.0}')
+    first, second = gallery.render(runs, figures / "paper").split("## ")[1:]
+    assert first.startswith(
+        "[08_a on mnist](../../08_a.ipynb)\n\nThe run took 1.5 minutes.\n\n![08_a-x](mnist/08_a-x.png)"
+    )
+    assert "[numbers](mnist/08_a-x.csv)" in first
+    assert second.startswith("[08_a](../../08_a.ipynb)\n\n![08_a-x](08_a-x.png)")
+
+
+def test_parameters_are_told_again_only_where_they_change(tmp_path: Path, figures: Path) -> None:
     stems = ("00_a-w", "00_a-x", "00_a-y", "00_a-z")
     run = Run("00_a", tmp_path / "00_a.ipynb", "quick", {}, dict.fromkeys(stems, "Caption."))
     origins = (ORIGIN, None, ORIGIN, replace(ORIGIN, parameters={"rate": 2}))
     for stem, origin in zip(stems, origins, strict=True):
         picture = _png() if origin is None else gallery.stamped(_png(), origin)
-        (tmp_path / f"{stem}.png").write_bytes(picture)
-    facts = re.findall(r"^\[numbers\].*(?:parameters: |drawn by )(\S+)", gallery.render([run], tmp_path), re.M)
+        (figures / f"{stem}.png").write_bytes(picture)
+    facts = re.findall(r"^\[numbers\].*(?:parameters: |drawn by )(\S+)", gallery.render([run], figures), re.M)
     assert facts == ["`dataset", "hand:", "as", "`rate"]
 
 

@@ -102,5 +102,5 @@ def test_the_record_gives_back_what_was_recorded(project: Project, package: Path
     made_of = ingredients.of(run)
     assert isinstance(made_of, Ingredients)
     assert schedule.reasons(run) == ["never run"]
-    schedule.publish(run, package, made_of)
+    schedule.publish(run, package, made_of, 1.0)
     assert schedule.reasons(run) == []

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_a_run_that_is_due_says_why(project: Project, tmp_path: Path) -> None:
     assert schedule.reasons(run) == ["never run"]
     for name in run.files:
         Image.new("L", (2, 2)).save(tmp_path / name, "png")
-    schedule.publish(run, tmp_path, ingredients.of(run))
+    schedule.publish(run, tmp_path, ingredients.of(run), 1.0)
     assert schedule.reasons(run) == []
     project.figure(run.files[0]).write_text("edited by hand")
     project.figure(run.files[1]).unlink()
@@ -57,6 +58,17 @@ def test_a_run_that_is_due_says_why(project: Project, tmp_path: Path) -> None:
     assert schedule.reasons(project.load()[0]) == ["parameters: count", *gone]
     (tmp_path / "build" / "runs" / "quick" / "00_tiny.json").write_text('{"fingerprint": "of an older version"}')
     assert schedule.reasons(run) == ["never run"]
+
+
+def test_what_a_full_size_run_was_made_of_travels_with_its_figures(project: Project, tmp_path: Path) -> None:
+    project.add("00_tiny")
+    runs = [project.load()[0], load(project.table, "paper")[0]]
+    for run in runs:
+        for name in run.files:
+            Image.new("L", (2, 2)).save(tmp_path / name, "png")
+        schedule.publish(run, tmp_path, ingredients.of(run), 1.0)
+    shutil.rmtree(project.folder / "build")
+    assert [schedule.reasons(run) for run in runs] == [["never run"], []]
 
 
 def test_a_failure_shows_its_cell_and_leaves_the_rest_alone(project: Project) -> None:
@@ -159,15 +171,15 @@ def test_a_figure_says_what_it_was_drawn_with_and_keeps_its_day_while_it_stays_t
     given = "dataset = 'photos'\nothers = ['digits', 'mnist']\nsizes = {'b': [1, 2]}\nrate = 0.5"
     project.add("00_tiny", parameters=given, **quick_profile(rate=2))
     (run,) = load(project.table, "quick", "digits")
-    drawn, place = project.folder / "drawn", project.figure("quick-digits/00_tiny-plot.png")
+    drawn, place = project.folder / "drawn", project.figure("quick/digits/00_tiny-plot.png")
     drawn.mkdir()
 
     def published(day: int, shade: int, number: int) -> gallery.Origin | None:
         Image.new("L", (2, 2), shade).save(drawn / "00_tiny-plot.png")
         (drawn / "00_tiny-plot.csv").write_text(str(number))
         monkeypatch.setattr(schedule, "date", SimpleNamespace(today=lambda: date(2026, 1, day)))
-        schedule.publish(run, drawn, ingredients.of(run))
-        assert (project.folder / "build" / "runs" / "quick-digits" / "00_tiny.json").is_file()
+        schedule.publish(run, drawn, ingredients.of(run), 1.0)
+        assert (project.folder / "build" / "runs" / "quick" / "digits" / "00_tiny.json").is_file()
         return gallery.origin(place)
 
     first = published(1, 9, 9)

@@ -28,8 +28,20 @@ def test_another_profile_or_data_set_has_folders_of_its_own(project: Project) ->
     quick, paper = (load(project.table, profile) for profile in ("quick", "paper"))
     assert [run.variant for run in (*quick, *paper)] == ["", "", "paper", "paper"]
     (chosen,) = load(project.table, "quick", "digits")
-    assert (chosen.name, chosen.parameters, chosen.variant) == ("01_tiny", {"dataset": "digits"}, "quick-digits")
-    assert load(project.table, "paper", "digits")[0].variant == "paper-digits"
+    assert (chosen.name, chosen.parameters, chosen.variant) == ("01_tiny", {"dataset": "digits"}, "quick/digits")
+    assert load(project.table, "paper", "digits")[0].variant == "paper/digits"
+
+
+def test_an_entry_of_several_data_sets_is_a_run_for_each_at_full_size_only(project: Project) -> None:
+    project.add("00_tiny")
+    project.add("01_tiny", parameters="dataset = 'photos'\ncount = 1", datasets=["mnist", "digits"])
+    assert [run.label for run in load(project.table, "quick")] == ["00_tiny", "01_tiny"]
+    paper = load(project.table, "paper")
+    assert [run.label for run in paper] == ["00_tiny", "01_tiny on mnist", "01_tiny on digits"]
+    assert [run.parameters for run in paper[1:]] == [{"dataset": "mnist"}, {"dataset": "digits"}]
+    places = [place for run in paper for place in (run.folder, run.work, run.record)]
+    assert len({*places}) == len(places)
+    assert [run.label for run in load(project.table, "paper", "photos")] == ["01_tiny on photos"]
 
 
 def test_no_notebook_with_a_data_set_to_choose_is_an_error(project: Project) -> None:
@@ -61,6 +73,9 @@ def test_no_notebook_with_a_data_set_to_choose_is_an_error(project: Project) -> 
         ({"name": None}, "run None: a name is text made of letters"),
         ({"notebook": ["00_tiny.ipynb"]}, "notebook ['00_tiny.ipynb'] is no file name"),
         ({"writes": {"00_tiny-/../../x": "A picture."}}, "the name of a figure is text made of letters"),
+        ({"datasets": "mnist"}, "run '00_tiny': datasets is not a list of names"),
+        ({"datasets": [3]}, "datasets is not a list of names"),
+        ({"datasets": ["mnist"]}, "datasets are given, but 00_tiny.ipynb has no parameter 'dataset'"),
         ({"writes": {7: "A picture."}}, "the name of a figure is text made of letters"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from problems import make
 
 from spear import study
-from spear.metrics.truth import MET, first_met, layer_truth, shape_of, true_directions
+from spear.metrics.truth import first_met, layer_truth, met_by, shape_of, true_directions
 from spear.published import greedy, kernels, theory
 
 
@@ -21,30 +21,39 @@ def test_true_directions_are_the_columns_of_Q(seed):
     assert torch.equal(G.abs() > 1e-9, (problem.inputs @ problem.model.fc1.weight.mT + problem.model.fc1.bias > 0).mT)
 
 
-@pytest.mark.parametrize(("b", "limit", "chunk"), [(1, 3, 2), (3, 40, 7), (4, 25, 1000), (5, 30, 5)])
-def test_first_met_is_the_loop_over_proposals(b, limit, chunk):
+@pytest.mark.parametrize("b", [1, 3, 4, 5])
+def test_a_direction_is_met_where_it_is_the_kernel(b):
     problem = make(b, 40, 20)
-    L, truth = problem.observed.L, problem.q
-    found = first_met(L, truth, limit=limit, generator=torch.Generator().manual_seed(1), chunk=chunk)
-    generator, expected, count = torch.Generator().manual_seed(1), [math.inf] * b, 0
-    for size in itertools.chain([chunk] * (limit // chunk), [limit % chunk]):
-        for q in kernels.kernels_svd(L[kernels.sample_rows(size, 40, b - 1, generator=generator)]):
-            count += 1
-            for i in range(b):
-                if abs(float(q @ truth[i])) > 1 - 1e-7:
-                    expected[i] = min(expected[i], count)
-    assert found.tolist() == expected
+    rows = kernels.sample_rows(60, 40, b - 1, generator=torch.Generator().manual_seed(1))
+    hit = met_by(problem.observed.L, problem.q, rows)
+    for chosen, met in zip(rows, hit, strict=True):
+        q = kernels.kernels_svd(problem.observed.L[chosen][None])[0]
+        assert met.tolist() == [abs(float(q @ direction)) > 1 - 1e-7 for direction in problem.q]
+    assert hit.any()
 
 
-def test_first_met_on_average_takes_as_long_as_coupon_collecting():
-    problem = make(3, 30, 20)
+@pytest.mark.parametrize(("b", "chunk"), [(2, 20), (3, 20), (3, 7), (4, 50)])
+def test_first_met_on_average_takes_as_long_as_coupon_collecting(b, chunk):
+    problem = make(b, 16, 20)
     L, truth = problem.observed.L, problem.q
-    pairs = torch.tensor(list(itertools.combinations(range(30), 2)))
-    rates = ((kernels.kernels_svd(L[pairs]) @ truth.mT).abs() > MET).double().mean(0)
+    rates = met_by(L, truth, torch.tensor(list(itertools.combinations(range(16), b - 1)))).double().mean(0)
     generator, runs = torch.Generator().manual_seed(0), 600
-    last = [float(first_met(L, truth, limit=1000, generator=generator, chunk=20).max()) for _ in range(runs)]
+    first = torch.stack([first_met(L, truth, limit=3000, generator=generator, chunk=chunk) for _ in range(runs)])
     # a wait spreads by no more than its mean: five standard errors
-    assert sum(last) / runs == pytest.approx(theory.expected_proposals(rates), rel=5 / math.sqrt(runs))
+    assert float(first.amax(1).mean()) == pytest.approx(theory.expected_proposals(rates), rel=5 / math.sqrt(runs))
+    assert first.mean(0).tolist() == pytest.approx((1 / rates).tolist(), rel=5 / math.sqrt(runs))
+
+
+def test_first_met_ends_at_the_limit():
+    problem = make(4, 40, 20)
+    options = {"generator": torch.Generator().manual_seed(1), "chunk": 7}
+    first = first_met(problem.observed.L, problem.q, limit=25, **options)
+    assert bool((first[first.isfinite()] <= 25).all())
+    assert not first.isfinite().all()
+    alone = make(1, 40, 20)
+    assert first_met(alone.observed.L, alone.q, limit=3).tolist() == [1.0]
+    with pytest.raises(ValueError, match="63 directions"):
+        first_met(torch.eye(80, 63, dtype=torch.float64), torch.eye(63, dtype=torch.float64), limit=1)
 
 
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])

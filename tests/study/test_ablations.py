@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import spear
 from spear import data, federated, metrics, models
 from spear.metrics import truth
+from spear.published import theory
 from spear.study import ablations
 from spear.study.ablations import Cell, Limits
 
@@ -131,3 +132,28 @@ def test_bad_cells():
         Cell(labels="sorted")
     with pytest.raises(ValueError, match="a pool of 8 has 4 samples for a batch of 5: enlarge the pool"):
         ablations.run([Cell("digits", batch=5)], batches=1, pool=8)
+
+
+def test_sampling_that_the_theory_gives_no_hope_is_not_tried():
+    cells = ablations.grid(Cell("digits", width=40, depth=3), batch=[3, 14], method=["sampling", "network"])
+    frame = ablations.run(cells, batches=1, limits=Limits(proposals=1_000, starts=100))
+    expected = [theory.expected_proposals(theory.half_rates(40, b)) for b in (3, 14)]
+    assert expected[0] < ablations.HOPELESS * 1_000 < expected[1]
+    by = frame.set_index(["method", "batch"]).reason.str.startswith("not tried: ")
+    assert by.to_dict() == {(c.method, c.batch): c == cells[2] for c in cells}
+    hopeless = frame.set_index(["method", "batch"]).loc[("sampling", 14)]
+    assert (hopeless.recall, hopeless.complete, hopeless.proposals) == (0, False, 0)
+
+
+def test_a_batch_out_of_time_counts_with_what_came_back():
+    (row,) = ablations.run([SMALL], batches=1, limits=Limits(seconds=1e-9)).itertuples()
+    assert not row.complete
+    assert "time" in row.reason
+
+
+def test_cells_that_a_data_set_cannot_fill_are_left_out():
+    cells = ablations.grid(Cell("digits"), labels=["random", "equal"], batch=[4, 12, 30])
+    left = ablations.feasible(cells, batches=2, pool=60)
+    assert [(c.labels, c.batch) for c in left] == [("random", 4), ("random", 12), ("random", 30), ("equal", 4)]
+    for cell in left:
+        assert len(ablations.client_batch(cell, 60, 1)[1]) == cell.batch

@@ -1,0 +1,38 @@
+"""Phase diagrams: what share of a batch comes back, over width and batch size.
+
+Notebooks 09, 10 and 11.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+
+SHARE = "share recovered"
+
+
+def diagram(
+    attempt: Callable[[int, int, int], Mapping[str, float]],
+    *,
+    widths: Sequence[int],
+    shares: Sequence[float],
+    seeds: Sequence[int],
+    most: float | int = math.inf,
+) -> pd.DataFrame:
+    """A row for each width m and batch size b = share m, up to `most`: these, their ratio, the seeds, and the measures.
+
+    `attempt(b, m, seed)` attacks one batch and returns its measures, `"share recovered"` among them, of which a cell
+    has the mean; of the others it has the median. A larger batch is harder, so a cell in which nothing came back is the
+    last that is tried of its width: those above count as nothing, with 0 under `seeds` and no other measures.
+    """
+    rows = []
+    for m in widths:
+        hopeless = False
+        for b in sorted({round(share * m) for share in shares}):
+            if b > most:
+                break
+            tried = pd.DataFrame([] if hopeless else [attempt(b, m, seed) for seed in seeds])
+            measures = dict(tried.median()) | {SHARE: tried[SHARE].mean() if len(tried) else 0.0}
+            hopeless = measures[SHARE] == 0
+            rows.append({"width": m, "batch": b, "batch/width": b / m, "seeds": len(tried), **measures})
+    return pd.DataFrame(rows)

@@ -1,0 +1,39 @@
+"""Phase diagrams: what a cell amounts to, and which cells are not tried."""
+
+import math
+
+import pytest
+
+from spear.study import phases
+
+
+def wall(batch, width, seed):
+    """An attack that returns whole batches up to half the width, for even seeds only."""
+    return {"share recovered": float(batch <= width / 2 and seed % 2 == 0), "seconds": seed * batch}
+
+
+def test_a_cell_is_the_mean_share_and_the_median_of_all_else():
+    table = phases.diagram(wall, widths=[10, 20], shares=[0.5, 0.2], seeds=[0, 1, 2])
+    assert table[["width", "batch"]].to_numpy().tolist() == [[10, 2], [10, 5], [20, 4], [20, 10]]
+    assert table["batch/width"].tolist() == [0.2, 0.5] * 2
+    assert table["share recovered"].tolist() == pytest.approx([2 / 3] * 4)
+    assert table["seconds"].tolist() == table["batch"].tolist()
+
+
+def test_above_a_cell_where_nothing_came_back_nothing_is_tried():
+    tried = []
+
+    def attempt(batch, width, seed):
+        tried.append((width, batch))
+        return wall(batch, width, seed)
+
+    table = phases.diagram(attempt, widths=[10, 20], shares=[0.4, 0.6, 0.7, 0.8], seeds=[0, 2])
+    assert tried == [(10, 4)] * 2 + [(10, 6)] * 2 + [(20, 8)] * 2 + [(20, 12)] * 2
+    assert table["share recovered"].tolist() == [1, 0, 0, 0] * 2
+    assert table["seeds"].tolist() == [2, 2, 0, 0] * 2
+    assert [math.isnan(s) for s in table["seconds"]] == [False, False, True, True] * 2
+
+
+def test_no_batch_is_larger_than_what_there_is():
+    table = phases.diagram(wall, widths=[10, 20], shares=[0.2, 0.4], seeds=[0], most=5)
+    assert table["batch"].tolist() == [2, 4, 4]
