@@ -9,12 +9,13 @@ with what epsilon tells as a prior, δ_0 away: it alone tells the one factor tha
 depends. τ is the mean square of what is left over.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spear.certificate import rms
 from spear.normalisation.batch_search import BatchSearch
 from spear.normalisation.exact_step import ExactStep, Solution, evidence
 from spear.normalisation.spaces import BatchSpaces, Found, plane
@@ -22,6 +23,7 @@ from spear.normalisation.statistics import Deviation
 
 ROUNDS, STEPS, MOST = 6, 10, 40  # of starts; of σ on one round's masks; masks at once
 NEAR = 0.4  # distance of a mask from its pieces under which it tells something of σ
+FEWEST = 4  # masks that tell anything
 FAR = 0.3  # change of log σ in one step, at most
 OUTLIERS = 2  # times the median residual: masks that are no samples'
 FITS = 3e-3  # median residual under which they are
@@ -37,35 +39,44 @@ class Calibrated:
 
 def calibrated(run: BatchSearch, rough: Deviation, until: float) -> Calibrated | None:
     """σ by a search with rough ones, until the clock shows `until`; `None` where no samples came near enough."""
-    run.until = until
-    error = torch.where(rough.error.isfinite(), rough.error, 1.0).clamp_max(1.0)
+    run.until, live = until, run.spaces.live
+    error, start = rough.error[live].clamp_max(1.0), torch.log(rough.sigma[live])
+    eye = torch.eye(len(start), dtype=start.dtype, device=start.device)
     for _ in range(ROUNDS):
-        mask = run.near_misses(NEAR)[:MOST]
-        if len(mask) < 2:
-            continue
-        spaces, log, prior = run.spaces, torch.log(rough.sigma), torch.log(rough.sigma)
+        mask, spaces, log, residual = run.near_misses(NEAR)[:MOST], run.spaces, start, torch.inf
         for _ in range(STEPS):
+            if len(mask) < FEWEST:
+                break
             at, q, own = _at(run, spaces, mask)
-            left = mask * at.h - at.g
+            left, residual = mask * at.h - at.g, float(at.residual.median())
             noise = float(left.square().sum() / (left.numel() - own.shape[2] * len(mask)))
-            N, wanted = torch.zeros(len(log), len(log)).to(log), torch.zeros_like(log)
+            N, wanted = torch.zeros_like(eye), torch.zeros_like(log)
             for basis, one, rest in zip(own, q, left, strict=True):
-                N += one[:, None] * (torch.eye(len(log)).to(log) - basis @ basis.mT) * one
+                N += one[:, None] * (eye - basis @ basis.mT) * one
                 wanted += one * (rest - basis @ (basis.mT @ rest))
-            weight = noise / error.square()
-            factor = torch.linalg.cholesky(N + torch.diag(weight))
-            step = torch.cholesky_solve((wanted + weight * (prior - log))[:, None], factor)[:, 0]
+            prior = noise / error.square()
+            factor = torch.linalg.cholesky_ex(N + torch.diag(prior))[0]
+            step = torch.cholesky_solve((wanted + prior * (start - log))[:, None], factor)[:, 0]
             log = log + step.clamp(-FAR, FAR)
-            spaces = run.spaces.with_deviation(log.exp() / rough.sigma)
+            spaces = run.spaces.with_deviation((log - start).exp())
             mask = evidence(at.g, at.y, at.h, run.weight, dropped=False) > 0
-            mask = mask[at.residual < OUTLIERS * at.residual.median()]
-        residual = float(_at(run, spaces, mask)[0].residual.median())
+            mask = mask[at.residual < OUTLIERS * residual]
         if residual < FITS:
-            spread = noise * torch.cholesky_inverse(factor)
-            common = float(spread.mean().sqrt())
-            each = (spread.diagonal() - 2 * spread.mean(1) + common**2).clamp_min(noise).sqrt()
-            return Calibrated(Deviation(log.exp(), each, told=False, common=common), residual)
+            found = _with(rough, live, log, noise * torch.cholesky_inverse(factor))
+            worse = max(1.0, rms((log - start) / error))  # times its own estimate that epsilon turns out to be off
+            return Calibrated(replace(found, common=worse * found.common), residual)
     return None
+
+
+def _with(
+    rough: Deviation, live: Bool[Tensor, " units"], log: Float[Tensor, " m"], spread: Float[Tensor, "m m"]
+) -> Deviation:
+    """The deviations from their logarithms on the live units, and the covariance of these."""
+    sigma, error, common = rough.sigma.clone(), torch.full_like(rough.error, torch.inf), float(spread.mean().sqrt())
+    sigma[live] = log.exp()
+    each = spread.diagonal() - 2 * spread.mean(1) + common**2
+    error[live] = each.clamp_min(torch.finfo(log.dtype).eps ** 2).sqrt()
+    return Deviation(sigma, error, told=False, common=common)
 
 
 def _at(

@@ -130,12 +130,23 @@ def test_what_is_needed():
         spear.attack(crowded.model, crowded.update, method="network")
 
 
-def test_single_precision():
-    case = sent((60, 160, 10), 8, seed=1)
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("source", ["buffers", "epsilon"])
+def test_single_precision(source, seed):
+    """By epsilon, what the samples leave over tells σ, but for one factor: whole, to less than a certificate needs."""
+    case = sent((60, 160, 10), 8, seed=seed)
     model = case.model.float()
     update = spear.federated.gradient(model, case.inputs.float(), case.labels)
-    result = spear.attack(model, update, method="network", time_limit=60)
-    differences_back(result, case, 1e-3)
+    if source == "buffers":
+        differences_back(spear.attack(model, update, method="network", time_limit=60), case, 1e-3)
+        return
+    result = spear.attack(model, replace(update, buffers=None), method="network", time_limit=60)
+    errors, nearest = difference_errors(result, case.inputs)
+    assert nearest.unique().numel() == len(case.inputs), result.reason
+    assert bool((errors < 1e-3).all())
+    assert torch.equal(result.labels, case.labels[nearest])
+    assert not result.differences.any() or bool((errors <= result.difference_bound).all())
+    assert "the mean" in result.reason
 
 
 def test_a_budget():
