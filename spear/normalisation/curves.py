@@ -73,6 +73,11 @@ class BatchLayer(Layer):
         return self.batch
 
     @property
+    def crowded(self) -> bool:
+        """Never: samples that do not determine themselves are not sought."""
+        return False
+
+    @property
     def tangent(self) -> Float[Tensor, "r r"]:
         """Every direction."""
         return torch.eye(len(self.singular), dtype=self.lift.dtype, device=self.lift.device)

@@ -23,6 +23,8 @@ from spear.network.problem import NetworkView
 from spear.network.spaces import project
 from spear.published.lowrank import LowRank
 
+MARGIN = 8  # equations beyond the unknowns of a sample: those that a wrong answer fails
+
 
 @dataclass(frozen=True)
 class Known:
@@ -85,6 +87,16 @@ class Layer:
     def tangent(self) -> Float[Tensor, "r q"]:
         """The directions in which a sample's s is free."""
         return torch.linalg.qr(self.ones[:, None], mode="complete")[0][:, 1:]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the equations of a sample alone, `MARGIN` to spare, are fewer than its unknowns."""
+        return self.coupled > 0
+
+    @property
+    def coupled(self) -> int:
+        """How many samples together have equations enough: k (m - r) + k² for k (r - 1) unknowns, and to spare."""
+        return 2 * len(self.singular) - 1 + MARGIN - len(self.basis)
 
     @property
     def origin(self) -> Float[Tensor, " r"]:
