@@ -34,11 +34,11 @@ class Soft(nn.Module):
 
     def forward(self, z: Float[Tensor, "k *shape"]) -> Float[Tensor, "k *made"]:
         if self.softness.measuring:
-            self.spread = z.flatten(1).std(1)
+            self.spread = z.flatten(1).std(1, correction=0)
         if self.softness.temperature is None:
             return self.sharp(z)
-        t = self.softness.temperature * self.spread
-        t = t if len(t) == len(z) else t.mean().reshape(1)  # rows that are no samples
+        t, spread = self.softness.temperature, self.spread
+        t = t * spread if len(t) == len(spread) else (t.mean() * spread.mean()).reshape(1)  # rows that are no samples
         return self.smooth(z, t.clamp_min(1e-30).reshape(-1, *[1] * (z.ndim - 1)))
 
     def sharp(self, z: Tensor) -> Tensor:

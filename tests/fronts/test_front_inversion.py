@@ -16,7 +16,7 @@ from spear.fronts.check import SOLVED, determined
 from spear.fronts.descent import Cost, Descent
 from spear.fronts.least_squares import Linearised, residual
 from spear.fronts.problem import FrontProblem, without_last_relu
-from spear.fronts.softened import SoftMaxPool, Softness, measured, softened
+from spear.fronts.softened import SoftMaxPool, Softness, SoftReLU, measured, softened
 from spear.fronts.spectrum import Spectrum
 from spear.models.fronts import cut
 
@@ -287,6 +287,15 @@ def test_temperatures_are_each_sample_s() -> None:
         measured(soft, softness, x[k : k + 1])
         softness.temperature = t[k : k + 1]
         torch.testing.assert_close(soft(x[k : k + 1])[0], together[k])
+
+
+def test_rows_that_are_no_samples() -> None:
+    softness = Softness()
+    made = SoftReLU(softness)
+    z = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    measured(made, softness, z)
+    softness.temperature = torch.full((3,), 1e-6, dtype=torch.float64)
+    torch.testing.assert_close(made(z), z.relu(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 3), 1)])
