@@ -8,7 +8,8 @@ One network of 400 neurons a layer and depth 6, the gradient of a batch of b sam
   lu       the same with the kernel from a linear system
   blocks   the b kernels of a random b x b block from one inversion, tested on a few rows first
   uniform  walks that test kernels without computing them (`spear.published.walks`), pools of rows drawn uniformly
-  walks    the same with pools of rows that vanish together more often: two rounds of three, as `search` runs them
+  walks    the same with pools of rows that the layer's weights let expect to vanish together: two rounds of three, as
+           the attack runs them
 
 *Proposals* are kernels tested. *Hits* are sets of b - 1 rows whose kernel was found to have enough zeros; for the
 independent draws of svd and lu they are the proposals times sum_i C(zeta_i, b-1) / C(m, b-1), which is exact where a
@@ -36,8 +37,9 @@ from rich.table import Table
 from torch import Tensor
 
 from spear import data, executors, federated, models
-from spear.published import filtering, lowrank, sampling, sparsity, theory
+from spear.published import filtering, sampling, sparsity, theory
 from spear.published.kernels import kernels_lu, kernels_svd, naive
+from spear.published.view import Observed, open_layer
 from spear.published.walks import HELD, PAIRS
 
 WIDTH, DEPTH = 400, 6
@@ -46,12 +48,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Problem:
-    """L (m, b), the zeros (b,) of each column of G, the true directions (b, b) as rows, and the sparsity threshold."""
+    """The server's view, the zeros (b,) of each column of G, the true directions (b, b) as rows, and the threshold."""
 
-    L: Tensor
+    observed: Observed
     zeros: Tensor
     truth: Tensor
     threshold: int
+
+    @property
+    def L(self) -> Tensor:
+        return self.observed.L
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,11 @@ def make(name: str, b: int, seed: int) -> Problem:
     else:
         inputs, labels = data.load(name, count=b, seed=seed)
     model = models.fcnn(inputs.shape[1:], WIDTH, DEPTH, int(labels.max()) + 1, seed=seed)
-    gradients = federated.gradient(model, inputs, labels).gradients
-    L = lowrank.decompose(lowrank.augment(gradients["fc1.weight"], gradients["fc1.bias"]), b).L
+    observed = open_layer(model, federated.gradient(model, inputs, labels)).observed
     with torch.no_grad():
         zero = model[1](inputs.flatten(1)).mT <= 0
-    truth = torch.cat([kernels_svd(L[None, rows]) for rows in zero.mT])
-    return Problem(L, zero.sum(0), truth, sparsity.threshold(WIDTH, false_rejection=1e-9))
+    truth = torch.cat([kernels_svd(observed.L[None, rows]) for rows in zero.mT])
+    return Problem(observed, zero.sum(0), truth, sparsity.threshold(WIDTH, false_rejection=1e-9))
 
 
 Batch = tuple[int, Tensor]
@@ -98,7 +103,7 @@ def independent(problem: Problem, kernels: Callable[[Tensor], Tensor], chunk: in
 def blocks(problem: Problem, seed: int) -> Iterator[Batch]:
     def work(part: range) -> Batch:
         generator = torch.Generator().manual_seed(1000 * seed + part[0])
-        count, q = sampling.block_round(problem.L, generator=generator)
+        count, q = sampling.block_round(problem.observed, generator=generator)
         return count, sparse(problem, q)
 
     return threaded(work, 0, 1)
@@ -108,7 +113,7 @@ def walks(problem: Problem, seed: int, period: int) -> Iterator[Batch]:
     """Rounds 0, 1, 2, ... (`period` 1), or the uniform ones alone."""
 
     def work(part: range) -> Batch:
-        count, q = sampling.chain_rounds(problem.L, part, seed=seed, device=CPU)
+        count, q = sampling.chain_rounds(problem.observed, part, seed=seed, device=CPU)
         return count, sparse(problem, q)
 
     return threaded(work, period - 1, period)

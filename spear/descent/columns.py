@@ -130,9 +130,7 @@ def draw(
     noise = torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device) @ free @ free.mT
     size = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     v = torch.where(size > 1e-9, v, noise)  # the row of a neuron that only known samples activate is zero
-    if observed.d is not None:
-        v = torch.where((v @ observed.d < 0)[:, None], -v, v)
-    return unit_rows(v)
+    return unit_rows(observed.signed(v))
 
 
 def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[Float[Tensor, "j b"], int]:

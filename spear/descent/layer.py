@@ -127,9 +127,7 @@ def balanced(
     """
     values, vectors = torch.linalg.eigh(free.mT @ (observed.R @ observed.R.mT) @ free)
     white = torch.randn(count, len(values), generator=generator, dtype=free.dtype).to(free.device)
-    v = white * values.clamp_min(1e-300).rsqrt() @ vectors.mT @ free.mT
-    if observed.d is not None:
-        v = torch.where((v @ observed.d < 0)[:, None], -v, v)
+    v = observed.signed(white * values.clamp_min(1e-300).rsqrt() @ vectors.mT @ free.mT)
     return unit_rows((v @ observed.B.mT).clamp_min(0) @ observed.L), unit_rows(v)
 
 

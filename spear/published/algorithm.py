@@ -71,9 +71,9 @@ def _draw(
     usual, fewest = thresholds(observed, options.false_rejection)
     proposals, budget = 0, terms.budget
     for k, threshold in enumerate((usual, fewest)):
-        asked = {"threshold": threshold, "tolerance": observed.tolerance, "limit": budget.proposals}
+        asked = {"threshold": threshold, "limit": budget.proposals}
         where = {"device": device, "until": budget.until, "executor": options.executor}
-        with closing(sampling.proposal_rounds(observed.L, seed=terms.seed + k, **asked, **where)) as drawn:
+        with closing(sampling.proposal_rounds(observed, seed=terms.seed + k, **asked, **where)) as drawn:
             for found in drawn:
                 yield threshold, found
                 proposals += found.count

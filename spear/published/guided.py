@@ -153,10 +153,7 @@ def _draw_guesses(
     if pool is not None:
         first[::2] = L[torch.randint(len(L), (len(first[::2]),), generator=generator).to(L.device)]
     share = BLUR * torch.randn(count, 1, generator=generator, dtype=L.dtype).to(L.device)
-    v = first + share * second
-    if observed.d is None:
-        return v
-    return v * torch.where(v @ observed.d < 0, -1, 1)[:, None]
+    return observed.signed(first + share * second)
 
 
 def _away_from(found: Float[Tensor, "f b"], v: Float[Tensor, "p b"]) -> Float[Tensor, "p b"]:

@@ -31,7 +31,7 @@ AFFORDABLE = 1e9  # proposals that "auto" goes on with where another method ende
 LABELLED = 0.1  # relative distance of a sample's own gradient to that of its label, from which no label fits
 FITTING = 1e-6  # the same, up to which a label does: what else does not fit is no matter of the loss
 CANCEL = "a column of G whose samples' weights cancel has no input of its own"
-HOPELESS = 1e14  # proposals that no budget pays for: years of sampling
+HOPELESS = 1e17  # proposals, were all drawn uniformly, that no budget pays for: years of sampling
 
 
 @runtime_checkable
@@ -91,7 +91,7 @@ def _check_reach(view: LayerView, method: Method, budget: Budget) -> None:
         raise Refusal(f"a batch of rank {b} needs a layer wider than {b} with as many inputs; {name} is {m} wide")
     if method.name == "sampling" and hopeless(view, budget, HOPELESS):
         expected = theory.expected_proposals(theory.half_rates(m, b))
-        needed = f"needs about {expected:.0e} proposals at width {m}"
+        needed = f"needs about {expected:.0e} uniform proposals at width {m}"
         raise Refusal(f"a batch of {b} {needed}: set a budget to try all the same")
 
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,24 +21,25 @@ from torch import Tensor
 from spear import executors
 from spear.published import walks
 from spear.published.kernels import LOOSE, Proposals, block_kernels, distinct, kernels_lu, refine, sparse, zeros
+from spear.published.view import Observed
 
 BLOCKS_UP_TO = 12  # largest b at which inverting blocks finds all columns before walks do
 BLOCKS = 1024  # blocks of a round
 HELD_OUT = 12  # rows on which the kernels of blocks are tested first
 CHAIN_MEMORY = 2**23  # bytes that the chains of a round keep busy: what a cache holds
+FEWEST_CHAINS = 6
 STEPS = 64  # pivots of each chain in a round
 CHUNK_BYTES = 2**30  # of memory that rounds side by side take on a device
 AHEAD = 64  # rounds that an executor is given before their turn
-SHARES = (0.45, 0.3, 1.0)  # of the rows, that pools are drawn from, in rounds 0, 1, 2, ... cyclically
+SHARES = (0.0, 0.3, 1.0)  # of the rows, that pools are drawn from, in rounds 0, 1, 2, ... cyclically; at least a pool
 
 
 def proposal_rounds(
-    L: Float[Tensor, "m b"],
+    observed: Observed,
     *,
     threshold: int,
     seed: int = 0,
     device: str | torch.device | None = None,
-    tolerance: float = 1e-7,
     limit: int | None = None,
     until: float = math.inf,
     executor: Executor | None = None,
@@ -48,10 +50,10 @@ def proposal_rounds(
     On other devices several rounds are one, their number doubling up to `CHUNK_BYTES` of memory.
     Where only `limit` kernels are asked for, fewer than walks test in a round, rounds invert blocks, one at a time.
     """
-    b = L.shape[1]
-    options = {"threshold": threshold, "seed": seed, "device": device, "tolerance": tolerance, "limit": limit}
-    work = functools.partial(_rounds_from, L.detach(), **options)
-    if executor is not None or _device(L, device).type == "cpu":
+    b = observed.L.shape[1]
+    options = {"threshold": threshold, "seed": seed, "device": device, "limit": limit}
+    work = functools.partial(_rounds_from, observed, **options)
+    if executor is not None or _device(observed.L, device).type == "cpu":
         ahead = 1 if _few(b, limit) else AHEAD if executor else torch.get_num_threads()
         yield from executors.in_order(work, ahead=ahead, until=until, executor=executor)
         return
@@ -62,58 +64,59 @@ def proposal_rounds(
 
 
 def rounds(
-    L: Float[Tensor, "m b"],
+    observed: Observed,
     indices: range,
     *,
     threshold: int,
     seed: int = 0,
     device: str | torch.device | None = None,
-    tolerance: float = 1e-7,
     limit: int | None = None,
 ) -> Proposals:
     """What the rounds of these `indices` of `seed` find, without repetitions, wherever they are computed.
 
-    Directions have at least `threshold` zeros in L q, an entry being zero under `tolerance` times the largest; they are
-    polished (`refine`) and differ by more than sign. `device` (default: that of L) is where kernels are tested, side by
-    side on a GPU, one by one on the CPU; what passes is verified in float64 on the CPU.
+    Directions have at least `threshold` zeros in L q, as `observed.tolerance` counts them; they are polished (`refine`)
+    and differ by more than sign. `device` (default: that of L) is where kernels are tested, side by side on a GPU, one
+    by one on the CPU; what passes is verified in float64 on the CPU.
 
-    Two rounds of three draw rows that vanish together more often than others; the third draws uniformly, as published.
+    Two rounds of three draw rows that the layer's weights let expect to vanish together (`walks.draw_pools`); the third
+    draws uniformly, as published.
     """
-    exact, where = L.detach().to("cpu", torch.float64), _device(L, device)
+    where, seen = _device(observed.L, device), _in_double(observed)
+    exact, tolerance = seen.L, seen.tolerance
     count, hits, found = 0, 0, []
     for part in [indices[i : i + 1] for i in range(len(indices))] if where.type == "cpu" else [indices]:
-        proposed, q = _propose(exact, part, seed, where, tolerance, limit)
+        proposed, q = _propose(seen, part, seed, where, limit)
         q = sparse(exact, q, threshold, LOOSE * tolerance)
         polished = refine(exact, distinct(exact, q, LOOSE * tolerance), tolerance=tolerance)
         count, hits = count + proposed, hits + len(q)
         found.append(sparse(exact, polished, threshold, tolerance))
     q = distinct(exact, torch.cat(found), tolerance)
-    return Proposals(count, hits, q.to(L.device), zeros(exact, q, tolerance).sum(1).to(L.device))
+    return Proposals(count, hits, q.to(observed.L.device), zeros(exact, q, tolerance).sum(1).to(observed.L.device))
 
 
 def block_round(
-    L: Float[Tensor, "m b"], *, blocks: int = BLOCKS, generator: torch.Generator, tolerance: float = 1e-7
+    observed: Observed, *, blocks: int = BLOCKS, generator: torch.Generator
 ) -> tuple[int, Float[Tensor, "h b"]]:
     """The number of kernels of a round of random blocks, and those that vanish on two of the rows held out."""
-    m, b = L.shape
+    L, (m, b) = observed.L, observed.L.shape
     few = min(HELD_OUT, (m - b) // 2)
     order = torch.randperm(m, generator=generator)
     held, others = order[:few], order[few:]
-    rows = walks.draw_pools(L, others, b, blocks, share=1.0, generator=generator)
+    rows = walks.draw_pools(observed, others, b, blocks, share=1.0, generator=generator)
     q = block_kernels(L[rows.mT]).flatten(0, 1)
-    vanishing = (q @ L[held].mT).abs() < 100 * tolerance * L.abs().max()
+    vanishing = (q @ L[held].mT).abs() < 100 * observed.tolerance * L.abs().max()
     return len(q), q[(vanishing.sum(1) >= min(2, few)) & q.isfinite().all(1)]
 
 
 def chain_rounds(
-    L: Float[Tensor, "m b"], indices: range, *, seed: int, device: torch.device, tolerance: float = 1e-7
+    observed: Observed, indices: range, *, seed: int, device: torch.device
 ) -> tuple[int, Float[Tensor, "h b"]]:
     """The number of kernels that the chains of some rounds test (`spear.published.walks`), and the promising ones."""
     dtype = torch.float32 if device.type == "mps" else torch.float64  # there is no float64 on MPS
     started = [
         walks.start_chains(
-            L,
-            _chains(L.shape[1]),
+            observed,
+            _chains(observed.L.shape[1], index),
             share=SHARES[index % len(SHARES)],
             generator=_generator(seed, index),
             device=device,
@@ -121,40 +124,48 @@ def chain_rounds(
         )
         for index in indices
     ]
-    walk = walks.walk(walks.exchange_bases(walks.join(started)), STEPS, tolerance=tolerance)
-    return walk.kernels, kernels_lu(L[walk.rows])
+    walk = walks.walk(walks.exchange_bases(walks.join(started)), STEPS, tolerance=observed.tolerance)
+    return walk.kernels, kernels_lu(observed.L[walk.rows])
 
 
 def _propose(
-    L: Float[Tensor, "m b"], indices: range, seed: int, device: torch.device, tolerance: float, limit: int | None
+    observed: Observed, indices: range, seed: int, device: torch.device, limit: int | None
 ) -> tuple[int, Float[Tensor, "h b"]]:
-    b, norms = L.shape[1], torch.linalg.vector_norm(L, dim=1)
-    live = L[norms > tolerance * norms.max()] if b > 1 else L  # a neuron that no sample activates spoils a submatrix
-    if b > BLOCKS_UP_TO and len(live) >= b + 2 and not _few(b, limit):
-        return chain_rounds(live, indices, seed=seed, device=device, tolerance=tolerance)
+    b = observed.L.shape[1]
+    live = observed.alive() if b > 1 else observed  # a neuron that no sample activates spoils a submatrix
+    if b > BLOCKS_UP_TO and len(live.L) >= b + 2 and not _few(b, limit):
+        return chain_rounds(live, indices, seed=seed, device=device)
     blocks = BLOCKS if limit is None else min(BLOCKS, -(-limit // b))
-    each = [
-        block_round(live, blocks=blocks, generator=_generator(seed, index), tolerance=tolerance) for index in indices
-    ]
+    each = [block_round(live, blocks=blocks, generator=_generator(seed, index)) for index in indices]
     return sum(count for count, _ in each), torch.cat([q for _, q in each])
 
 
-def _rounds_from(L: Float[Tensor, "m b"], first: int, count: int = 1, **options: object) -> Proposals:
-    return rounds(L, range(first, first + count), **options)
+def _rounds_from(observed: Observed, first: int, count: int = 1, **options: object) -> Proposals:
+    return rounds(observed, range(first, first + count), **options)
+
+
+def _in_double(observed: Observed) -> Observed:
+    """What sampling reads of a layer, in float64 on the CPU."""
+    L, B, d = (
+        None if part is None else part.detach().to("cpu", torch.float64)
+        for part in (observed.L, observed.B, observed.d)
+    )
+    return replace(observed, L=L, B=B, d=d)
 
 
 def _device(L: Tensor, device: str | torch.device | None) -> torch.device:
     return torch.device(L.device if device is None else device)
 
 
-def _chains(b: int) -> int:
-    """Chains of a round, a power of two: fewer where each is larger, and where few are enough."""
-    return 2 ** max(7, min(11, b - 5, int(math.log2(CHAIN_MEMORY / _chain_bytes(b)))))
+def _chains(b: int, index: int) -> int:
+    """Chains of a round, a power of two: few at first, where few may be enough, and fewer where each is larger."""
+    most = max(7, min(11, b - 5, int(math.log2(CHAIN_MEMORY / _chain_bytes(b)))))
+    return 2 ** min(FEWEST_CHAINS + index // len(SHARES), most)
 
 
 def _few(b: int, limit: int | None) -> bool:
     """Whether a limit on proposals is below what a round of walks tests."""
-    return limit is not None and limit < _chains(b) * STEPS * math.comb(b - 1, 2) * walks.PAIRS
+    return limit is not None and limit < _chains(b, 0) * STEPS * math.comb(b - 1, 2) * walks.PAIRS
 
 
 def _chain_bytes(b: int) -> int:
@@ -162,7 +173,7 @@ def _chain_bytes(b: int) -> int:
 
 
 def _round_bytes(b: int) -> int:
-    return _chains(b) * (_chain_bytes(b) + 8 * b * (b + walks.HELD))
+    return _chains(b, 0) * (_chain_bytes(b) + 8 * b * (b + walks.HELD))
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

@@ -54,6 +54,10 @@ class Observed:
         live = norms > self.tolerance * norms.max()
         return replace(self, L=self.L[live], B=self.B[live])
 
+    def signed(self, v: Float[Tensor, "k b"]) -> Float[Tensor, "k b"]:
+        """Guesses of columns of V with the sign that V^T d = 1 asks for, where there is a bias to tell it."""
+        return v if self.d is None else torch.where((v @ self.d < 0)[:, None], -v, v)
+
 
 @dataclass(frozen=True)
 class LayerView:

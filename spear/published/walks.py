@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from spear.published.view import Observed
+
 HELD = 12  # rows k that are held out
 PAIRS = 3  # pairs (h, h') among them that are compared after a pivot
 AGREEING = 3  # rows, of those held out, that must vanish before a kernel is computed
@@ -50,7 +52,7 @@ def reference_basis(L: Float[Tensor, "m b"], *, generator: torch.Generator) -> I
 
 
 def draw_pools(
-    L: Float[Tensor, "m b"],
+    observed: Observed,
     rest: Int[Tensor, " r"],
     size: int,
     chains: int,
@@ -61,21 +63,22 @@ def draw_pools(
     """`size` different rows for each chain, out of the rows `rest`.
 
     Pools are cut from random permutations. With a `share` under 1 a permutation has only that share of the rows, those
-    closest to orthogonal to one row of L, itself drawn at random: they vanish together more often than others do.
+    most likely to vanish together in some column: a row of L, itself drawn at random, is a mixture of the v of the
+    samples that activate its neuron, and near the v of the largest; of that v as of the mixture, B v is lowest there.
     """
     width = max(size, int(share * len(rest)))
     pools = width // size
     groups = -(-chains // pools)
     order = torch.rand(groups, width, generator=generator).argsort(dim=1, stable=True)
     if share < 1:
-        anchors = L[torch.randint(len(L), (groups,), generator=generator)]
-        quiet = (anchors @ L[rest].mT).abs().topk(width, largest=False).indices
-        order = quiet.gather(1, order)
+        guesses = observed.signed(observed.L[torch.randint(len(observed.L), (groups,), generator=generator)])
+        lowest = (guesses @ observed.B[rest].mT).topk(width, largest=False).indices
+        order = lowest.gather(1, order)
     return rest[order[:, : pools * size].reshape(-1, size)[:chains].mT]
 
 
 def start_chains(
-    L: Float[Tensor, "m b"],
+    observed: Observed,
     chains: int,
     *,
     share: float,
@@ -84,10 +87,10 @@ def start_chains(
     dtype: torch.dtype,
 ) -> Tableau:
     """Chains on a common random basis, each with a pool of b + k other rows held out (fewer where L has fewer)."""
-    m, b = L.shape
+    L, (m, b) = observed.L, observed.L.shape
     basis = reference_basis(L, generator=generator)
     rest = torch.ones(m, dtype=torch.bool).index_fill(0, basis, False).nonzero()[:, 0]
-    pools = draw_pools(L, rest, min(b + HELD, m - b), chains, share=share, generator=generator).to(device)
+    pools = draw_pools(observed, rest, min(b + HELD, m - b), chains, share=share, generator=generator).to(device)
     coordinates = torch.linalg.solve(L[basis].mT, L.mT).to(device, dtype)
     entries = coordinates[:, pools.flatten()].unflatten(1, pools.shape)
     return Tableau(entries, basis[:, None].repeat(1, chains).to(device, torch.int32), pools.int())

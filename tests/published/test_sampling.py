@@ -15,6 +15,7 @@ from problems import make
 
 from spear.published import sampling, theory, walks
 from spear.published.kernels import MOST, block_kernels, distinct, kernels_lu, kernels_svd, naive, refine, sample_rows
+from spear.published.view import Observed
 
 MET = 1 - 1e-9
 
@@ -36,6 +37,11 @@ def mixed(m, b, seed=0, zeros=None):
     return L, mask, (Q / Q.norm(dim=0)).mT.contiguous()
 
 
+def seen(L, tolerance=1e-7):
+    """What the server sees, the weights being such that every v is near its q: B = L."""
+    return Observed(L, L.new_zeros(L.shape[1], 0), L, None, tolerance)
+
+
 def met(q, truth):
     """Which of the true directions are among q, up to sign."""
     return ((q @ truth.mT).abs() > MET).any(0)
@@ -43,7 +49,7 @@ def met(q, truth):
 
 def chains_of(L, count, *, share=1.0, seed=0, dtype=torch.float64):
     start = {"share": share, "generator": generator(seed), "device": torch.device("cpu"), "dtype": dtype}
-    return walks.exchange_bases(walks.start_chains(L, count, **start))
+    return walks.exchange_bases(walks.start_chains(seen(L), count, **start))
 
 
 # --- draws and kernels
@@ -168,16 +174,32 @@ def test_a_reference_basis_is_a_well_conditioned_choice_of_rows(seed):
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_pools_have_different_rows_from_among_those_allowed(share):
     L, rest = mixed(60, 5)[0], torch.arange(10, 60)
-    pools = walks.draw_pools(L, rest, 8, 33, share=share, generator=generator())
+    pools = walks.draw_pools(seen(L), rest, 8, 33, share=share, generator=generator())
     assert pools.shape == (8, 33)
     assert all(len(set(pool)) == 8 and min(pool) >= 10 for pool in pools.mT.tolist())
 
 
-def test_guided_pools_are_nearly_orthogonal_to_a_row():
-    L, rest = mixed(60, 5)[0], torch.arange(60)
-    pools = walks.draw_pools(L, rest, 8, 40, share=0.25, generator=generator())
-    quiet = (L @ L.mT).abs().argsort(1)[:, :15].tolist()
-    assert all(any(set(pool) <= set(rows) for rows in quiet) for pool in pools.mT.tolist())
+@pytest.mark.parametrize("bias", [True, False])
+def test_likely_pools_are_where_a_row_of_L_puts_the_lowest_pre_activations(bias):
+    observed, rest = make(5, 60, 40, bias=bias).observed, torch.arange(60)
+    pools = walks.draw_pools(observed, rest, 8, 40, share=0.25, generator=generator())
+    v = observed.L if observed.d is None else observed.L * (observed.L @ observed.d).sign()[:, None]
+    lowest = (v @ observed.B.mT).argsort(1)[:, :15].tolist()
+    assert all(any(set(pool) <= set(rows) for rows in lowest) for pool in pools.mT.tolist())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("seed", range(5))
+def test_likely_pools_vanish_together_more_often_than_uniform_ones(share, seed):
+    """The zeros of the column that has most of them, in pools of one size."""
+    problem = make(16, 200, 100, 6, seed=seed)
+    zero, rest = problem.observed.L @ problem.q.mT, torch.arange(200)
+    zero = zero.abs() < 1e-9 * zero.abs().amax(0)
+    likely, uniform = (
+        zero[walks.draw_pools(problem.observed, rest, 30, 200, share=each, generator=generator())].sum(0).amax(1)
+        for each in (share, 1.0)
+    )
+    assert likely.double().mean() > 1.1 * uniform.double().mean()
 
 
 @pytest.mark.parametrize(("m", "b"), [(5, 2), (12, 3), (40, 7), (60, 16), (16, 14)])
@@ -323,7 +345,7 @@ def test_walks_sight_columns_as_often_as_the_theory_says(m, b, zeros):
 def test_a_search_finds_all_columns_of_a_small_problem(m, b, seed):
     L, _, truth = mixed(m, b, seed, m // 2)
     found = torch.zeros(b, dtype=torch.bool)
-    for proposals in itertools.islice(sampling.proposal_rounds(L, threshold=max(b, m // 3), seed=seed), 30):
+    for proposals in itertools.islice(sampling.proposal_rounds(seen(L), threshold=max(b, m // 3), seed=seed), 30):
         found |= met(proposals.directions, truth)
         if found.all():
             break
@@ -333,7 +355,7 @@ def test_a_search_finds_all_columns_of_a_small_problem(m, b, seed):
 @pytest.mark.parametrize(("m", "b"), [(3, 1), (4, 2), (5, 3), (8, 6), (17, 15), (18, 16), (30, 20), (40, 30)])
 def test_narrow_layers_are_no_obstacle(m, b):
     L, _, _ = mixed(m, b, seed=m)
-    proposals = sampling.rounds(L, range(0, 1), threshold=b)
+    proposals = sampling.rounds(seen(L), range(0, 1), threshold=b)
     assert proposals.count > 0
     assert bool((proposals.zeros >= b).all())
 
@@ -341,7 +363,7 @@ def test_narrow_layers_are_no_obstacle(m, b):
 @pytest.mark.parametrize(("m", "b"), [(60, 6), (110, 16)])
 def test_directions_of_a_round_are_sparse_polished_and_different(m, b):
     L, mask, truth = mixed(m, b, seed=7)
-    proposals = sampling.rounds(L, range(1, 2), threshold=b + 4)
+    proposals = sampling.rounds(seen(L), range(1, 2), threshold=b + 4)
     q = proposals.directions
     assert q.dtype == torch.float64
     assert 0 < len(q) <= proposals.hits <= proposals.count
@@ -365,9 +387,9 @@ def same(one, other):
 def test_results_do_not_depend_on_which_rounds_are_computed_together(m, b):
     L, _, _ = mixed(m, b)
     options = {"threshold": m // 3, "seed": 3}
-    single = [sampling.rounds(L, range(index, index + 1), **options) for index in range(3)]
+    single = [sampling.rounds(seen(L), range(index, index + 1), **options) for index in range(3)]
     for parts in ([range(3)], [range(2), range(2, 3)]):
-        found = [sampling.rounds(L, part, **options) for part in parts]
+        found = [sampling.rounds(seen(L), part, **options) for part in parts]
         for part, together in zip(parts, found, strict=True):
             alone = torch.cat([single[index].directions for index in part])
             assert same(together.directions, distinct(L, alone, 1e-7))
@@ -379,11 +401,11 @@ def test_results_do_not_depend_on_which_rounds_are_computed_together(m, b):
 def test_results_do_not_depend_on_who_computes_them_and_threads_are_left_alone(b):
     L, _, _ = mixed(110, b)
     threads = torch.get_num_threads()
-    single = [sampling.rounds(L, range(index, index + 1), threshold=40) for index in range(3)]
+    single = [sampling.rounds(seen(L), range(index, index + 1), threshold=40) for index in range(3)]
     try:
         for count, executor in ((1, None), (3, None), (1, ThreadPoolExecutor(1)), (2, ThreadPoolExecutor(3))):
             torch.set_num_threads(count)
-            found = list(itertools.islice(sampling.proposal_rounds(L, threshold=40, executor=executor), 3))
+            found = list(itertools.islice(sampling.proposal_rounds(seen(L), threshold=40, executor=executor), 3))
             assert torch.get_num_threads() == count
             for one, other in zip(single, found, strict=True):
                 assert (one.count, one.hits) == (other.count, other.hits)
@@ -396,15 +418,15 @@ def test_results_do_not_depend_on_who_computes_them_and_threads_are_left_alone(b
 @pytest.mark.parametrize(("b", "limit"), [(6, 1), (6, 100), (16, 5000), (16, 10**6)])
 def test_small_limits_are_kept(b, limit):
     L, _, _ = mixed(110, b)
-    assert next(sampling.proposal_rounds(L, threshold=40, limit=limit)).count < limit + b
-    assert next(sampling.proposal_rounds(L, threshold=40)).count >= sampling.BLOCKS * b
+    assert next(sampling.proposal_rounds(seen(L), threshold=40, limit=limit)).count < limit + b
+    assert next(sampling.proposal_rounds(seen(L), threshold=40)).count >= sampling.BLOCKS * b
 
 
 def test_wide_chunks_are_the_rounds_side_by_side():
     """What a GPU does: the chains of several rounds in one walk."""
     L, _, _ = mixed(110, 18)
-    wide = sampling.chain_rounds(L, range(3), seed=0, device=torch.device("cpu"))
-    single = [sampling.chain_rounds(L, range(r, r + 1), seed=0, device=torch.device("cpu")) for r in range(3)]
+    wide = sampling.chain_rounds(seen(L), range(3), seed=0, device=torch.device("cpu"))
+    single = [sampling.chain_rounds(seen(L), range(r, r + 1), seed=0, device=torch.device("cpu")) for r in range(3)]
     assert wide[0] == sum(count for count, _ in single)
     assert same(distinct(L, wide[1], 1e-7), distinct(L, torch.cat([q for _, q in single]), 1e-7))
 
@@ -412,10 +434,10 @@ def test_wide_chunks_are_the_rounds_side_by_side():
 def test_rounds_and_seeds_are_different_draws():
     L, _, _ = mixed(110, 16)
     draws = [
-        sampling.chain_rounds(L, range(r, r + 1), seed=s, device=torch.device("cpu"))[1]
+        sampling.chain_rounds(seen(L), range(r, r + 1), seed=s, device=torch.device("cpu"))[1]
         for r, s in [(0, 0), (3, 0), (0, 1)]
     ]
-    again = sampling.chain_rounds(L, range(1), seed=0, device=torch.device("cpu"))[1]
+    again = sampling.chain_rounds(seen(L), range(1), seed=0, device=torch.device("cpu"))[1]
     assert torch.equal(draws[0], again)
     assert not any(len(a) == len(b) and torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
 
@@ -425,7 +447,7 @@ def test_dead_neurons_spoil_nothing(b):
     L, _, truth = mixed(110, b)
     dead = torch.zeros(150, b, dtype=torch.float64)
     dead[torch.randperm(150, generator=generator())[:110]] = L
-    rounds = itertools.islice(sampling.proposal_rounds(dead, threshold=75), 4)
+    rounds = itertools.islice(sampling.proposal_rounds(seen(dead), threshold=75), 16)
     found = torch.cat([proposals.directions for proposals in rounds])
     assert met(found, truth).all()
 
@@ -433,9 +455,8 @@ def test_dead_neurons_spoil_nothing(b):
 @pytest.mark.parametrize("b", [8, 16])
 def test_gradients_in_single_precision_need_a_looser_tolerance(b):
     problem = make(b, 160, 60, seed=1, dtype=torch.float32)
-    L, tolerance = problem.observed.L, problem.observed.tolerance
-    assert tolerance > 1e-6
-    rounds = itertools.islice(sampling.proposal_rounds(L, threshold=55, tolerance=tolerance), 4)
+    assert problem.observed.tolerance > 1e-6
+    rounds = itertools.islice(sampling.proposal_rounds(problem.observed, threshold=55), 16)
     found = torch.cat([proposals.directions for proposals in rounds])
     assert bool(((found @ problem.q.mT).abs() > 1 - 1e-6).any(0).all())
 
@@ -444,8 +465,8 @@ def test_a_gpu_finds_what_the_cpu_finds():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     L, _, _ = mixed(110, 16)
-    cpu = sampling.rounds(L, range(2), threshold=20)
-    gpu = sampling.rounds(L.cuda(), range(2), threshold=20)
+    cpu = sampling.rounds(seen(L), range(2), threshold=20)
+    gpu = sampling.rounds(seen(L.cuda()), range(2), threshold=20)
     assert gpu.directions.device.type == "cuda"
     assert same(cpu.directions, gpu.directions.cpu())
 
