@@ -17,7 +17,7 @@ from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.policy import Plan, Policy, Standing
 from spear.network.problem import NetworkView
 from spear.network.spaces import SAME, Solved, Spaces, complement, leaning
-from spear.network.starts import TELLING, Starts, mean_probabilities, prior_outputs
+from spear.network.starts import TELLING, Starts, mean_probabilities, shown_outputs
 from spear.published.lowrank import LowRank
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
@@ -50,7 +50,7 @@ class PhaseSearch:
         self.gone_rows = spaces.rows[:0]
         self.tolerances = Tolerances(accept=problem.accuracy.direction, noise=noise)
         self.starts = self.rounds = self.idle = 0
-        self.restricted, prior = restricted, prior_outputs(problem)
+        self.restricted, prior = restricted, shown_outputs(problem, spaces.rank)
         if restricted:
             prior = many_classes.mean_softmax(problem, prior, spaces.rank)
         self.drawn = Starts(problem, generator, prior)
@@ -88,7 +88,8 @@ class PhaseSearch:
         self.solved = self.join(found)
         self.idle = 0 if self.left < before else self.idle + 1
         if len(self.solved) >= TELLING and self.problem.loss == "cross_entropy" and not self.restricted:
-            self.drawn = replace(self.drawn, prior=mean_probabilities(self.solved, self.drawn.prior))
+            prior = mean_probabilities(self.solved, self.drawn.prior)
+            self.drawn = replace(self.drawn, prior=prior, seen=self.solved.d)
         if self.stacked and self.left and len(self.solved) and self.crowded:
             self._dismiss()
 

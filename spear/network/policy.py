@@ -13,7 +13,7 @@ MANY_LEFT = 0.7  # share of samples left over which the partner knows too little
 SUCCESS = 0.3  # share of starts that find something from which they may go on without the partner
 HALF_LEFT, HALF = 0.4, 0.5  # share of samples left over which the partner's evidence counts half
 
-MOVING = (0.05, 0.002)  # share of starts that an h that moves is expected to lead somewhere, in a crowd the second
+MOVING = (0.3, 0.002)  # share of starts that an h that moves is expected to lead somewhere, in a crowd the second
 PATIENCE = 4  # by how much a failure in a crowd lowers a share
 
 
