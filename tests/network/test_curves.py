@@ -11,6 +11,7 @@ from spear.network.curved_bounds import curved_bounds
 from spear.network.curves.layer import Curves, Known, Layer
 from spear.network.curves.reflections import nearest
 from spear.network.curves.search import CurveSearch
+from spear.network.curves.together import Coupling
 from spear.network.derivatives import Derivatives
 from spear.network.newton import correct
 from spear.network.problem import NetworkView, Targets, open_network, passes
@@ -252,11 +253,45 @@ def test_odd_activation_of_a_layer_without_bias_is_refused():
         attack(model, federated.gradient(model, x, y), method="network")
 
 
-def test_a_batch_past_half_the_width_says_how_much_is_missing():
-    x, y = batch(50, n=80)
-    model = network([nn.GELU], n=80, m=90)
-    with pytest.raises(Refusal, match="40 equations for 49 unknowns"):
-        attack(model, federated.gradient(model, x, y), method="network", batch_size=50)
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh])
+def test_derivatives_of_samples_together(activation):
+    """The coupling vanishes at the batch; its derivative is that of differences, and `back` is its transpose."""
+    x, y = batch(8)
+    problem = view(network([activation]), x, y)
+    layer = Layer.of(problem, problem.factors(0))
+    curves = Curves.of(problem, layer)
+    coupling = Coupling.of(curves, layer, problem.unit(8))
+    truth = curves.coordinates_of(problem.apply(0, x))
+    assert coupling.at(truth, y).cost < 1e-20
+    assert coupling.at(truth, y.roll(1)).cost > 1e-3
+    generator = Generator().manual_seed(1)
+    w, v = torch.randn(2, 5, truth.shape[1], generator=generator, dtype=torch.float64)
+    rest, across = torch.randn(5, 150, generator=generator, dtype=torch.float64), torch.randn(5, 5).double()
+    rest = rest - (rest @ curves.basis) @ curves.basis.T
+    at, step = coupling.at(w, y[:5]), 1e-6
+    ends = [coupling.at(w + side * step * v, y[:5]) for side in (1, -1)]
+    moved, turned = coupling.forth(at, v)
+    torch.testing.assert_close(moved, (ends[0].points.rest - ends[1].points.rest) / (2 * step), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(turned, (ends[0].across - ends[1].across) / (2 * step), rtol=1e-6, atol=1e-5)
+    product = (moved * rest).sum() + (turned * across).sum()
+    torch.testing.assert_close(product, (v * coupling.back(at, rest, across)).sum())
+
+
+@pytest.mark.parametrize(("activation", "seed"), [(nn.GELU, 0), (nn.SiLU, 1)])
+def test_a_batch_past_half_the_width_is_found_together(activation, seed):
+    """25 equations for 26 unknowns of a sample alone: whole, and not certified."""
+    x, y = batch(27, n=50, seed=seed)
+    result, report = run(network([activation], n=50, m=52, seed=seed), x, y, seed=seed)
+    assert report.recall == report.label_accuracy == 1
+    assert not bool(result.certified.any())
+    assert "past half the width" in result.reason
+
+
+def test_a_batch_near_the_width_is_refused():
+    x, y = batch(84, n=100)
+    model = network([nn.GELU], n=100, m=90)
+    with pytest.raises(Refusal, match="90 equations for 83 unknowns"):
+        attack(model, federated.gradient(model, x, y), method="network", batch_size=84)
 
 
 def test_saturated_units_leave_an_input_undetermined():

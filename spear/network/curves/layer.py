@@ -19,6 +19,8 @@ from spear.network.problem import NetworkView
 from spear.network.spaces import project
 from spear.published.lowrank import LowRank
 
+MARGIN = 8  # equations beyond the unknowns of a sample: those that a wrong answer fails
+
 
 @dataclass(frozen=True)
 class Known:
@@ -66,6 +68,16 @@ class Layer:
     def rank(self) -> int:
         """How many samples are in it."""
         return len(self.singular)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the equations of a sample alone, `MARGIN` to spare, are fewer than its unknowns."""
+        return 2 * self.rank - 1 + MARGIN > len(self.basis)
+
+    @property
+    def coupled(self) -> int:
+        """How many samples together have equations enough: k (m - r) + k² for k (r - 1) unknowns, and to spare."""
+        return 2 * self.rank - 1 + MARGIN - len(self.basis)
 
     @property
     def origin(self) -> Float[Tensor, " r"]:

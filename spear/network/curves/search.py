@@ -11,6 +11,8 @@ from spear.directions import TINY, apart
 from spear.network.curves.fit import Effort, finish, fit
 from spear.network.curves.layer import Curves, Known, Layer
 from spear.network.curves.reflections import polish, reflect
+from spear.network.curves.together import EXACT as TOGETHER
+from spear.network.curves.together import LEAST_DAMPED, Coupling, Descent, solve
 from spear.network.problem import NetworkView
 from spear.network.starts import TELLING, Starts, label_counts, prior_outputs
 from spear.published.lowrank import LowRank
@@ -22,6 +24,7 @@ EXACT = 1e-11  # the sine against the whole gradient that needs no step: the bat
 REFLECTIONS, LONGEST = 150, 4  # steps of a start, and how many times as many after rounds that found nothing
 POLISH = Effort(steps=8, inner=40, arrived=1e-10)  # of one with its pieces
 NEAR = 1e-3  # the sine under which a start in single precision has arrived
+AMONG, ASIDE = 1e-5, 1e-4  # the sine beside samples known to a millionth; share of their spread by which all are moved
 UNEQUAL = 1e3  # times the weight of one sample in the loss that a sample may have: more or less is none
 SAME, ROUGHLY_SAME = 1e-4, 3e-3  # relative distances of two ends that are one, in double and single precision
 BENT = 0.15  # share of starts that reflections are expected to lead somewhere where only phi'' jumps
@@ -37,13 +40,17 @@ class Kind:
 
 
 class CurveSearch:
-    """A search in progress: `whole` is the layer as received, `layer` what is left of it, `known` what was found."""
+    """A search in progress: `whole` is the layer as received, `layer` what is left of it, `known` what was found.
+
+    `ground` is the layer against which single ends are held: the whole, or, where that is crowded, what is left of it
+    once the samples that were found together are subtracted.
+    """
 
     until = math.inf
 
     def __init__(self, problem: NetworkView, low: LowRank, generator: Generator) -> None:
         self.problem, self.generator = problem, generator
-        self.whole = self.layer = Layer.of(problem, low)
+        self.whole = self.layer = self.ground = Layer.of(problem, low)
         self.curves = Curves.of(problem, self.whole)
         b = self.whole.rank
         empty = self.whole.basis.new_zeros
@@ -63,8 +70,11 @@ class CurveSearch:
         return self.whole.rank - len(self.known)
 
     def round(self) -> None:
-        """One round of starts; what they find is held against the whole gradient, and subtracted from it."""
+        """One round of starts; what they find is held against the gradient, and subtracted from it."""
         self.rounds += 1
+        if self.layer.crowded:
+            self._together()
+            return
         kind = max(self.shares, key=self.shares.get)
         s, labels = self._draw(kind.spread)
         self.starts += len(labels)
@@ -78,6 +88,40 @@ class CurveSearch:
             self.known = self.known.join(found)
             self.layer = self.whole.without(self.known)
             self._learn()
+
+    def _together(self) -> None:
+        """As many starts as samples, sought together: what each of them alone leaves open, the others close."""
+        counts = self._counts().cumsum(0)
+        places = torch.arange(self.layer.rank, device=counts.device) + 0.5
+        labels = torch.bucketize(places.to(counts), counts).clamp_max(self.problem.classes - 1)
+        w = self.curves.coordinates(self._scattered(labels, SPREADS[1]))
+        self.starts += len(labels)
+        w, labels = solve(self.curves, self.whole, w, labels, self._unit, self.until)
+        self.idle = 0 if len(labels) else self.idle + 1
+        if len(labels):
+            at = self.curves.at(w, labels)
+            self.known = Known(self.curves.samples(w), at.unit @ self.whole.basis, labels)
+            self.layer = self.ground = self.whole.without(self.known)
+            self.accept = max(self.accept, AMONG)
+            self._learn()
+
+    def settle(self) -> Float[Tensor, " b"]:
+        """All samples made exact together; how far, relative to the sample, another way ends from there."""
+        coupling, labels = Coupling.of(self.curves, self.whole, self._unit), self.known.labels
+        w = self.curves.coordinates(self.known.s)
+        aside = torch.randn(w.shape, generator=self.generator, dtype=torch.float64).to(w) * w.std(0)
+        ends = []
+        for start in (w, w + ASIDE * aside):
+            run = Descent.of(coupling, start, labels, LEAST_DAMPED)
+            run.go_on(self._effort(TOGETHER))
+            ends.append(run.at)
+        at = ends[0].points
+        self.known = Known(self.curves.samples(at.w), at.unit @ self.whole.basis, labels)
+        return (ends[0].points.z - ends[1].points.z).norm(dim=1) / at.z.norm(dim=1)
+
+    @property
+    def _unit(self) -> float:
+        return self.problem.unit(self.problem.batch_size or self.whole.rank)
 
     def strangers(self, known: Known) -> int:
         """How many samples of one round, from the whole gradient, are none of the known ones."""
@@ -101,10 +145,15 @@ class CurveSearch:
         count = min(STARTS, max(FEWEST, layer.rank))
         count = max(count, 2 * classes if layer.rank <= FEWEST else 0)
         labels = self.drawn.labels(count, self.known.labels, left=layer.rank, rank=self.whole.rank)
+        return self._scattered(labels, spread), labels
+
+    def _scattered(self, labels: Int[Tensor, " k"], spread: float) -> Float[Tensor, "k r"]:
+        """Samples of these classes: the mean, and normal noise."""
+        layer = self.layer
         mean = class_means(self.problem, layer, self._counts(), self.drawn.prior)[labels]
-        noise = scattered(layer, count, self.generator)
+        noise = scattered(layer, len(labels), self.generator)
         size = lambda s: (s @ layer.lift.T).std(1, keepdim=True)  # noqa: E731
-        return mean + spread * size(mean) / size(noise).clamp_min(TINY) * noise, labels
+        return mean + spread * size(mean) / size(noise).clamp_min(TINY) * noise
 
     def _counts(self) -> Float[Tensor, " classes"]:
         """How often each class is thought to be among the samples that are left."""
@@ -135,11 +184,12 @@ class CurveSearch:
 
     def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"]) -> Known:
         """Ends made exact against the whole gradient: those that fit it and are new, the best first."""
-        w, sine = finish(self.curves, self.curves.coordinates(s), labels, arrived=EXACT)
-        at = self.curves.at(w, labels)
-        found = Known(self.curves.samples(w), at.unit @ self.whole.basis, labels)
-        unit = self.problem.unit(self.problem.batch_size or self.whole.rank)
-        weight = (self.whole.weight(found) / (unit * at.size[:, 0])).abs()
+        ground = self.ground
+        curves = self.curves if ground is self.whole else Curves.of(self.problem, ground)
+        w, sine = finish(curves, curves.coordinates(s @ ground.right.T), labels, arrived=EXACT)
+        at = curves.at(w, labels)
+        found = Known(curves.samples(w) @ ground.right, at.unit @ self.whole.basis, labels)
+        weight = (self.whole.weight(found) / (self._unit * at.size[:, 0])).abs()
         good = (sine < self.accept) & (weight > 1 / UNEQUAL) & (weight < UNEQUAL)
         ranked = sine.argsort()
         ranked = ranked[good[ranked]]
