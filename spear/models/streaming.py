@@ -69,15 +69,15 @@ class Blocks:
 
 
 def product(x: Float[Tensor, "*s n"], weight: Float[Tensor, "m n"]) -> Float[Tensor, "*s m"]:
-    """x Wᵀ in the precision of x; weights of another are converted by blocks."""
-    if weight.dtype == x.dtype:
+    """x Wᵀ where x is, in its precision; weights elsewhere, or in another, are converted by blocks."""
+    if (weight.dtype, weight.device) == (x.dtype, x.device):
         return x @ weight.mT
     return Blocks(weight, None, x).times(x.flatten(0, -2).mT).mT.unflatten(0, x.shape[:-1])
 
 
 def product_back(x: Float[Tensor, "*s m"], weight: Float[Tensor, "m n"]) -> Float[Tensor, "*s n"]:
     """x W, likewise."""
-    if weight.dtype == x.dtype:
+    if (weight.dtype, weight.device) == (x.dtype, x.device):
         return x @ weight
     return Blocks(weight, None, x).after(x.flatten(0, -2).mT).unflatten(0, x.shape[:-1])
 

@@ -93,10 +93,8 @@ def least_slopes(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s
     It is 0 where fewer units are active on the way than an input has entries: an image in a narrow layer.
     """
     wide = torch.stack([(x != 0).sum(1) for x in run.slopes[:k]]).amin(0) >= run.inputs[0].shape[1]
-    slopes = run.inputs[0].new_zeros(len(wide))
-    if not bool(wide.any()):
-        return slopes
-    for part in wide.nonzero()[:, 0].split(max(1, MOST_ENTRIES // problem.weights[0].numel())):
+    slopes, index = run.inputs[0].new_zeros(len(wide)), wide.nonzero()[:, 0]
+    for part in index.split(max(1, MOST_ENTRIES // problem.weights[0].numel())) if len(index) else ():
         rows = problem.weights[0] * run.slopes[0][part, :, None]
         for below in range(1, k):
             rows = product(rows.mT, problem.weights[below]).mT * run.slopes[below][part, :, None]

@@ -1,6 +1,5 @@
 """What a batch leaves of a layer's gradient: measured by blocks of rows, never held."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +27,9 @@ def rest_of(problem: NetworkView, k: int, run: Passes, basis: Float[Tensor, "m b
     """What the passes of a batch leave of layer k's gradient."""
     J, deltas, inputs = problem.gradient(k), run.deltas[k], problem.extend(k, run.inputs[k])
     basis = deltas.new_empty(len(deltas.mT), 0) if basis is None else basis
-    sizes, inside = [0.0] * 4, basis.new_zeros(basis.shape[1], J.shape[1])
+    sizes, inside = [], basis.new_zeros(basis.shape[1], J.shape[1])
     for part, block in J:
         left = torch.addmm(block, deltas[:, part].mT, inputs, alpha=-1)
         inside.addmm_(basis[part].mT, left)
-        parts = left, block, left[:, -1], block[:, -1]
-        sizes = [math.hypot(size, float(torch.linalg.vector_norm(x))) for size, x in zip(sizes, parts, strict=True)]
-    return Rest(*sizes, inside)
+        sizes.append(torch.stack([torch.linalg.vector_norm(x) for x in (left, block, left[:, -1], block[:, -1])]))
+    return Rest(*torch.stack(sizes).norm(dim=0).tolist(), inside)
