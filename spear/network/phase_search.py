@@ -18,7 +18,7 @@ from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.policy import Plan, Policy, Standing
 from spear.network.problem import NetworkView
 from spear.network.spaces import SAME, Foretold, Solved, Spaces, complement
-from spear.network.starts import TELLING, Starts, mean_probabilities, shown_outputs
+from spear.network.starts import TELLING, Starts, mean_probabilities, prior_outputs
 from spear.network.two_layers import TwoLayers
 from spear.published.lowrank import LowRank
 
@@ -51,7 +51,7 @@ class PhaseSearch:
         self.gone_rows = spaces.rows[:0]
         self.tolerances = Tolerances(accept=problem.accuracy.direction, noise=noise)
         self.starts = self.rounds = self.idle = 0
-        self.restricted, prior = restricted, shown_outputs(problem, spaces.rank)
+        self.restricted, prior = restricted, prior_outputs(problem)
         if restricted:
             prior = many_classes.mean_softmax(problem, prior, spaces.rank)
         self.drawn = Starts(problem, generator, prior)
@@ -90,8 +90,7 @@ class PhaseSearch:
         self.masks_below = torch.cat([self.masks_below, self._guess_below(self.solved.t[len(self.masks_below) :])])
         self.idle = 0 if self.left < before else self.idle + 1
         if len(self.solved) >= TELLING and self.problem.loss == "cross_entropy" and not self.restricted:
-            prior = mean_probabilities(self.solved, self.drawn.prior)
-            self.drawn = replace(self.drawn, prior=prior, seen=self.solved.d)
+            self.drawn = replace(self.drawn, prior=mean_probabilities(self.solved, self.drawn.prior))
         if self.stacked and self.left and len(self.solved) and self.crowded:
             self._dismiss()
 

@@ -10,7 +10,7 @@ FEWEST, PER_SAMPLE = 32, 1.5  # starts: at least, and at most for each sample th
 STEPS = (60, 100, 200)  # of a start, in an easy problem, another, a hard-pressed one
 PAIRED = (96, 150)  # starts of a round and steps where the layer below is searched as well
 LONGEST = 5  # times as many, after rounds that found nothing
-MOVING = (0.3, 0.002)  # share of starts that an h that moves is expected to lead somewhere, in a crowd the second
+MOVING = (0.05, 0.002)  # share of starts that an h that moves is expected to lead somewhere, in a crowd the second
 PATIENCE = 4  # by how much a failure in a crowd lowers a share
 
 

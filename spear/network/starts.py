@@ -15,8 +15,6 @@ FEW_CLASSES = 20  # up to which every class can have starts of its own
 FEW_LEFT = 16  # samples left for which all classes take turns: what is missing is what the counts got wrong
 TELLING = 20  # solved samples whose mean softmax is nearer to the batch's than a fresh network's
 LEAST_NEED = (0.3, 0.02)  # samples that a class is thought to lack at least: with few classes, with many
-LEAST_SHARE = 0.05  # of a sample's outputs that is not on a start's label, for them to be this start's, too
-MISSED = 0.05  # of the batch: how many less than none of a class the prior outputs may leave, to be believed
 SHARP_LOGITS = 3.0  # spread of the logits of a network that was trained a little
 
 
@@ -28,21 +26,16 @@ class Starts:
     generator: Generator
     prior: Float[Tensor, " outputs"]
     """The mean output of the batch, as far as it is known."""
-    seen: Float[Tensor, "f outputs"] | None = None
-    """d of samples that were solved, enough to tell how outputs differ."""
 
     def draw(
         self, spaces: Spaces, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"], *, spread: bool = False
     ) -> Iterate:
         """A start for each label: h of its class, v from the pre-activations of s.
 
-        With `spread`, every start has the outputs of a solved sample instead of the mean ones, as soon as these are
-        known; before, every other start has sharp ones.
+        With `spread`, every other start has sharp outputs of its own instead of the mean ones.
         """
         p = self.prior.expand(len(labels), -1)
-        if spread and self.seen is not None:
-            p = self._alike(labels)
-        elif spread:
+        if spread:
             p = torch.where(self._coins(len(labels)), self._sharp(len(labels)), p)
         h, v = unit_rows((p - self.problem.one_hot(labels)) @ spaces.head).float(), unit_rows(s @ spaces.lift.T).float()
         return Iterate(h * (v > 0), h, v, h)
@@ -54,13 +47,6 @@ class Starts:
         """Outputs as a trained network makes them: of logits a few units apart."""
         logits = torch.randn(count, len(self.prior), generator=self.generator, dtype=torch.float64)
         return self.problem.activate(SHARP_LOGITS * logits).to(self.prior)
-
-    def _alike(self, labels: Int[Tensor, " k"]) -> Float[Tensor, "k outputs"]:
-        """Outputs of random solved samples but for a start's own label: only the ratios of the others turn d."""
-        index = torch.randint(len(self.seen), (len(labels),), generator=self.generator).to(self.prior.device)
-        p = self.seen[index].clamp_min(0).scatter(1, labels[:, None], 0)
-        total, most = p.sum(1, keepdim=True), self.seen[index].clamp_min(0).sum(1, keepdim=True)
-        return torch.where(total > LEAST_SHARE * most, p / total, self.prior)
 
     def labels(self, count: int, found: Int[Tensor, " f"], *, left: int, rank: int) -> Int[Tensor, " k"]:
         """A class for every start, by the label counts that the output bias discloses, less those of what was found.
@@ -80,23 +66,6 @@ def prior_outputs(problem: NetworkView) -> Float[Tensor, " outputs"]:
     """What the loss sees of a fresh network, whatever the input: its output bias, activated."""
     bias = problem.biases[-1]
     return problem.activate(torch.zeros_like(problem.weights[-1][:, 0]) if bias is None else bias)
-
-
-def shown_outputs(problem: NetworkView, rank: int) -> Float[Tensor, " outputs"]:
-    """The prior outputs, or where these leave less than none of a class, what the output bias gradient shows.
-
-    That is the mean output less the share of each label. With large weights the mean is far from the prior one; labels
-    are then taken to be alike, as far as no output is negative.
-    """
-    prior = prior_outputs(problem)
-    if problem.bias_gradients[-1] is None or problem.loss != "cross_entropy":
-        return prior
-    size = problem.batch_size or rank
-    shown = problem.bias_gradients[-1] / (problem.unit(size) * size)
-    if bool((prior - shown > -MISSED).all()):
-        return prior
-    share = (-shown).clamp_min(1 / len(shown))
-    return (shown + share / share.sum()).clamp_min(0)
 
 
 def mean_probabilities(solved: Solved, prior: Float[Tensor, " classes"]) -> Float[Tensor, " classes"]:
