@@ -12,6 +12,7 @@ LONGEST = 5  # times as many, after rounds that found nothing
 MANY_LEFT = 0.7  # share of samples left over which the partner knows too little: its space is nearly everything
 SUCCESS = 0.3  # share of starts that find something from which they may go on without the partner
 HALF_LEFT, HALF = 0.4, 0.5  # share of samples left over which the partner's evidence counts half
+LITTLE = 0.2  # the same with one hidden layer: more, and starts keep to a wrong mask that fits the partner
 
 MOVING = (0.05, 0.002)  # share of starts that an h that moves is expected to lead somewhere, in a crowd the second
 PATIENCE = 4  # by how much a failure in a crowd lowers a share
@@ -71,17 +72,18 @@ class Policy:
         starts = int(min(STARTS[not easy], max(FEWEST, PER_SAMPLE * at.left)))
         if at.left <= FEW_LEFT and at.classes <= FEW_CLASSES:
             starts = max(starts, 2 * at.classes)
-        weight = self._partner_weight(at)
+        weight = self._partner_weight(at, free=free)
         evened = not free and not weight and at.crowded and at.classes <= FEW_CLASSES
         return Plan(free, starts, STEPS[(not easy) + pressed] * min(1 + at.idle, LONGEST), weight, evened)
 
-    def _partner_weight(self, at: Standing) -> float:
-        """How much the pre-activations count: all with one hidden layer, else once that promises more than without."""
+    def _partner_weight(self, at: Standing, *, free: bool) -> float:
+        """How much the pre-activations count: little with one hidden layer, else once that promises more than none."""
         share = at.left / at.rank
-        alone = at.idle % 2 == 0 if at.crowded else share > MANY_LEFT and self.alone >= SUCCESS
-        if not at.lowest and alone:
+        if at.lowest:
+            return 1.0 if free or at.restricted else LITTLE
+        if at.idle % 2 == 0 if at.crowded else share > MANY_LEFT and self.alone >= SUCCESS:
             return 0.0
-        return HALF if not at.lowest and share > HALF_LEFT else 1.0
+        return HALF if share > HALF_LEFT else 1.0
 
     def learn(self, plan: Plan, fresh: int, *, number: int, crowded: bool) -> None:
         """Note that round `number` by that plan found `fresh` directions; in a crowd one failure is no proof."""

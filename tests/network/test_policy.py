@@ -41,7 +41,7 @@ def test_rounds_that_found_nothing_make_the_next_longer(idle):
 
 @pytest.mark.parametrize(
     ("left", "lowest", "weight"),
-    [(71, False, 0.0), (70, False, 0.5), (41, False, 0.5), (40, False, 1.0), (100, True, 1.0)],
+    [(71, False, 0.0), (70, False, 0.5), (41, False, 0.5), (40, False, 1.0), (100, True, 0.2), (5, True, 0.2)],
 )
 def test_the_partner_comes_in_as_samples_are_found(left, lowest, weight):
     assert Policy.at_first(crowded=False).plan(replace(EASY, left=left, lowest=lowest)).weight == weight
