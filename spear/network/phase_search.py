@@ -196,7 +196,7 @@ class PhaseSearch:
         layer = Layer(spaces.basis, size, spaces.lift @ free, ones, eye, eye)
         curves = Curves.of(self.problem, layer)
         s = layer.origin + scattered(layer, len(labels), self.generator)
-        w = curves.coordinates(s).float()
+        w = curves.coordinates_of(layer.pre_activations(s)).float()
         curves = curves.to(torch.float32)
         w, pieces = reflect(curves, w, labels, steps=PIECEWISE, until=self.until)
         at = curves.at(w, labels)

@@ -9,6 +9,7 @@ from spear import federated, metrics, models
 from spear.inversion import attack
 from spear.network.curved_bounds import curved_bounds
 from spear.network.curves.layer import Curves, Known, Layer
+from spear.network.curves.normal import Normal, Taken
 from spear.network.curves.reflections import nearest
 from spear.network.curves.search import CurveSearch
 from spear.network.curves.together import Coupling
@@ -65,12 +66,12 @@ def test_a_sample_is_a_point_of_the_curve(activation):
     assert float(at.sine.max()) < 1e-12
     torch.testing.assert_close(at.z, z)
     torch.testing.assert_close(curves.samples(at.w) @ layer.lift.T, z)
-    torch.testing.assert_close(curves.coordinates(curves.samples(at.w)), at.w)
+    torch.testing.assert_close(curves.coordinates_of(layer.pre_activations(curves.samples(at.w))), at.w)
     known = Known(curves.samples(at.w), at.unit @ layer.basis, y)
     weight = layer.weight(known) / (at.size[:, 0] * problem.unit(12))
     torch.testing.assert_close(weight, torch.ones_like(weight))
     rest = layer.without(known[torch.arange(5)])
-    assert rest.rank == 7
+    assert rest.samples == 7
     curves = Curves.of(problem, rest)
     assert float(curves.at(curves.coordinates_of(z[5:]), y[5:]).sine.max()) < 1e-10
     assert float(curves.at(curves.coordinates_of(z[:5]), y[:5]).sine.min()) > 1e-3
@@ -90,6 +91,28 @@ def test_derivatives_along_the_curve(activation, loss):
     slope = (curves.at(w + step * v, y[:5]).rest - curves.at(w - step * v, y[:5]).rest) / (2 * step)
     torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "taken"])
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh])
+def test_derivatives_beside_a_normalisation(activation, kind):
+    x, y = batch(8)
+    problem = view(network([activation]), x, y)
+    generator = Generator().manual_seed(1)
+    scale, shift, a, b = torch.randn(4, 150, generator=generator, dtype=torch.float64)
+    taken = Taken(torch.stack([a, b]), torch.stack([shift, b]))
+    normal = Normal("rms" if kind == "rms" else "layer", 1 + 0.3 * scale, 0.3 * shift, 1e-5)
+    parts = {"taken": taken} if kind == "taken" else {"normal": normal}
+    curves = Curves.of(problem, Layer.of(problem, problem.factors(0), **parts))
+    w, v = torch.randn(2, 5, curves.frame.shape[1], generator=generator, dtype=torch.float64)
+    u = torch.randn(5, 150, generator=generator, dtype=torch.float64)
+    u = u - (u @ curves.basis) @ curves.basis.T
+    at, step = curves.at(w, y[:5]), 1e-6
+    slope = (curves.at(w + step * v, y[:5]).rest - curves.at(w - step * v, y[:5]).rest) / (2 * step)
+    torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
+    along = torch.einsum("kqm,kq->km", curves.matrix(at), v)
+    torch.testing.assert_close(along, curves.forth(at, v))
 
 
 @pytest.mark.parametrize("activation", [nn.SELU, nn.Hardswish, nn.Hardtanh])
@@ -194,15 +217,15 @@ def test_bounds_hold_for_gradients_with_noise(activation, depth):
 def test_samples_that_fit_as_well_are_noticed():
     x, y = batch(12)
     problem = view(network([nn.GELU]), x, y)
-    low = problem.factors(0)
-    run_ = CurveSearch(problem, low, Generator().manual_seed(0))
+    whole = Layer.of(problem, problem.factors(0))
+    run_ = CurveSearch(problem, whole, Generator().manual_seed(0))
     while run_.left:
         run_.round()
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(run_.known) == 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(run_.known) == 0
     half = run_.known[torch.arange(6)]
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(half) > 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(half) > 0
     turned = Known(run_.known.s, run_.known.t, (run_.known.labels + 1) % 10)
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(turned) > 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(turned) > 0
 
 
 @pytest.mark.parametrize("activations", [[nn.GELU], [nn.Softplus], [nn.Tanh, nn.ReLU], [nn.ReLU, nn.SiLU]])

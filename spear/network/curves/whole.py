@@ -10,7 +10,7 @@ from torch import Tensor
 from spear.network.check import WHOLE, best_check, certificate, judge
 from spear.network.check import conclude as told
 from spear.network.curves.descent import descend
-from spear.network.curves.layer import MARGIN
+from spear.network.curves.layer import MARGIN, Layer
 from spear.network.curves.search import CurveSearch
 from spear.network.labels import decode
 from spear.network.layerwise import solve
@@ -37,11 +37,11 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     """
     low = problem.factors(problem.last)
     check_reach(problem, low)
-    run = CurveSearch(problem, low, terms.generator())
+    run = CurveSearch(problem, Layer.of(problem, low), terms.generator())
     run.until = terms.budget.until
     while run.left and run.idle < (TRIES if run.layer.crowded else IDLE) and not terms.budget.spent(run.starts):
         run.round()
-        terms.report("network", len(run.known), run.whole.rank, run.starts)
+        terms.report("network", len(run.known), run.whole.samples, run.starts)
     reached = Reached(low.rank, low.noise / low.largest, len(run.known), run.starts, run.rounds)
     return conclude(problem, run, low, reached) if len(run.known) else nothing(problem, str(reached), reached)
 
@@ -71,7 +71,7 @@ def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reac
     """From samples at the last hidden layer to inputs, held against every layer's gradient."""
     crowded = run.whole.crowded and not run.left
     apart = run.settle() if crowded else None
-    at = run.curves.at(run.curves.coordinates(run.known.s), run.known.labels)
+    at = run.curves.at(run.coordinates(run.known.s), run.known.labels)
     y = (run.known.s @ (low.R / low.R.norm(dim=1)[:, None]))[:, :-1]
     weight = run.whole.weight(run.known)
     deltas = weight[:, None] * at.unit
@@ -83,7 +83,7 @@ def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reac
         if crowded:
             return uncertified(problem, inputs, targets, reached, apart)
         inputs, known = correct(problem, inputs, targets)
-        return alone(judge(problem, inputs, targets, reached, known), problem, run, low)
+        return alone(judge(problem, inputs, targets, reached, known), problem, run)
     known = KnownSamples(inputs[sure], F.one_hot(run.known.labels[sure], problem.classes).to(inputs))
     return partly(problem, known, reached)
 
@@ -101,11 +101,11 @@ def uncertified(
     return replace(judged, error_bound=torch.full_like(judged.residuals, torch.inf))
 
 
-def alone(judged: Judged, problem: NetworkView, run: CurveSearch, low: LowRank) -> Judged:
+def alone(judged: Judged, problem: NetworkView, run: CurveSearch) -> Judged:
     """The same, not certified if a round of starts from the whole gradient ends at a sample that is none of these."""
     if not bool(judged.certified.any()):
         return judged
-    probe = CurveSearch(problem, low, run.generator)
+    probe = CurveSearch(problem, run.whole, run.generator)
     probe.until = run.until
     others = probe.strangers(run.known)
     if not others:
