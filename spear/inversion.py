@@ -312,7 +312,7 @@ class Request:
         """What every layer gives exactly, or though rounding, cuts, missing entries or noise were not disclosed."""
         plain_relu = network.is_relu and not network.folded
         rounded = plain_relu and holds_few_values(network)
-        found = noise.recover(open_noisy(network, told), self.terms) if rounded else None
+        found = noise.recover(open_noisy(network.widened, told), self.terms) if rounded else None
         if found is not None and len(found.inputs):
             return found
         cut = unknown.marked(told) if plain_relu and not rounded else None
@@ -323,8 +323,8 @@ class Request:
         if len(exact.inputs) or rounded or not plain_relu:
             return exact if found is None else larger(found, exact)
         if pruning.is_pruned(network):
-            return pruning.recover(network, self.terms)
-        opening = open_noisy(network, told)
+            return pruning.recover(network.widened, self.terms)
+        opening = open_noisy(network.widened, told)
         seen = network.precision > COARSE or opening.is_visible
         found = noise.recover(opening, self.terms) if seen else exact
         # Samples that the layers merge leave fewer directions, and pass for noise: the estimate's errors mean nothing.
