@@ -7,7 +7,7 @@ from torch import nn
 
 from spear import data, models
 from spear.descent import columns, layer
-from spear.descent.coupling import prior
+from spear.descent.coupling import Prior
 from spear.federated import SharedUpdate, gradient
 from spear.inversion import attack
 from spear.metrics import evaluate, truth
@@ -25,7 +25,7 @@ def test_a_column_is_a_fixed_point():
     problem = make(8, 150, 60)
     V = torch.linalg.inv(problem.q).mT
     sign = torch.sign(V.mT @ problem.observed.d)
-    nothing = prior(problem.observed)(problem.q[:0])
+    nothing = Prior(problem.observed)(problem.q[:0])
     found = layer.reflect(problem.observed, nothing, problem.q, V * sign[:, None], layer.schedule(50))
     assert len(found) == 8
     assert ((found.double() @ problem.q.mT).abs().amax(1) > 0.98).float().mean() > 0.7
@@ -35,7 +35,7 @@ def test_a_column_is_a_fixed_point():
 @pytest.mark.parametrize("seed", range(3))
 def test_all_starts_at_once_are_each_start_alone(seed, steps):
     problem = make(10, 120, 60, seed=seed)
-    starts, coupling = problem.observed.L[:6], prior(problem.observed)(problem.q[:2])
+    starts, coupling = problem.observed.L[:6], Prior(problem.observed)(problem.q[:2])
     stages = layer.schedule(steps)
     together = layer.reflect(problem.observed, coupling, starts, starts, stages)
     alone = torch.cat([layer.reflect(problem.observed, coupling, q, q, stages) for q in starts.split(1)])
@@ -60,7 +60,7 @@ def test_known_columns_are_not_found_again(seed):
     """The parting weight: q keeps away from known columns, though their v are known by their signs only."""
     problem = make(40, 300, 120, seed=seed)
     known = problem.q[:20]
-    coupling = prior(problem.observed)(known)
+    coupling = Prior(problem.observed)(known)
     v = columns.draw(problem.observed, coupling.free, 32, torch.Generator().manual_seed(seed))
     q = layer.reflect(problem.observed, coupling, v @ coupling.moment, v, layer.schedule(60)).double()
     assert float(((q @ problem.q[20:].mT).abs().amax(1) > 0.98).double().mean()) > 0.5
