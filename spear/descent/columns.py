@@ -46,7 +46,7 @@ class Lengths:
     many: float = 0.95
 
     def next(self, steps: int, success: float) -> int:
-        """Longer if that can pay, shorter if it is not needed; `success` is the share of starts that led to a column."""
+        """Longer if that can pay, shorter if it is not needed; `success`: the share of starts that led to a column."""
         if success < self.few:
             return min(steps * self.factor, self.longest)
         return max(steps // self.factor, self.shortest) if success > self.many else steps

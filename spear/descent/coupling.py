@@ -26,6 +26,7 @@ FAR = 1e3  # standard deviations beyond which the hazard of a normal variable is
 AGREED = 0.98  # share of a known column's signs that its v must have to be taken for it
 PSEUDO = 32  # starts that the law of random columns is worth, beside the ends of searches
 LEADING = 24  # directions of the largest B in which known columns tell M, once they are as many
+ENOUGH = 2  # times as many known columns, and they tell all of M: searches end more often where it is large
 LEAST_DOUBT = 0.01  # share of a known v that is left in doubt, at least: its model is rough
 
 
@@ -109,7 +110,9 @@ class Prior:
         """b times the mean of q q^T over the columns still sought."""
         f, b = known.shape
         leading = min(LEADING, b // 4)
-        inner, shown = self.profile.diag(), known @ self.turn[:leading].mT
+        turned = known @ self.turn.mT
+        told = (b * turned.square().sum(0) + PSEUDO * self.law) / (f + PSEUDO)
+        inner, shown = (told if f >= ENOUGH * leading else self.profile).diag(), turned[:, :leading]
         if 0 < leading <= f:
             weight = f / (f + leading)
             inner[:leading, :leading] *= 1 - weight
