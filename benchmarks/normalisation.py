@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from spear import data, federated
 from spear.inversion import attack
 
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "leaky": lambda: nn.LeakyReLU(0.1)}
+DROPPED = 0.2  # of the data, where dropout stands before the first layer
+ENTRIES = {"": [], "batch": [nn.BatchNorm1d], "dropout": [lambda _: nn.Dropout(DROPPED)]}
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm1d,
     "layer": nn.LayerNorm,
@@ -40,7 +43,8 @@ EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}
 @dataclass(frozen=True)
 class Case:
     """One row of the table: normalisation, data set, hidden layers, width, batch size; whether the client sends its
-    buffers, the share of dropout, steps of training before, precision, and the seconds that the row is held to."""
+    buffers, the share of dropout, steps of training before, precision, and the seconds that the row is held to; the
+    activation, whether the normalisation is behind it, which layers have one, and what stands before the first."""
 
     norm: str
     dataset: str
@@ -52,13 +56,18 @@ class Case:
     steps: int = 0
     dtype: torch.dtype = torch.float64
     bar: float = math.inf
+    activation: str = "relu"
+    behind: bool = False
+    layers: str = "all"
+    entry: str = ""
 
     @property
     def name(self) -> str:
         parts = [self.norm, self.dataset, f"{self.hidden}x{self.width}", str(self.batch)]
-        parts += ["epsilon"] * (self.norm == "batch" and not self.buffers) + [f"dropout-{self.drop:g}"] * (
-            self.drop > 0
-        )
+        parts += [f"before-{self.entry}"] * bool(self.entry) + [f"{self.layers}-layer"] * (self.layers != "all")
+        parts += [self.activation] * (self.activation != "relu") + ["behind"] * self.behind
+        told = "batch" not in (self.norm, self.entry) or self.buffers
+        parts += ["epsilon"] * (not told) + [f"dropout-{self.drop:g}"] * (self.drop > 0)
         parts += [f"trained-{self.steps}"] * (self.steps > 0) + ["float32"] * (self.dtype == torch.float32)
         return "-".join(parts)
 
@@ -105,15 +114,38 @@ CASES = [
     Case("none", "mnist", 2, 400, 32, drop=0.5),
     Case("batch", "cifar10", 1, 400, 64, drop=0.5),
     Case("layer", "cifar10", 1, 400, 32, drop=0.2),
+    Case("batch", "mnist", 1, 400, 32, buffers=False, dtype=torch.float32),
+    Case("batch", "mnist", 1, 400, 64, activation="gelu"),
+    Case("batch", "cifar10", 1, 400, 100, activation="gelu"),
+    Case("batch", "cifar10", 1, 400, 64, activation="leaky"),
+    Case("batch", "cifar10", 2, 400, 64, activation="gelu"),
+    Case("batch", "mnist", 1, 400, 32, activation="gelu", steps=200),
+    Case("layer", "mnist", 1, 400, 64, activation="gelu"),
+    Case("layer", "cifar10", 1, 400, 128, activation="gelu"),
+    Case("layer", "cifar10", 2, 400, 64, activation="gelu"),
+    Case("layer", "mnist", 1, 400, 32, activation="gelu", steps=200),
+    Case("rms", "cifar10", 1, 400, 64, activation="silu"),
+    Case("batch", "mnist", 1, 400, 32, behind=True),
+    Case("batch", "cifar10", 1, 400, 64, behind=True),
+    Case("batch", "cifar10", 2, 400, 32, behind=True),
+    Case("batch", "cifar10", 1, 400, 64, activation="gelu", behind=True),
+    Case("batch", "cifar10", 2, 400, 64, layers="first"),
+    Case("batch", "mnist", 2, 400, 64, layers="last"),
+    Case("none", "cifar10", 1, 400, 64, entry="batch"),
+    Case("none", "cifar10", 1, 400, 64, entry="batch", buffers=False),
+    Case("none", "cifar10", 1, 400, 64, entry="dropout"),
 ]
 
 
 def network(case: Case, n: int, classes: int, seed: int) -> nn.Sequential:
-    """Linear, normalisation, ReLU, dropout and so on, in torch's default initialisation."""
-    sizes, parts = [n, *[case.width] * case.hidden], [nn.Flatten()]
+    """Linear, normalisation, activation, dropout and so on, in torch's default initialisation."""
     torch.manual_seed(seed)
-    for a, b in pairwise(sizes):
-        parts += [nn.Linear(a, b), NORMS[case.norm](b), nn.ReLU(), *[nn.Dropout(case.drop)] * (case.drop > 0)]
+    sizes, parts = [n, *[case.width] * case.hidden], [nn.Flatten(), *[made(n) for made in ENTRIES[case.entry]]]
+    for k, (a, b) in enumerate(pairwise(sizes)):
+        chosen = {"all": True, "first": k == 0, "last": k == case.hidden - 1}[case.layers]
+        between = [*[NORMS[case.norm](b)] * chosen, ACTIVATIONS[case.activation]()]
+        between = between[::-1] if case.behind else between
+        parts += [nn.Linear(a, b), *between, *[nn.Dropout(case.drop)] * (case.drop > 0)]
     return nn.Sequential(*parts, nn.Linear(case.width, classes)).double()
 
 
@@ -132,7 +164,11 @@ def measure(case: Case, seed: int, limit: float) -> Row:
     model = network(case, x[0].numel(), len(data.classes(case.dataset)), seed)
     train(model, x[case.batch :], y[case.batch :], case.steps)
     model, x, y = model.to(case.dtype), x[: case.batch].to(case.dtype), y[: case.batch]
+    entered: list[Tensor] = []
+    model[1].register_forward_hook(lambda *passed: entered.append(passed[2].detach()))
     update = federated.gradient(model, x, y)
+    x = (1 - DROPPED) * entered[0] if case.entry == "dropout" else x  # what that left of the images
+    model[1]._forward_hooks.clear()
     update = update if case.buffers else replace(update, buffers=None)
     begin, processor = time.perf_counter(), time.process_time()
     found = attack(model, update, method="network", time_limit=limit, seed=seed)
@@ -140,7 +176,7 @@ def measure(case: Case, seed: int, limit: float) -> Row:
     truth, guess = x.flatten(1).double(), found.inputs.flatten(1).double()
     if not len(guess):
         return Row(case.name, seed, seconds, processor, 0, 0, 0, math.inf, found.stats.proposals, found.reason)
-    if found.difference_bound is not None and not bool(found.certified.all()):
+    if "no gradient depends on the mean" in found.reason and not bool(found.certified.all()):
         truth, guess = truth - truth.mean(0), guess - guess.mean(0)
     apart = torch.cdist(truth, guess, compute_mode="donot_use_mm_for_euclid_dist") / truth.norm(dim=1, keepdim=True)
     error, match = apart.min(1)
@@ -180,14 +216,17 @@ def report(case: Case, row: Row) -> None:
 
 
 def summary(rows: list[Row]) -> pd.DataFrame:
-    """One line a case: how many of its seeds came back whole, labels included and vouched for, and what they cost."""
+    """One line a case: how many of its seeds came back whole, labels included, how many of these are vouched for, and
+    what they cost."""
     cases = {case.name: case for case in CASES}
     frame = pd.DataFrame([asdict(row) for row in rows])
-    least = frame[["recovered", "labels", "vouched"]].min(axis=1)
-    frame["whole"] = least == frame["case"].map(lambda name: cases[name].batch)
+    size = frame["case"].map(lambda name: cases[name].batch)
+    frame["back"] = frame[["recovered", "labels"]].min(axis=1) == size
+    frame["whole"] = frame["back"] & (frame["vouched"] == size)
     grouped = frame.groupby("case", sort=False)
     table = {
         "seeds": grouped.size(),
+        "whole": grouped["back"].sum(),
         "whole and certified": grouped["whole"].sum(),
         "median processor seconds": grouped["cpu_seconds"].median(),
         "most": grouped["cpu_seconds"].max(),

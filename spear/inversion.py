@@ -113,10 +113,10 @@ def attack(
         read = decoding.read(model, update)
         doubted = claims.contradicted(model, read.update)
         sent = next_sent(model, read.update.gradients, read.update.input_shape) if layer is None else Sent(layer)
-        fixed, known = entry.with_statistics(model, read.update)
+        fixed, found = entry.with_entry(model, read.update)
         request = Request(fixed, read.update, sent.layer, batch_size, device, terms, doubted)
         result = as_given(fixed, read.update, sent.layer, _through(request, chosen))
-        result = entry.confirmed(model, read.update, result, known)
+        result = entry.confirmed(model, read.update, result, found)
     if read.doubt and bool(result.certified.any()):
         nobody = torch.zeros_like(result.certified)
         result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")

@@ -22,15 +22,23 @@ class Sent:
 
 
 def chain(
-    sizes: tuple[int, ...], norm: Callable[[int], nn.Module], *, seed: int = 0, spread: float = 0.0, drop: float = 0.0
+    sizes: tuple[int, ...],
+    norm: Callable[[int], nn.Module | list[nn.Module]],
+    *,
+    seed: int = 0,
+    spread: float = 0.0,
+    drop: float = 0.0,
 ) -> nn.Sequential:
-    """Linear, normalisation, ReLU, dropout and so on; γ and η scatter by `spread` around 1 and 0."""
+    """Linear, normalisation, ReLU, dropout and so on, or what else `norm` lists; γ and η scatter by `spread` around 1
+    and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: list[nn.Module] = []
         for a, b in pairwise(sizes[:-1]):
-            parts += [nn.Linear(a, b), norm(b), nn.ReLU(), *([nn.Dropout(drop)] if drop else [])]
+            made = norm(b)
+            made = made if isinstance(made, list) else [made, nn.ReLU(), *([nn.Dropout(drop)] if drop else [])]
+            parts += [nn.Linear(a, b), *made]
         model = nn.Sequential(*parts, nn.Linear(*sizes[-2:])).double()
     with torch.no_grad():
         for part in model:
@@ -43,7 +51,7 @@ def chain(
 def sent(
     sizes: tuple[int, ...] = (60, 120, 10),
     b: int = 12,
-    norm: Callable[[int], nn.Module] = nn.BatchNorm1d,
+    norm: Callable[[int], nn.Module | list[nn.Module]] = nn.BatchNorm1d,
     *,
     seed: int = 0,
     spread: float = 0.0,

@@ -44,10 +44,10 @@ def test_a_search_waits_at_most_once_a_look(method: str, batch: int, width: int,
     within = Counter()
     for line, count in waits.items():
         within[line.split()[1]] += count
-    looks = within["retrieve_phases"]
+    looks = within["advance"]
     assert looks > 0
-    assert not {"relax", "project", "misfit", "take", "sizes"} & within.keys()
-    assert len([line for line in waits if line.endswith(" retrieve_phases")]) == 1
+    assert not {"relax", "forward", "project", "misfit"} & within.keys()
+    assert len([line for line in waits if line.endswith(" advance")]) == 1
 
 
 FAULTS = {

@@ -37,9 +37,11 @@ def _activated(layers: list[Layer]) -> dict[str, dict[str, Any]]:
 
 
 def _normalised(layers: list[Layer], between: list[Between]) -> dict[str, dict[str, Any]]:
-    mixes = any(one.norm is not None and one.norm.kind == "batch" for one in between)
+    mixes = between[-1].norm is not None and between[-1].norm.kind == "batch"
     narrow = min(layer.linear.out_features for layer in layers[:-1])
-    limit = max(0, min((narrow - layers[-1].linear.out_features - MARGIN) // 2, layers[0].linear.in_features) + mixes)
+    curved = between[-1].after is not None or not layers[-2].activation.is_relu
+    spare = narrow - MARGIN - layers[-1].linear.out_features * (not curved)
+    limit = max(0, min(spare // 2, layers[0].linear.in_features) + mixes)
     first = between[0].norm is not None and between[0].norm.kind == "batch"
     whole = "the samples, up to one image common to all" if first else "the samples themselves"
     found = [whole, *["the features that enter it"] * (len(between) - 1)]
@@ -54,14 +56,24 @@ def statistics(model: nn.Module, shape: Shape) -> tuple[str, ...]:
 
     After one step they are known multiples of the batch's own mean and variance.
     """
-    said, names = [], [name for name, _ in model.named_modules()]
+    said, names, behind = [], [name for name, _ in model.named_modules()], _behind_activations(model, shape)
     layers = tracing.linear_layers(model, shape)
     for name, module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
             continue
         before = [layer for layer in layers if layer.name in names[: names.index(name)]]
         words = f"{name}: mean and variance of {module.num_features} features over the client's batch"
-        if len(before) == 1 and before[0].from_data and before[0].linear.in_features <= module.num_features:
+        alone = len(before) == 1 and f"{name}.running_mean" not in behind
+        if alone and before[0].from_data and before[0].linear.in_features <= module.num_features:
             words += ", and with them the mean sample"
         said.append(words)
     return tuple(said)
+
+
+def _behind_activations(model: nn.Module, shape: Shape) -> set[str]:
+    """The means that a client sends of activations, not of what enters them."""
+    try:
+        chain = normalised_chain(model, shape)
+    except Refusal:
+        return set()
+    return {one.after.mean_name for one in chain[1] if one.after is not None} if chain else set()

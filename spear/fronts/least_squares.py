@@ -14,11 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from spear.fronts.problem import FrontProblem
-from spear.fronts.spectrum import Spectrum
 
-STEPS = (1.0, 0.5, 0.2, 0.05)  # shares of a step that are tried
 RIDGE = 1e-4  # of the mean curvature, taken off again by corrections: single precision stands no less
-SMALLEST, LARGEST = 1e-8, 1e4  # damping
 CONVERGED = 1e-6  # squared relative residual of conjugate gradients in single precision
 FINE = 1e-24  # the same in double
 
@@ -169,85 +166,6 @@ def _dot_each(a: Tensor, b: Tensor) -> Float[Tensor, " k"]:
 
 def _dot_together(a: Tensor, b: Tensor) -> Float[Tensor, " 1"]:
     return (a * b).sum().reshape(1)
-
-
-@dataclass
-class Descent:
-    """Damped Gauss-Newton in the coordinates of a `spectrum`, samples together (`joint`) or each by itself.
-
-    `prior` times the mean curvature is the weight of |c|², the coordinates' squares; `inner` the most steps of
-    conjugate gradients, `damping` what it begins with, relative to the mean curvature. `until` ends it, on
-    `time.monotonic`.
-    """
-
-    problem: FrontProblem
-    spectrum: Spectrum
-    joint: bool = False
-    prior: float = 0.0
-    inner: int = 40
-    damping: float = 1e-3
-    until: float = math.inf
-
-    def run(self, x: Float[Tensor, "k *shape"], steps: int, enough: float) -> Float[Tensor, "k *shape"]:
-        """At most so many steps from x, until every residual is `enough`."""
-        c, damping, curvature = self.spectrum.coordinates(x), None, None
-        for _ in range(steps):
-            if time.monotonic() >= self.until:
-                break
-            at = Linearised(self.problem, self.spectrum.inputs(c), self.joint)
-            if float(at.residual.samples.max()) < enough and at.residual.parameters < enough:
-                break
-            curvature = self._curvature(at, c) if curvature is None else curvature
-            damping = self._each(c, self.damping) if damping is None else damping
-            step = self._step(at, c, damping, curvature)
-            c, damping = self._accepted(at, c, step, damping, curvature)
-        return self.spectrum.inputs(c)
-
-    def _each(self, c: Tensor, value: float) -> Tensor:
-        return c.new_full((1 if self.joint else len(c),), value)
-
-    def _dot(self, a: Tensor, b: Tensor) -> Float[Tensor, " _n"]:
-        """Of each sample, or of all together."""
-        return _dot_together(a, b) if self.joint else _dot_each(a, b)
-
-    def _wide(self, s: Tensor, c: Tensor) -> Tensor:
-        return s.reshape(-1, *[1] * (c.ndim - 1))
-
-    def _normal(self, at: Linearised, v: Tensor) -> Tensor:
-        return self.spectrum.adjoint(at.transposed(at.times(self.spectrum.inputs(v))))
-
-    def _curvature(self, at: Linearised, c: Tensor) -> float:
-        v = torch.ones_like(c)
-        v[..., ::2] = -1
-        return float((v * self._normal(at, v)).sum() / v.numel())
-
-    def _step(self, at: Linearised, c: Tensor, damping: Tensor, curvature: float) -> Tensor:
-        ridge = self._wide(damping + self.prior, c) * curvature
-        back = self.spectrum.adjoint(at.transposed([at.residual.features, *at.residual.gradients]))
-        right = -back - self.prior * curvature * c
-        solve = conjugate_gradients(lambda v: self._normal(at, v) + ridge * v, right, self.inner, self._dot, self.until)
-        return solve[0]
-
-    def _cost(self, found: Residual, c: Tensor, curvature: float) -> Float[Tensor, " _n"]:
-        own = found.features.square().sum(1)
-        own = own.sum().reshape(1) if self.joint else own
-        return own + sum(g.square().sum() for g in found.gradients) + self.prior * curvature * self._dot(c, c)
-
-    def _accepted(
-        self, at: Linearised, c: Tensor, step: Tensor, damping: Tensor, curvature: float
-    ) -> tuple[Tensor, Tensor]:
-        """The first share of the step that lowers the cost, and the damping after it."""
-        before, best = self._cost(at.residual, c, curvature), c
-        moved = torch.zeros_like(damping, dtype=torch.bool)
-        for share in STEPS:
-            trial = c + share * step
-            found = residual(self.problem, self.spectrum.inputs(trial), self.joint)
-            better = (self._cost(found, trial, curvature) < before) & ~moved
-            best = torch.where(self._wide(better, c), trial, best)
-            moved = moved | better
-            if bool(moved.all()) or time.monotonic() >= self.until:
-                break
-        return best, torch.where(moved, damping / 3, damping * 4).clamp(SMALLEST, LARGEST)
 
 
 def conjugate_gradients(

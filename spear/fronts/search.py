@@ -1,60 +1,47 @@
-"""From features to inputs: least squares from coarse to fine, from smooth to sharp, cooled again where it stuck.
+"""From features to inputs: a front is made sharp while its inputs are found, each sample's by itself.
 
-A max-pool's winner is mistaken as long as the input is off by more than neighbouring windows differ. So the first
-stages trust natural images' spectrum and a front whose kinks are rounded off, the later ones neither: what is found
-grows from where it is right. One sample by itself where its own features outnumber its entries.
+A max-pool's winner is mistaken as long as the input is off by more than neighbouring entries differ, and least squares
+of the sharp front end in such mistakes. With kinks that are rounded off (`Softness`) there is little to mistake: a path
+leads from no image to the image. A stage of it is some steps of quasi-Newton at one temperature, in coordinates of
+images' frequencies, the coarse ones the longer the hotter (`Spectrum`). The next is as cold as the residual allows, and
+hotter where a stage did not help.
+
+Rounding moves the solution. From `TRUE` on each stage takes off what rounding does at its first candidate: then the
+true input solves the stage at every temperature, and a smooth front's derivative is all that is used of it.
 """
 
-import math
 import time
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
 
-from spear.fronts.least_squares import Descent, Linearised, refined, residual
+from spear.fronts.descent import Cost, Descent
+from spear.fronts.least_squares import Linearised, refined, residual
 from spear.fronts.problem import FrontProblem
+from spear.fronts.softened import measured
 from spear.fronts.spectrum import Spectrum
 from spear.reconstruction import Terms
 
 AT_ONCE = 2**22  # entries of features and inputs that are worked on together
-START = 0.01  # spread of the first candidates
-NEAR = 1e-3  # relative residual from which double precision takes over
-SINGLE = 3e-6  # what single precision reaches
-SHARP = 1e-7  # damping where the pattern is right but for a few places
-FINE, FINEST = 12, 12  # steps without a prior in single and in double precision, of so many conjugate gradients:
-INNER, LONG = 60, 200
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Steps under a prior in coordinates of a `decay` (`Spectrum`), of a front of some `temperature` (`Softness`)."""
-
-    decay: float
-    prior: float
-    temperature: float
-    steps: int
-    inner: int = 30
-
-
-STAGES = (
-    Stage(2.0, 1e-1, 1.0, 4, 20),
-    Stage(2.0, 1e-2, 0.5, 4, 20),
-    Stage(1.5, 1e-3, 0.25, 5),
-    Stage(1.5, 1e-4, 0.12, 5),
-    Stage(1.2, 1e-5, 0.08, 5),
-    Stage(1.0, 1e-5, 0.05, 5),
-    Stage(1.0, 1e-6, 0.03, 5),
-    Stage(0.7, 1e-6, 0.015, 5),
-    Stage(0.5, 1e-7, 0.0, 8),
-)
-AGAIN = (3, 2, 0, 3, 2, 0, 3, 2)  # the stage from which each following pass begins; from the first, anew
+START = 0.01  # spread of the first candidates' coordinates
+HOT, TRUE = 0.7, 0.3  # the first temperature, and that from which the true input solves a stage
+COOLED, COLDEST = 0.7, 0.5  # of a temperature: down to `TRUE`, and the least after that
+ALLOWED, AGAIN = 2.0, 10.0  # temperatures per residual: what follows a stage that helped, and one that did not
+HELPED = 0.9  # of the residual before
+DECAY = 1.2  # of the frequencies, times the root of the temperature
+STEPS, STAGES = 20, 100  # in a stage, and stages in all
+NATURAL = 1.5  # decay of random inputs by which temperatures are measured
+SIZED = 4  # rounds in which these get features of the right size
+NEAR = 2e-4  # relative residual from which double precision takes over; a quarter of it where that failed
+FINEST, LONG = 12, 200  # steps in double precision, of so many conjugate gradients
+TRIES = 3  # of double precision
 
 
 @dataclass(frozen=True)
 class Sought:
-    """Candidates (k, *shape) in double precision, the relative residual (k,) of each one's features, passes made."""
+    """Candidates (k, *shape) in double precision, the relative residual (k,) of each one's features, stages made."""
 
     inputs: Float[Tensor, "k *shape"]
     residuals: Float[Tensor, " k"]
@@ -65,51 +52,143 @@ def search(problem: FrontProblem, terms: Terms, enough: float) -> Sought:
     """Inputs whose features are those of `problem`, each sample by itself, to a relative residual of `enough`."""
     count = len(problem.features)
     at_once = max(1, AT_ONCE // (problem.unknowns + problem.features.shape[1]))
-    parts, rounds = [], 0
+    parts, rounds, generator = [], 0, terms.generator()
     for index in torch.arange(count, device=problem.features.device).split(at_once):
-        part = problem[index]
         left = (count - int(index[0])) / len(index)
-        part_until = time.monotonic() + (terms.budget.until - time.monotonic()) / left
-        x, rounds = _passes(part, terms, part_until, rounds)
-        parts.append(sharpened(part, x, enough, terms.budget.until))
+        until = time.monotonic() + (terms.budget.until - time.monotonic()) / left
+        x, stages = _found(problem[index], enough, generator, until)
+        parts.append(x)
+        rounds += stages
         terms.report("network", int(index[-1]) + 1, count, rounds)
     inputs = torch.cat(parts)
     return Sought(inputs, residual(problem, inputs, joint=False).samples, rounds)
 
 
-def _passes(problem: FrontProblem, terms: Terms, until: float, rounds: int) -> tuple[Float[Tensor, "k *shape"], int]:
-    """Passes through the stages, those that follow of the samples that are not found yet."""
-    rough, features = problem.to(torch.float32), problem.features
-    generator = terms.generator()
-    best = torch.zeros(len(features), *problem.shape, device=features.device)
-    far = torch.full((len(features),), math.inf, device=features.device)
-    for begin in (0, *AGAIN):
-        open_ = (far > NEAR).nonzero()[:, 0]
-        if not len(open_) or time.monotonic() >= until:
+def _found(
+    problem: FrontProblem, enough: float, generator: Generator, until: float
+) -> tuple[Float[Tensor, "k *shape"], int]:
+    """Inputs in double precision, and the stages that they took."""
+    cooling = Cooling.of(problem.to(torch.float32), generator)
+    x = cooling.inputs.double()
+    open_ = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for k in range(TRIES):
+        cooling.run(open_, NEAR / 4**k, until)
+        index = open_.nonzero()[:, 0]
+        x[index] = sharpened(problem[index], cooling.inputs[index], enough, until)
+        open_ = residual(problem, x, joint=False).samples > 10 * enough
+        if not bool(open_.any()) or time.monotonic() >= until:
             break
-        own = rough[open_]
-        x = best[open_]
-        if not begin:
-            x = START * (1 + rounds) ** 2 * torch.randn(x.shape, generator=generator).to(x)
-        x = run_stages(own, x, STAGES[begin:], until)
-        x = _sharp(own, x, FINE, SINGLE, until)
-        found = residual(own, x, joint=False).samples
-        better = found < far[open_]
-        best[open_[better]], far[open_[better]] = x[better], found[better]
-        rounds += 1
-    return best, rounds
+    return x, cooling.stages
 
 
-def run_stages(
-    problem: FrontProblem, x: Float[Tensor, "k *shape"], stages: tuple[Stage, ...], until: float, joint: bool = False
-) -> Float[Tensor, "k *shape"]:
-    """One stage after the other, from x; the problem is sharp again at the end."""
-    for stage in stages:
-        problem.softness.temperature = stage.temperature
-        spectrum = Spectrum.of(problem.shape, stage.decay, x)
-        x = Descent(problem, spectrum, joint, stage.prior, stage.inner, until=until).run(x, stage.steps, NEAR / 10)
-    problem.softness.temperature = 0.0
+@dataclass
+class Cooling:
+    """The best candidates `inputs` (k, *shape) of a problem in single precision, how `far` their features are; where
+    each one's `path` is, how far that is, how often it did not lead on (`turns`), and the `temperature` of its next
+    stage, relative to the spreads that `like` (k, *shape) have."""
+
+    problem: FrontProblem
+    generator: Generator
+    like: Float[Tensor, "k *shape"]
+    inputs: Float[Tensor, "k *shape"]
+    far: Float[Tensor, " k"]
+    path: Float[Tensor, "k *shape"]
+    path_far: Float[Tensor, " k"]
+    turns: Int[Tensor, " k"]
+    temperature: Float[Tensor, " k"]
+    stages: int = 0
+
+    @classmethod
+    def of(cls, problem: FrontProblem, generator: Generator) -> "Cooling":
+        """Before the first stage."""
+        far = torch.ones_like(problem.features[:, 0])
+        random = torch.randn((len(far), *problem.shape), generator=generator).to(far)
+        like = _sized(problem, Spectrum.of(problem.shape, torch.full_like(far, NATURAL)).inputs(random))
+        turns, hot = torch.zeros_like(far, dtype=torch.int64), torch.full_like(far, HOT)
+        made = cls(problem, generator, like, torch.zeros_like(like), far, random, far.clone(), turns, hot)
+        made.path = made._nothing(random)
+        return made
+
+    def run(self, open_: Bool[Tensor, " k"], near: float, until: float) -> None:
+        """Stages of the samples in `open_` until they are as near, or were given up."""
+        while self.stages < STAGES and time.monotonic() < until:
+            index = (open_ & (self.far > near)).nonzero()[:, 0]
+            if not len(index):
+                break
+            self._stage(index, until)
+            self.stages += 1
+
+    def _stage(self, index: Tensor, until: float) -> None:
+        own, t = self.problem[index], self.temperature[index]
+        spectrum = Spectrum.of(own.shape, _decay(t))
+        measured(own.front, own.softness, self.like[index])
+        shift = self._rounding(own, self.path[index], t)
+        own.softness.temperature = t
+        start = spectrum.coordinates(self.path[index])
+        x = spectrum.inputs(Descent(_misfit(own, shift, spectrum), start).run(STEPS, until))
+        own.softness.temperature = None
+        far = residual(own, x, joint=False).samples
+        better = far < self.far[index]
+        self.inputs[index[better]], self.far[index[better]] = x[better], far[better]
+        self._next(index, x, far)
+
+    def _next(self, index: Tensor, x: Float[Tensor, "_i *shape"], far: Float[Tensor, " _i"]) -> None:
+        """Where the paths go on, and how cold: where a stage as cold as its residual did not help, hot again or, every
+        other time, from nothing; after that slower."""
+        t, turns, before = self.temperature[index], self.turns[index], self.path_far[index]
+        allowed = torch.where(turns > 0, 2 * ALLOWED, ALLOWED) * far
+        colder = torch.maximum(torch.where(turns > 0, COOLED, COLDEST) * t, torch.minimum(t, allowed))
+        stuck = (far > HELPED * before) & (t <= TRUE)
+        turned = stuck & (t <= 1.5 * allowed)
+        colder = torch.where(stuck | (t > TRUE), COOLED * t, colder)
+        colder = torch.where(turned, (AGAIN * far).clamp_max(TRUE), colder)
+        anew = turned & (turns % 2 == 1)
+        self.path[index] = torch.where(anew.reshape(-1, *[1] * (x.ndim - 1)), self._nothing(x), x)
+        self.path_far[index] = torch.where(anew, 1.0, far)
+        self.temperature[index] = torch.where(anew, HOT, colder)
+        self.turns[index] = turns + turned
+
+    def _nothing(self, like: Float[Tensor, "_i *shape"]) -> Float[Tensor, "_i *shape"]:
+        """Inputs next to nothing, whose spectrum is that of images."""
+        c = torch.randn(like.shape, generator=self.generator).to(like)
+        return Spectrum.of(self.problem.shape, _decay(torch.full_like(c.flatten(1)[:, 0], HOT))).inputs(START * c)
+
+    def _rounding(self, own: FrontProblem, x: Float[Tensor, "k *shape"], t: Float[Tensor, " k"]) -> Tensor:
+        """What rounding adds to the features of x, where the temperature is down to `TRUE`."""
+        with torch.no_grad():
+            own.softness.temperature = None
+            sharp = own.front(x)
+            own.softness.temperature = t
+            return torch.where((t <= TRUE)[:, None], own.front(x) - sharp, 0)
+
+
+def _decay(temperature: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    return DECAY * temperature.sqrt()
+
+
+def _sized(problem: FrontProblem, x: Float[Tensor, "k *shape"]) -> Float[Tensor, "k *shape"]:
+    """Multiples of x whose features are as large as those of the problem."""
+    for _ in range(SIZED):
+        size = torch.linalg.vector_norm(problem.features_of(x), dim=1).clamp_min(1e-30)
+        share = torch.linalg.vector_norm(problem.features, dim=1) / size
+        x = x * share.clamp(0.1, 10).reshape(-1, *[1] * (x.ndim - 1))
     return x
+
+
+def _misfit(problem: FrontProblem, shift: Float[Tensor, "k n"], spectrum: Spectrum) -> Cost:
+    """Squared relative residual of the features, by coordinates."""
+    sizes = problem.features.square().sum(1).clamp_min(1e-30)
+
+    def cost(c: Float[Tensor, "k *shape"]) -> tuple[Float[Tensor, " k"], Float[Tensor, "k *shape"]]:
+        x = spectrum.inputs(c).requires_grad_()
+        with torch.enable_grad():
+            z = problem.front(x) - shift
+            off = torch.where(problem.positive | (z > problem.features), z - problem.features, 0)
+            value = off.square().sum(1) / sizes
+            (slope,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), spectrum.adjoint(slope)
+
+    return cost
 
 
 def sharpened(
@@ -117,16 +196,18 @@ def sharpened(
 ) -> Float[Tensor, "k *shape"]:
     """Candidates that are near, in double precision: solved in single, corrected by what the double front leaves."""
     x, rough = x.double(), problem.to(torch.float32)
+    far = residual(problem, x, joint=False).samples
+    near = far < NEAR
     for _ in range(FINEST):
-        far = residual(problem, x, joint=False).samples
-        near = ((far < NEAR) & (far > enough)).nonzero()[:, 0]
-        if not len(near) or time.monotonic() >= until:
+        near = near & (far > enough)
+        index = near.nonzero()[:, 0]
+        if not len(index) or time.monotonic() >= until:
             break
-        step = _corrected(problem[near], rough[near], x[near], False, until)
-        better = residual(problem[near], x[near] + step, joint=False).samples < far[near]
-        x[near[better]] += step[better]
-        if not bool(better.any()):
-            break
+        trial = x[index] + _corrected(problem[index], rough[index], x[index], False, until)
+        now = residual(problem[index], trial, joint=False).samples
+        better = now < far[index]
+        near[index] = now < 0.5 * far[index]
+        x[index[better]], far[index[better]] = trial[better], now[better]
     return x
 
 
@@ -158,12 +239,4 @@ def _corrected(
     """The step that least squares take from x."""
     fine, single = Linearised(problem, x, joint), Linearised(rough, x.float(), joint)
     back = -fine.transposed([fine.residual.features, *fine.residual.gradients])
-    return refined(fine, single, back, joint=joint, enough=1e-3, rounds=6, inner=LONG, until=until)[0]
-
-
-def _sharp(
-    problem: FrontProblem, x: Float[Tensor, "k *shape"], steps: int, enough: float, until: float
-) -> Float[Tensor, "k *shape"]:
-    """Steps without a prior."""
-    plain = Spectrum.of(problem.shape, 0, x)
-    return Descent(problem, plain, inner=INNER, damping=SHARP, until=until).run(x, steps, enough)
+    return refined(fine, single, back, joint=joint, enough=1e-2, rounds=6 if joint else 2, inner=LONG, until=until)[0]

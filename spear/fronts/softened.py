@@ -12,46 +12,78 @@ from spear.models.traced import Traced, operation
 
 RELUS = {"relu"}
 POOLS = {"max_pool2d", "boolean_dispatch"}
-LEAST = 50.0  # temperatures under the least value: what a pool's border counts as
+LEAST = 30.0  # temperatures under the largest value: what weighs nothing
 
 
 class Softness:
-    """How smooth a front is: the temperature of ReLU and max-pools, relative to the spread of what enters them."""
+    """How smooth a front is: the temperature (k,) of each sample's ReLUs and max-pools, relative to the spread of what
+    enters them for inputs that were `measured`; sharp without one."""
 
     def __init__(self) -> None:
-        self.temperature = 0.0
+        self.temperature: Float[Tensor, " k"] | None = None
+        self.measuring = False
 
 
-class SoftReLU(nn.Module):
-    """t log(1 + exp(z / t)), ReLU where t = 0."""
+class Soft(nn.Module):
+    """A part that is as smooth as its `softness` says."""
 
     def __init__(self, softness: Softness) -> None:
         super().__init__()
         self.softness = softness
+        self.spread = torch.ones(())
 
-    def forward(self, z: Tensor) -> Tensor:
-        if not self.softness.temperature:
-            return z.relu()
-        t = (self.softness.temperature * z.detach().std()).clamp_min(torch.finfo(z.dtype).tiny)
-        return t * F.softplus(z / t)
+    def forward(self, z: Float[Tensor, "k *shape"]) -> Float[Tensor, "k *made"]:
+        if self.softness.measuring:
+            self.spread = z.flatten(1).std(1, correction=0)
+        if self.softness.temperature is None:
+            return self.sharp(z)
+        t, spread = self.softness.temperature, self.spread
+        t = t * spread if len(t) == len(spread) else (t.mean() * spread.mean()).reshape(1)  # rows that are no samples
+        return self.smooth(z, t.clamp_min(1e-30).reshape(-1, *[1] * (z.ndim - 1)))
+
+    def sharp(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def smooth(self, z: Tensor, t: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-class SoftMaxPool(nn.Module):
-    """The mean of a window, weighted by exp(z / t); its largest entry where t = 0."""
+class SoftReLU(Soft):
+    """t log(1 + exp(z / t))."""
+
+    def sharp(self, z: Tensor) -> Tensor:
+        return z.relu()
+
+    def smooth(self, z: Tensor, t: Tensor) -> Tensor:
+        return t * F.softplus((z / t).clamp_min(-LEAST))
+
+
+class SoftMaxPool(Soft):
+    """The mean of a window, weighted by exp(z / t)."""
 
     def __init__(self, pool: nn.MaxPool2d, softness: Softness) -> None:
-        super().__init__()
-        self.pool, self.softness = pool, softness
+        super().__init__(softness)
+        self.pool = pool
 
-    def forward(self, z: Float[Tensor, "k c h w"]) -> Float[Tensor, "k c h1 w1"]:
-        if not self.softness.temperature:
-            return self.pool(z)
-        t = (self.softness.temperature * z.detach().std()).clamp_min(torch.finfo(z.dtype).tiny)
+    def sharp(self, z: Tensor) -> Tensor:
+        return self.pool(z)
+
+    def smooth(self, z: Float[Tensor, "k c h w"], t: Tensor) -> Float[Tensor, "k c h1 w1"]:
         (kh, kw), (sh, sw), (ph, pw) = (_pair(x) for x in (self.pool.kernel_size, self.pool.stride, self.pool.padding))
         if ph or pw:
-            z = F.pad(z, (pw, pw, ph, ph), value=float(z.detach().min() - LEAST * t))
-        windows = z.unfold(2, kh, sh).unfold(3, kw, sw).flatten(4)
-        return (torch.softmax(windows / t, -1) * windows).sum(-1)
+            z = F.pad(z, (pw, pw, ph, ph), value=float(z.detach().min() - LEAST * t.max()))
+        bottom, right = z.shape[2] - kh + 1, z.shape[3] - kw + 1
+        entries = torch.stack([z[:, :, i : i + bottom : sh, j : j + right : sw] for i in range(kh) for j in range(kw)])
+        under = (entries - entries.detach().amax(0)) / t
+        return (torch.softmax(under.clamp_min(-LEAST), 0) * entries).sum(0)
+
+
+def measured(front: nn.Module, softness: Softness, inputs: Float[Tensor, "k *shape"]) -> None:
+    """Takes the spread of what enters the soft parts from these inputs, each sample's own."""
+    softness.temperature, softness.measuring = None, True
+    with torch.no_grad():
+        front(inputs)
+    softness.measuring = False
 
 
 def _pair(size: Any) -> tuple[int, int]:

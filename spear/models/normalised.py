@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, fx, nn
 
-from spear.models.activations import RELU
+from spear.models.activations import RELU, Activation, recognise
 from spear.models.entrywise import ROWS, Entrywise, Piece, find, relu_then
 from spear.models.graphs import extract
 from spear.models.layers import Behind, Layer, Shape
@@ -20,7 +20,7 @@ from spear.models.traced import Traced
 from spear.models.tracing import LONGEST, ancestors, cuts, ends_at, layer_at, outputs_of, source_of, traced_model
 from spear.reconstruction import Refusal
 
-WANTED = "a network in training mode is attacked where it is Linear, normalisation, ReLU, dropout, in turn"
+WANTED = "a network in training mode is attacked where it is Linear, normalisation, activation, dropout, in turn"
 BY_FUNCTION = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 BY_OPERATOR = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")  # torch.export's graphs
 USUAL = {"momentum": 0.1, "eps": 1e-5}
@@ -50,16 +50,18 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class Between:
-    """What follows a layer: its `norm`, its ReLU, dropout of a share `drop` of its units in training mode."""
+    """What follows a layer: its `norm`, its activation, BatchNorm `after` that, dropout of a share `drop` of its units
+    in training mode."""
 
     behind: Behind
     norm: Normaliser | None
     drop: float
+    after: Normaliser | None = None
 
 
 def normalised_chain(model: nn.Module, shape: Shape = None) -> tuple[list[Layer], list[Between]] | None:
-    """The linear layers of data -> Linear -> (normalisation) -> ReLU -> (dropout) -> ... -> Linear -> logits, and what
-    follows each hidden one.
+    """The linear layers of data -> Linear -> (normalisation) -> activation -> (BatchNorm, dropout) -> ... -> Linear ->
+    logits, and what follows each hidden one.
 
     Raises `Refusal` as `trace` does, and for a model of any other form, naming what is in the way; `None` for one that
     neither normalises nor drops anything.
@@ -67,56 +69,106 @@ def normalised_chain(model: nn.Module, shape: Shape = None) -> tuple[list[Layer]
     traced = traced_model(model, shape)
     nodes = [node for node in traced.nodes if traced.is_linear(node)]
     between = [_between(traced, node) for node in nodes]
-    if not any(one.norm for one in between) and not modes(traced, traced.nodes, on=True):
+    if not any(one.norm or one.after for one in between) and not modes(traced, traced.nodes, on=True):
         return None
     layers = [layer_at(traced, node, shape, one.behind) for node, one in zip(nodes, between, strict=True)]
     _check(traced, nodes, layers, between)
     return layers, between[:-1]
 
 
-def entry(model: nn.Module, shape: Shape = None) -> Normaliser | None:
-    """BatchNorm in training mode on the data, before the first linear layer; `None` where there is none, or more."""
+@dataclass(frozen=True)
+class Entry:
+    """What stands before the first linear layer in training mode: the module's `name`, and BatchNorm, or the share
+    `drop` of the data that dropout takes."""
+
+    name: str
+    norm: Normaliser | None
+    drop: float
+
+
+def entry(model: nn.Module, shape: Shape = None) -> Entry | None:
+    """BatchNorm or dropout of the data; `None` where there is none, where it is no module, or where there is more."""
     traced = traced_model(model, shape)
     first = next((node for node in traced.nodes if traced.is_linear(node)), None)
     before = [] if first is None else [node for node in ancestors(source_of(first)) if _is_on(traced, node)]
-    if len(before) != 1 or not isinstance(traced.part(before[0]), nn.modules.batchnorm._BatchNorm):
-        return None
-    found = _batch_norm(traced, before[0], traced.part(before[0]).num_features)
-    return found if found.mean_name and found.rate else None
+    part = traced.part(before[0]) if len(before) == 1 else None
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        return Entry(str(before[0].target), _batch_norm(traced, before[0], part.num_features), 0.0)
+    drop = 0.0 if part is None else dropped(traced, before[0])
+    return Entry(str(before[0].target), None, drop) if drop else None
 
 
 def _between(traced: Traced, node: fx.Node) -> Between:
-    """What follows a layer, up to the first node that is neither its normalisation, its ReLU nor dropout."""
-    m, drop = traced.part(node).out_features, 0.0
-    same, norm, relu, origin, start, end = Entrywise.same(m), None, None, node, node, node
+    """What follows a layer, up to the first node that is neither its normalisation, its activation nor dropout."""
+    m, found = traced.part(node).out_features, _Found(node)
     for cut, _ in zip(cuts(node), range(LONGEST), strict=False):
-        if traced.is_linear(cut):
+        on = dropped(traced, cut) or _is_on(traced, cut)
+        if traced.is_linear(cut) or not (_switched_on(traced, cut, m, found) if on else _tried(traced, cut, m, found)):
             break
-        if (share := dropped(traced, cut)) or _is_on(traced, cut):
-            if drop or (not share and (norm is not None or relu is not None)):
-                break
-            if share:
-                drop, end = share, cut
-                continue
-            if not mode(traced, cut).mixes:
-                break
-            norm, start, end = _batch_norm(traced, cut, m), cut, cut
-            continue
-        module = extract(traced, end, cut)
-        if module is None:
-            break
-        if (found := find(piece := Piece(module), (m,))) is not None and found.is_plain:
-            origin = cut if norm is None and relu is None else origin
-            start, end = (cut if relu is None else start), cut
-        elif relu is None and (found := relu_then(piece, m)) is not None and found.is_plain:
-            relu = end = cut
-        elif (
-            relu is None and not drop and (norm is None or norm.kind != "batch")
-        ):  # its scale and shift may be steps of their own
-            whole = extract(traced, origin, cut)
-            if (found := sample_norm(Piece(whole), m)) is not None:
-                norm, start, end = _named(found, whole), cut, cut
-    return Between(Behind(same, relu, RELU if relu else None, same, start, end), norm, drop)
+    same = Entrywise.same(m)
+    behind = Behind(same, found.relu, found.activation, same, found.start, found.end)
+    return Between(behind, found.norm, found.drop, found.after)
+
+
+@dataclass
+class _Found:
+    """What stands behind a layer so far: `origin` enters its normalisation, `start` its activation; `end` is last."""
+
+    end: fx.Node
+    norm: Normaliser | None = None
+    after: Normaliser | None = None
+    drop: float = 0.0
+    relu: fx.Node | None = None
+    activation: Activation | None = None
+
+    def __post_init__(self) -> None:
+        self.origin = self.start = self.end
+
+
+def _switched_on(traced: Traced, cut: fx.Node, m: int, found: _Found) -> bool:
+    """Dropout, each unit for itself, once; or BatchNorm before it, once."""
+    if found.drop:
+        return False
+    if share := dropped(traced, cut):
+        found.drop = share
+    elif found.norm is not None or found.after is not None or not mode(traced, cut).mixes:
+        return False
+    elif found.activation is None:
+        found.norm, found.start = _batch_norm(traced, cut, m), cut
+    else:
+        found.after = _batch_norm(traced, cut, m)
+    found.end = cut
+    return True
+
+
+def _tried(traced: Traced, cut: fx.Node, m: int, found: _Found) -> bool:
+    """What changes nothing; ReLU; a normalisation of each sample; another activation, each by what it computes.
+
+    What is none of these may be a part of one; whether more can be tried.
+    """
+    module = extract(traced, found.end, cut)
+    if module is None:
+        return False
+    plain, early = find(piece := Piece(module), (m,)), found.activation is None
+    if plain is not None and plain.is_plain:
+        found.origin = cut if early and found.norm is None else found.origin
+        found.start, found.end = (cut if early else found.start), cut
+    elif early and (scaled := relu_then(piece, m)) is not None and scaled.is_plain:
+        found.relu, found.activation, found.end = cut, RELU, cut
+    elif not found.drop and found.after is None:
+        _composed(traced, cut, m, found)
+    return True
+
+
+def _composed(traced: Traced, cut: fx.Node, m: int, found: _Found) -> None:
+    """A normalisation of each sample, whose scale and shift may be steps of their own, or an activation."""
+    if found.activation is None and (found.norm is None or found.norm.kind != "batch"):
+        whole = extract(traced, found.origin, cut)
+        if (norm := sample_norm(Piece(whole), m)) is not None:
+            found.norm, found.start, found.end = _named(norm, whole), cut, cut
+            return
+    if (activation := recognise(Piece(extract(traced, found.start, cut)).double, m)) is not None:
+        found.relu, found.activation, found.end = None, activation, cut
 
 
 def _is_on(traced: Traced, node: fx.Node) -> bool:
@@ -205,7 +257,8 @@ def _check(traced: Traced, nodes: list[fx.Node], layers: list[Layer], between: l
     shared = [name for name in names if f"{name}.weight" not in layers[0].own]
     if len(set(names)) < len(names) or shared:
         raise Refusal(f"{trained}; {', '.join(sorted(set(shared or names)))} shares its weights")
-    own = [one.norm.scale_name for one in between if one.norm is not None and one.norm.scale_name]
+    norms = [norm for one in between for norm in (one.norm, one.after) if norm is not None]
+    own = [norm.scale_name for norm in norms if norm.scale_name]
     if len(set(own)) < len(own):
         raise Refusal(f"{trained}; {max(own, key=own.count)} is of several layers")
     for k, layer in enumerate(layers[:-1]):
@@ -214,5 +267,10 @@ def _check(traced: Traced, nodes: list[fx.Node], layers: list[Layer], between: l
             found = ", ".join(user.name for user in end.users)
             raise Refusal(f"{trained}; behind {layer.name} comes {found}")
     last = between[-1]
-    if last.norm is not None or last.drop or not ends_at(traced, last.behind.end, outputs[0], layers[-1]):
+    if (
+        last.norm is not None
+        or last.after is not None
+        or last.drop
+        or not ends_at(traced, last.behind.end, outputs[0], layers[-1])
+    ):
         raise Refusal(f"{trained}; something else follows {names[-1]}")

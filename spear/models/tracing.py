@@ -64,7 +64,9 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
         wanted = f"no linear layer named {name!r}" if name is not None else _no_data(traced_model(model, shape), shape)
         raise Refusal(f"{wanted}; the model's linear layers: {known}")
     if not chosen.relu:
-        raise Refusal(f"no ReLU follows {chosen.name}: its gradient has no zeros to read the batch from")
+        none = f"no ReLU follows {chosen.name}: its gradient has no zeros to read the batch from"
+        other = "; behind slopes that are never zero any batch fits one layer alone: method='network' reads all layers"
+        raise Refusal(none + other * (chosen.activation is not None))
     if chosen.obstacle:
         raise Refusal(chosen.obstacle)
     return chosen

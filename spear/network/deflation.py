@@ -13,16 +13,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear.directions import TINY, first_of_each, unit_rows
+from spear.directions import TINY, unit_rows
 from spear.network import phase_retrieval
 from spear.network.exact_step import Tolerances
 from spear.network.factors import subtract
 from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.problem import NetworkView
-from spear.network.spaces import Solved, Spaces, complement, misfit, project
+from spear.network.spaces import Solved, Spaces, complement, project
 
 SPARE_ROWS = 10  # equations beyond the unknowns: a solution that fits these too is no accident
 STEPS = 200  # of each start: h is exact here, so what has not arrived by then is stuck
+NEAR = 1e-7  # squared sine at which a start has arrived
 SETTLING = 4  # renewals of a mask: those that do not settle by then cycle
 SAFETY = 10  # times the error that the residual itself shows
 CERTAIN = 1e-6  # relative error of s, and least singular value of its equations, relative to the largest
@@ -36,6 +37,7 @@ def vectors_below(problem: NetworkView, solved: Solved) -> Float[Tensor, "f m"]:
 
 def masks_below(
     h: Float[Tensor, "f m"],
+    guess: Bool[Tensor, "f m"],
     basis: Float[Tensor, "m b"],
     tolerances: Tolerances,
     *,
@@ -43,26 +45,46 @@ def masks_below(
     generator: Generator,
     until: float = math.inf,
 ) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m"]]:
-    """Phase retrieval with exactly known h: which samples it solved, and their masks (D ∘ h in span of `basis`).
+    """Which samples' masks are found, and these masks: D ∘ h in the span of `basis`, h known exactly.
 
-    Steps end when the clock shows `until`.
+    Those that the guess is already are taken; of the others, phase retrieval starts from the guess, then `starts` times
+    at random. Its steps end when the clock shows `until`.
     """
-    sample = torch.arange(len(h), device=h.device).repeat(starts)
-    guess = unit_rows(h)[sample]
-    v = torch.randn(guess.shape, generator=generator, dtype=torch.float64).to(h)
-    low = basis.float()
-    start = Iterate(guess * (v > 0), guess, v, guess).to(torch.float32)
-    end = phase_retrieval.retrieve_phases(start, low, Reflections(STEPS, until=until))
-    close = misfit(end.target, low) < tolerances.near
-    sample, guess, mask = sample[close], guess[close], end.target[close] != 0
+    found, masks = torch.zeros(len(h), dtype=torch.bool, device=h.device), guess.clone()
+
+    def keep(sample: Int[Tensor, " k"], mask: Bool[Tensor, "k m"]) -> None:
+        good, settled = _settled(h[sample], mask, basis, tolerances)
+        found[sample[good]], masks[sample[good]] = True, settled
+
+    keep(guess.any(1).nonzero()[:, 0], guess[guess.any(1)])
+    for times, guessed in ((1, True), (starts, False)):
+        sample = (~found & guess.any(1) if guessed else ~found).nonzero()[:, 0].repeat(times)
+        if len(sample):
+            noise = torch.randn(len(sample), h.shape[1], generator=generator, dtype=torch.float64).to(h)
+            first = guess[sample] if guessed else noise > 0
+            keep(sample, _retrieved(unit_rows(h)[sample], first, basis, until))
+    return found.nonzero()[:, 0], masks[found]
+
+
+def _retrieved(
+    h: Float[Tensor, "k m"], mask: Bool[Tensor, "k m"], basis: Float[Tensor, "m b"], until: float
+) -> Bool[Tensor, "k m"]:
+    """Where phase retrieval from these masks ends."""
+    start = Iterate(h * mask, h, h, h).to(torch.float32)
+    return phase_retrieval.retrieve_phases(start, basis.float(), Reflections(STEPS, near=NEAR, until=until)).target != 0
+
+
+def _settled(
+    h: Float[Tensor, "k m"], mask: Bool[Tensor, "k m"], basis: Float[Tensor, "m b"], tolerances: Tolerances
+) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m"]]:
+    """Which masks settle on one whose D ∘ h fits to rounding, and that mask."""
     for _ in range(SETTLING):
-        u = project(mask * guess, basis)
-        before, mask = mask, (2 * u - guess) * guess > 0
-    sine = (mask * guess - project(mask * guess, basis)).norm(dim=1) / (mask * guess).norm(dim=1).clamp_min(TINY)
-    good = (before == mask).all(1) & (sine < tolerances.accept)
-    sample, mask = sample[good], mask[good]
-    first = first_of_each(sample)
-    return sample[first], mask[first]
+        u = project(mask * h, basis)
+        before, mask = mask, (2 * u - h) * h > 0
+    inside = mask * h
+    sine = (inside - project(inside, basis)).norm(dim=1) / inside.norm(dim=1).clamp_min(TINY)
+    good = ((before == mask).all(1) & mask.any(1) & (sine < tolerances.accept)).nonzero()[:, 0]
+    return good, mask[good]
 
 
 def activation_coordinates(
@@ -89,7 +111,8 @@ def activation_coordinates(
         zeros = activations[:, inactive]
         s = particular
         if free.shape[1] and zeros.shape[1] >= free.shape[1] + SPARE_ROWS:
-            s = particular - free @ (torch.linalg.pinv(zeros.T @ free) @ (zeros.T @ particular))
+            fit = torch.linalg.lstsq(zeros.T @ free, (zeros.T @ particular)[:, None], driver="gels").solution[:, 0]
+            s = particular - free @ fit
         y = s @ activations
         sure.append(((s @ zeros).norm() < tolerances.accept * y.norm()) & (y[active].min() > 0))
         answers.append(s)

@@ -68,8 +68,8 @@ def _exact_once(spaces: Spaces, mask: Bool[Tensor, "k m"]) -> Exact:
     values, d = _smallest(gram, t_all)
     t = torch.einsum("kcb,kc->kb", t_all, d)
     u, h = t @ spaces.basis.T, d @ heads.T
-    new = spaces.active(u, h)
     masked = h * slopes
+    new = spaces.active(spaces.without_itself(u, masked), h)
     sine = (masked - u).norm(dim=1) / masked.norm(dim=1).clamp_min(TINY)  # the eigenvalue is known to rounding only
     d = d @ spaces.contrasts.T
     norm = t.norm(dim=1, keepdim=True).clamp_min(TINY) * _sign(d)[:, None]

@@ -9,21 +9,42 @@ is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (sample
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spear.directions import TINY, unit_rows
-from spear.network.spaces import Evened, Levels, misfit, project, quick
+from spear.network.spaces import Levels, misfit, project, quick
 
 EVERY = 5  # steps after which starts are looked at
 
 
+Group = TypeVar("Group")  # starts side by side, of one kind or another
+
+
 @dataclass(frozen=True)
-class Iterate:
+class Together:
+    """Starts side by side: every field has a row for each."""
+
+    def __getitem__(self: Group, index: Int[Tensor, " j"] | Bool[Tensor, " k"]) -> Group:
+        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def to(self: Group, dtype: torch.dtype) -> Group:
+        """The same in another precision."""
+        return type(self)(*(getattr(self, f.name).to(dtype) for f in fields(self)))
+
+    @classmethod
+    def joined(cls: type[Group], parts: Sequence[Group]) -> Group:
+        """All starts of the parts."""
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+
+@dataclass(frozen=True)
+class Iterate(Together):
     """A batch of starts: u towards span(U), h the guessed back-propagated vector, v the pre-activations' partner."""
 
     u: Float[Tensor, "k m"]
@@ -31,27 +52,14 @@ class Iterate:
     v: Float[Tensor, "k m"]
     target: Float[Tensor, "k m"]
 
-    def __getitem__(self, index: Int[Tensor, " j"] | Bool[Tensor, " k"]) -> "Iterate":
-        return Iterate(self.u[index], self.h[index], self.v[index], self.target[index])
-
-    def to(self, dtype: torch.dtype) -> "Iterate":
-        """The same in another precision."""
-        return Iterate(*(x.to(dtype) for x in (self.u, self.h, self.v, self.target)))
-
-    @classmethod
-    def joined(cls, parts: Sequence["Iterate"]) -> "Iterate":
-        """All starts of the parts."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("u", "h", "v", "target")))
-
 
 @dataclass(frozen=True)
 class Reflections:
     """How long to reflect, and what beside span(U) tells 0 from h_j.
 
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
-    that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. A positive
-    `lean` (`leaning`) is evidence that a unit is active, which counts most where h_j is small. Steps go `relaxation`
-    of the way between the two reflections. `levels` are the slopes of another activation than ReLU.
+    that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Steps go
+    `relaxation` of the way between the two reflections. `levels` are the slopes of another activation than ReLU.
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
     halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
@@ -62,54 +70,63 @@ class Reflections:
     partner: Float[Tensor, "m r"] | None = None
     weight: float = 1.0
     head: Float[Tensor, "m free"] | None = None
-    lean: Float[Tensor, " m"] | None = None
     relaxation: float = 0.5
     near: float = 0.0
     until: float = math.inf
     levels: Levels | None = None
 
 
-def retrieve_phases(
-    iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, *, evened: Evened | None = None
-) -> Iterate:
+def retrieve_phases(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -> Iterate:
     """Relaxed reflections on all starts at once (relax-reflect-relax): u in span(U) whose entries are 0 or h_j.
 
-    Norms of h and v are kept at 1. With `evened`, made for these starts, span(U) is projected on with weights on the
-    units. The returned `target` is u's last value among {0, h_j}, or {inactive slope h_j, active slope h_j}.
+    Norms of h and v are kept at 1. The returned `target` is u's last value among {0, h_j}, or {inactive slope h_j,
+    active slope h_j}.
     """
-    basis, steps, near = quick(basis), options.steps, options.near
+    basis = quick(basis)
     options = options if options.partner is None else replace(options, partner=quick(options.partner))
-    before, ends, order = torch.full_like(iterate.u[:, 0], math.inf), [], []
+    step = relax if options.levels is None else relax_levels
+
+    def forward(now: Iterate, steps: int) -> Iterate:
+        return step(now, basis, replace(options, steps=steps))
+
+    return advance(iterate, forward, lambda now: misfit(now.target, basis), options)
+
+
+def advance(
+    starts: Group,
+    forward: Callable[[Group, int], Group],
+    misfit: Callable[[Group], Float[Tensor, " k"]],
+    options: Reflections,
+) -> Group:
+    """Move all starts `forward` until each has ended as `Reflections` says; `misfit` is their squared sine."""
+    steps, near, device = options.steps, options.near, starts.target.device
+    before, ends, order = torch.full_like(starts.target[:, 0], math.inf), [], []
     number = list(range(len(before)))
     for done in range(0, steps, EVERY):
         if not number or time.monotonic() > options.until:
             break
-        part = replace(options, steps=min(EVERY, steps - done))
-        iterate = (relax if options.levels is None else relax_levels)(iterate, basis, part, evened)
+        starts = forward(starts, min(EVERY, steps - done))
         if near:
-            fit = misfit(iterate.target, basis)
+            fit = misfit(starts)
             over = ((fit < near) & (fit > before / 2)) | ((fit == 1) & (before == 1))
             over = over.tolist()  # the only wait for the device in `EVERY` steps
             gone, left = ([k for k, is_over in enumerate(over) if is_over == ends_now] for ends_now in (True, False))
             if gone:
-                ends.append(iterate[torch.tensor(gone, device=basis.device)])
+                ends.append(starts[torch.tensor(gone, device=device)])
                 order += [number[k] for k in gone]
-                index = torch.tensor(left, dtype=torch.long, device=basis.device)
-                iterate, number, before = iterate[index], [number[k] for k in left], fit[index]
-                evened = evened.take(left, index) if evened else None
-            else:
-                before = fit
-    back = torch.tensor([*order, *number], device=basis.device).argsort()
-    return Iterate.joined([*ends, iterate])[back]
+                index = torch.tensor(left, dtype=torch.long, device=device)
+                starts, number, fit = starts[index], [number[k] for k in left], fit[index]
+            before = fit
+    back = torch.tensor([*order, *number], device=device).argsort()
+    return starts.joined([*ends, starts])[back]
 
 
-def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, evened: Evened | None = None) -> Iterate:
+def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -> Iterate:
     """The steps of `retrieve_phases`. A sign chooses between two values: comparisons are slow at this size."""
-    partner, head, lean, relaxation = options.partner, options.head, options.lean, options.relaxation
+    partner, head, relaxation = options.partner, options.head, options.relaxation
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
-    push = None if lean is None else lean * h.abs() * h.shape[1] ** -0.5
     for _ in range(options.steps):
-        pu = evened.project(u, basis) if evened else project(u, basis)
+        pu = project(u, basis)
         ru = torch.lerp(u, pu, 2.0)
         if head is None:
             x, evidence = h, ru.mul(2).sub_(h).mul_(h)
@@ -117,8 +134,6 @@ def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, e
             ph = project(h, head)
             rh = torch.lerp(h, ph, 2.0)
             x, evidence = (ru + rh) / 2, ru * ru - (ru - rh) ** 2 / 2
-        if push is not None:
-            evidence.add_(push)
         if partner is not None:
             pv = project(v, partner)
             rv = torch.lerp(v, pv, 2.0)
@@ -137,20 +152,16 @@ def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, e
     return Iterate(u, h, v, target)
 
 
-def relax_levels(
-    iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections, evened: Evened | None = None
-) -> Iterate:
+def relax_levels(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -> Iterate:
     """The same with two slopes for each unit: u in span(U) whose entries are h_j times one or the other."""
     if options.head is not None:
         return _relax_both(iterate, basis, options)
     partner, levels, relaxation, h = options.partner, options.levels, options.relaxation, iterate.h
     middle, half = h * (levels.active + levels.inactive) / 2, h * (levels.active - levels.inactive) / 2
     offset = -4 * middle * half
-    if options.lean is not None:
-        offset = offset + options.lean * h.abs() * h.shape[1] ** -0.5
     u, v, target = iterate.u.clone(), iterate.v.clone(), iterate.target
     for _ in range(options.steps):
-        pu = evened.project(u, basis) if evened else project(u, basis)
+        pu = project(u, basis)
         evidence = torch.addcmul(offset, torch.lerp(u, pu, 2.0), half, value=4)
         if partner is not None:
             pv = project(v, partner)
@@ -197,12 +208,3 @@ def _nearest(levels: Levels, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -
         points.append((slope * u + h) / size)
         costs.append((u - slope * h) ** 2 / size)
     return points, costs
-
-
-def search_evened(
-    iterate: Iterate, labels: Int[Tensor, " k"], basis: Float[Tensor, "m b"], options: Reflections
-) -> Iterate:
-    """`retrieve_phases` with rows evened out: each start's h is that of its label."""
-    order = labels.argsort()
-    evened = Evened.of(labels[order], iterate.h[order], basis)
-    return retrieve_phases(iterate[order], basis, options, evened=evened)[order.argsort()]

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from spear.directions import unit_rows
@@ -16,13 +17,13 @@ from spear.network.exact_step import Tolerances
 from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.policy import Plan, Policy, Standing
 from spear.network.problem import NetworkView
-from spear.network.spaces import SAME, Solved, Spaces, complement, leaning
+from spear.network.spaces import SAME, Foretold, Solved, Spaces, complement
 from spear.network.starts import TELLING, Starts, mean_probabilities, prior_outputs
+from spear.network.two_layers import TwoLayers
 from spear.published.lowrank import LowRank
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
 VERY_HARD, TRIES = 0.5, (2, 6)  # past it fewer starts arrive at the layer below, too: tries of each sample there
-LEAN = 0.2  # weight of what a unit's average pre-activation says; 0.1 to 0.3 are as good
 CLOSER = 10  # times nearer a start must come to a crowded span to have arrived: it is near to everything
 BLUR = 20  # times the gradient's noise, over the last singular value: how far two solutions of one sample may differ
 MOST_BLURRED = 1e-5  # of the cosine, however large the noise: two samples are seldom that near
@@ -56,8 +57,8 @@ class PhaseSearch:
         self.drawn = Starts(problem, generator, prior)
         self.policy = Policy.at_first(crowded=self.crowded)
         self.low = spaces.basis.float()
+        self.masks_below, self.hints = self._unknown(0), None
         self.heads = torch.linalg.qr(spaces.head_space)[0].float()
-        self.below: LowRank | None = None
 
     @property
     def left(self) -> int:
@@ -79,13 +80,14 @@ class PhaseSearch:
         return self.solved.join(found, room=self.left, cosine=max(min(SAME, 1 - blur**2), 1 - MOST_BLURRED))
 
     def round(self) -> None:
-        """One round: the tail by linear programming where it is due, else a search with the kind that did best last."""
+        """One round: a search by the kind that did best last; near the end, where that failed, linear programming."""
         before, free = self.left, complement(self.spaces, self.solved)
         self.rounds += 1
         found = Solved.none(self.spaces) if self.restricted else self._tail(free)
         if not len(found):
             found = self._search(free)
         self.solved = self.join(found)
+        self.masks_below = torch.cat([self.masks_below, self._guess_below(self.solved.t[len(self.masks_below) :])])
         self.idle = 0 if self.left < before else self.idle + 1
         if len(self.solved) >= TELLING and self.problem.loss == "cross_entropy" and not self.restricted:
             self.drawn = replace(self.drawn, prior=mean_probabilities(self.solved, self.drawn.prior))
@@ -113,16 +115,35 @@ class PhaseSearch:
         leaving = Solved(unit_rows(leaving.t @ back), leaving.d, leaving.mask)
         self.gone = self.gone.join(leaving, room=self.whole.rank)
         self.gone_rows = torch.cat([self.gone_rows, s @ self.spaces.rows])
+        stay = torch.ones(len(self.solved), dtype=torch.bool, device=index.device).index_fill(0, index, False)
         self.spaces, self.solved = deflation.deflate(self.spaces, self.solved, index, s)
+        self.masks_below = self.masks_below[stay]
         self.low = self.spaces.basis.float()
+
+    @cached_property
+    def factors_below(self) -> LowRank:
+        """The factorised gradient of the layer below."""
+        return self.problem.factors(self.problem.last - 1)
+
+    def _unknown(self, count: int) -> Bool[Tensor, "f m1"]:
+        """Masks of which nothing is known: no unit is active."""
+        return torch.zeros(count, self.problem.weights[self.problem.last].shape[1], dtype=torch.bool).to(
+            self.low.device
+        )
+
+    def _guess_below(self, t: Float[Tensor, "f b"]) -> Bool[Tensor, "f m1"]:
+        """What the search says of the masks below of directions that it found."""
+        if self.hints is None or not len(t):
+            return self._unknown(len(t))
+        targets, masks = self.hints
+        return masks[(t.to(self.low) @ self.low.T @ targets.T).abs().argmax(1)]
 
     def determined(self, *, starts: int) -> tuple[Int[Tensor, " g"], Float[Tensor, "g b"]]:
         """Which of the `solved` have activations that the layer below determines, and their s."""
-        if self.below is None:
-            self.below = self.problem.factors(self.problem.last - 1)
         h = deflation.vectors_below(self.problem, self.solved)
         options = {"starts": starts, "generator": self.generator, "until": self.latest}
-        index, mask = deflation.masks_below(h, self.below.L, self.tolerances, **options)
+        index, mask = deflation.masks_below(h, self.masks_below, self.factors_below.L, self.tolerances, **options)
+        self.masks_below[index] = mask
         inputs = self.spaces.rows[:, : h.shape[1]]
         sure, s = deflation.activation_coordinates(self.spaces, self.solved, inputs, index, mask, self.tolerances)
         return index[sure], s[sure]
@@ -140,7 +161,7 @@ class PhaseSearch:
     def _tail(self, free: Float[Tensor, "b r"]) -> Solved:
         if self.left == 1:
             return last_samples.last_one(self.spaces, free, self.tolerances)
-        if not self.stacked or self.left > TAIL * len(self.spaces.basis):
+        if not self.stacked or not self.idle or self.left > TAIL * len(self.spaces.basis):
             return Solved.none(self.spaces)
         inputs = self.spaces.rows[:, : self.problem.weights[self.problem.last].shape[1]]
         tries = min(self.left + 2, MOST_PROGRAMMES)
@@ -151,7 +172,8 @@ class PhaseSearch:
         """What the policy decides by."""
         m, b = self.spaces.basis.shape
         lowest = self.problem.last == 0
-        return Standing(m, b, self.left, self.idle, self.problem.classes, self.crowded, self.restricted, lowest)
+        paired = self.crowded and self.stacked and self.problem.activations[self.problem.last].is_relu
+        return Standing(m, b, self.left, self.idle, self.problem.classes, self.crowded, self.restricted, lowest, paired)
 
     def _search(self, free: Float[Tensor, "b r"]) -> Solved:
         plan = self.policy.plan(self.standing)
@@ -174,7 +196,7 @@ class PhaseSearch:
         layer = Layer(spaces.basis, size, spaces.lift @ free, ones, eye, eye)
         curves = Curves.of(self.problem, layer)
         s = layer.origin + scattered(layer, len(labels), self.generator)
-        w = curves.coordinates(s).float()
+        w = curves.coordinates_of(layer.pre_activations(s)).float()
         curves = curves.to(torch.float32)
         w, pieces = reflect(curves, w, labels, steps=PIECEWISE, until=self.until)
         at = curves.at(w, labels)
@@ -184,21 +206,28 @@ class PhaseSearch:
 
     def _retrieve(self, plan: Plan, free: Float[Tensor, "b r"]) -> tuple[Iterate, Int[Tensor, " k"]]:
         """Where the plan's starts end, and the class that was guessed for each."""
-        seen = torch.cat([self.gone.labels, self.solved.labels])
+        seen, self.hints = torch.cat([self.gone.labels, self.solved.labels]), None
         labels = self.drawn.labels(plan.starts, seen, left=self.left, rank=self.whole.rank)
         if self.spaces.levels is not None and not self.spaces.levels.signed:
             return self._reflect(free, labels), labels
-        start, partner = self.drawn.draw(self.spaces, free, labels, spread=plan.free)
-        lean = None
-        signed = self.spaces.levels is None or self.spaces.levels.signed
-        if self.crowded and not plan.free and signed and self.problem.biases[self.problem.last] is not None:
-            lean = LEAN * leaning(self.spaces, free).float()
+        biased = self.problem.biases[self.problem.last] is not None
+        s = Foretold.of(self.spaces, free, biased=biased).draw(plan.starts, self.generator)
+        start = self.drawn.draw(self.spaces, s, labels, spread=plan.free)
         # An h that moves goes on improving where it arrived; a crowded span is near to everything.
-        near = 0.0 if plan.free else self.tolerances.near / (CLOSER if plan.evened else 1)
+        near = 0.0 if plan.free else self.tolerances.near / (CLOSER if plan.paired else 1)
+        if plan.paired:
+            return self._pair(start, s, free, Reflections(plan.steps, near=near, until=self.until)), labels
         levels = None if self.spaces.levels is None else self.spaces.levels.to(torch.float32)
-        reflections = Reflections(plan.steps, lean=lean, near=near, until=self.until, levels=levels)
-        if plan.evened:
-            return phase_retrieval.search_evened(start, labels, self.low, reflections), labels
-        partner, head = partner if plan.weight and signed else None, self.heads if plan.free else None
-        reflections = replace(reflections, partner=partner, weight=plan.weight, head=head)
-        return phase_retrieval.retrieve_phases(start, self.low, reflections), labels
+        partner = torch.linalg.qr(self.spaces.lift @ free)[0].float() if plan.partnered else None
+        head = self.heads if plan.free else None
+        reflections = Reflections(plan.steps, partner, head=head, near=near, until=self.until)
+        return phase_retrieval.retrieve_phases(start, self.low, replace(reflections, levels=levels)), labels
+
+    def _pair(
+        self, start: Iterate, s: Float[Tensor, "k b"], free: Float[Tensor, "b r"], options: Reflections
+    ) -> Iterate:
+        """Where starts end that search the layer below as well; what they say of its masks is kept."""
+        weight = self.problem.weights[self.problem.last]
+        pair = TwoLayers.of(self.spaces, weight, self.factors_below.L, free).search(start, s, options)
+        self.hints = (unit_rows(pair.target), pair.target_below != 0)
+        return pair.above

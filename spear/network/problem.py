@@ -3,6 +3,7 @@
 Samples are rows: activations (s, n), back-propagated vectors (s, m).
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +23,7 @@ from spear.federated.received import (
     input_shape,
     rounding_unit,
 )
-from spear.federated.update import SharedUpdate
+from spear.federated.update import Lazy, SharedUpdate
 from spear.models.activations import RELU, Activation
 from spear.models.layers import Layer
 from spear.models.tracing import chain
@@ -241,36 +242,55 @@ def open_network(
     Raises `Refusal` for a model that is not such a chain, and `ValueError` as `spear.attack` does for gradients that do
     not fit.
     """
-    layers, gradients = chain(model, update.input_shape), check_gradients(model, update)
-    device = compute_device(device)
+    return view_of(chain(model, update.input_shape), model, update, batch_size=batch_size, device=device)
+
+
+def view_of(
+    layers: Sequence[Layer],
+    model: nn.Module,
+    update: SharedUpdate,
+    *,
+    idle: Collection[str] = (),
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+) -> NetworkView:
+    """A chain of a model's layers with the update's gradients. Layers named in `idle` have a bias of no effect, whose
+    gradient is zero but for rounding: it is left out. Raises as `open_network` does."""
+    gradients, device = check_gradients(model, update), compute_device(device)
     count = update.count if batch_size is None else batch_size
     check_count(count)
     check_size(count, layers[0].linear.in_features, update)
     check_width(batch_size, layers[0].linear.out_features, layers[0].name)
-    for why in filter(None, (layer.missing(gradients) for layer in layers)):
-        raise Refusal(f"the network method needs every layer's gradient; the update has none for {why}")
-
-    def received(layer: Layer, kind: str) -> Tensor:
-        return layer.gradient(f"{layer.name}.{kind}", gradients).to(device, torch.float64)
-
-    biased = [layer.linear.bias is not None for layer in layers]
+    biased = [layer.linear.bias is not None and layer.name not in idle for layer in layers]
+    for layer, has in zip(layers, biased, strict=True):
+        if (missing := layer.missing(gradients)) and (has or not missing.endswith("bias")):
+            raise Refusal(f"the network method needs every layer's gradient; the update has none for {missing}")
+    moved = lambda x: x.detach().to(device, torch.float64)  # noqa: E731
+    received = lambda layer, kind: moved(layer.gradient(f"{layer.name}.{kind}", gradients))  # noqa: E731
+    pairs = list(zip(layers, biased, strict=True))
+    zero = {layer.own.get(f"{layer.name}.bias") for layer in layers if layer.name in idle}
     return NetworkView(
-        tuple(layer.linear.weight.detach().to(device, torch.float64) for layer in layers),
-        tuple(
-            layer.linear.bias.detach().to(device, torch.float64) if has else None
-            for layer, has in zip(layers, biased, strict=True)
-        ),
+        tuple(moved(layer.linear.weight) for layer in layers),
+        tuple(moved(layer.linear.bias) if has else None for layer, has in pairs),
         tuple(received(layer, "weight") for layer in layers),
-        tuple(received(layer, "bias") if has else None for layer, has in zip(layers, biased, strict=True)),
+        tuple(received(layer, "bias") if has else None for layer, has in pairs),
         batch_size or update.count,
         update.reduction,
-        rounding_unit(model, update) / 2 * max(layer.growth(gradients) for layer in layers),
+        rounding_unit(model, _without(update, zero)) / 2 * max(layer.growth(gradients) for layer in layers),
         input_shape(layers[0].name, layers[0].linear.in_features, update),
         _loss(layers[-1], update.loss),
         coarsest(model, update),
         any(layer.folded for layer in layers),
         tuple(layer.activation.to(device) for layer in layers[:-1]),
     )
+
+
+def _without(update: SharedUpdate, names: Collection[str | None]) -> SharedUpdate:
+    """The update without the gradients of these names."""
+    g = update.gradients
+    lost = (g.rounding, g.noise) if isinstance(g, Lazy) else ()
+    rest = tuple(name for name in g if name not in names)
+    return replace(update, gradients=Lazy(rest, g.__getitem__, *lost)) if names else update
 
 
 def plain(problem: NetworkView) -> NetworkView:

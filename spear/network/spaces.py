@@ -3,14 +3,11 @@
 Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, outputs).
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
 
 from spear import directions
 from spear.directions import TINY, distinct, unit_rows
@@ -18,8 +15,7 @@ from spear.models.activations import Activation
 
 LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
-FAINTEST = 0.1  # of the median |h_j|: less is no evidence at all, and must not weigh more than ten others
-SUREST = 3  # how far a unit can lean: a rough model knows no more
+MOST_LEVERAGE = 0.95  # of an entry on its own projection: past it the other units know nothing of it
 SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by the root of rounding
 
 
@@ -29,12 +25,13 @@ def project(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tenso
 
 
 def quick(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
-    """A large basis of a search in single precision, in bfloat16 where the processor has it: products in half the time.
+    """A large basis of a search in single precision, in bfloat16 where the processor multiplies matrices of it.
 
-    Its error, 0.2 %, is a tenth of that of the guessed h, and the exact step afterwards knows nothing of it.
+    Its error, 0.2 %, is a tenth of that of the guessed h, and the exact step afterwards knows nothing of it. Without
+    such units (AMX, CUDA) products in bfloat16 can take twice the time of those in single precision.
     """
     large = basis.dtype == torch.float32 and basis.numel() > LARGE
-    able = basis.is_cuda or (basis.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+    able = basis.is_cuda or (basis.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
     return basis.bfloat16() if large and able else basis
 
 
@@ -43,48 +40,6 @@ def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[T
     energy = target.pow(2).sum(1)
     inside = (target.to(basis.dtype) @ basis).to(target.dtype)
     return torch.where(energy > VANISHED, 1 - inside.pow(2).sum(1) / energy.clamp_min(TINY), 1.0)
-
-
-@dataclass(frozen=True)
-class Evened:
-    """Projection on span(U) with weight |h_j|^-2`power` on unit j: in a crowded span, small h_j weigh too little.
-
-    Without it, starts end at vectors that fit the large entries alone. Starts of one class share their h, and stand
-    together: `group` is the number of each start's class, `inverses` are those of Uᵀ diag(weights) U by class. The
-    groups are numbers of the host: a step of the search must not wait for them.
-    """
-
-    group: tuple[int, ...]
-    weights: Float[Tensor, "k m"]
-    inverses: Float[Tensor, "classes b b"]
-
-    @classmethod
-    def of(
-        cls, labels: Int[Tensor, " k"], h: Float[Tensor, "k m"], basis: Float[Tensor, "m b"], *, power: float = 0.35
-    ) -> "Evened":
-        """For starts in the order of their labels."""
-        _, group, counts = labels.unique_consecutive(return_inverse=True, return_counts=True)
-        size = h[counts.cumsum(0) - counts].abs()
-        weights = size.clamp_min(FAINTEST * size.median(1, keepdim=True)[0]) ** (-2 * power)
-        inverses = torch.stack([torch.linalg.inv(basis.T @ (w[:, None] * basis)) for w in weights])
-        return cls(tuple(group.tolist()), weights[group], inverses)
-
-    def take(self, places: Sequence[int], index: Int[Tensor, " j"]) -> "Evened":
-        """The starts at these places, which are told twice: to the host, and where the tensors are."""
-        return Evened(tuple(self.group[place] for place in places), self.weights[index], self.inverses)
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """How many starts each class has."""
-        members = Counter(self.group)
-        return [members[k] for k in range(len(self.inverses))]
-
-    def project(self, x: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[Tensor, "k m"]:
-        """The nearest vectors of span(U) in the weighted norm; `basis` as it is, or its `quick` form."""
-        inside = ((x * self.weights).to(basis.dtype) @ basis).to(x.dtype)
-        parts = inside.split(self.sizes)
-        t = torch.cat([part @ inverse for part, inverse in zip(parts, self.inverses, strict=True)])
-        return (t.to(basis.dtype) @ basis.T).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -164,6 +119,14 @@ class Spaces:
         """The mask that u implies."""
         return self.evidence(u, h) > 0
 
+    def without_itself(self, u: Float[Tensor, "k m"], wanted: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+        """What the other units say of each entry, u being the projection of `wanted` on span(U).
+
+        In a crowded span an entry follows what was wanted of it, right or wrong: its leverage is b/m on average.
+        """
+        leverage = self.basis.pow(2).sum(1).clamp_max(MOST_LEVERAGE)
+        return (u - leverage * wanted) / (1 - leverage)
+
     @property
     def head_space(self) -> Float[Tensor, "m free"]:
         """Columns span every possible h: W_outᵀ times a basis of the possible d."""
@@ -213,19 +176,29 @@ def complement(spaces: Spaces, solved: Solved) -> Float[Tensor, "b r"]:
     return directions.complement(solved.t / spaces.singular)
 
 
-def leaning(spaces: Spaces, free: Float[Tensor, "b r"]) -> Float[Tensor, " m"]:
-    """How far each unit leans to being active in the unsolved samples: mean over spread of its pre-activation.
+@dataclass(frozen=True)
+class Foretold:
+    """The unsolved samples as the gradient foretells them: s = `coordinates` w, w normal but for its part along `mean`.
 
     Their s are taken for normal with the covariance S² that the gradient shows, within the span of `free`, given that
-    the last entry of [y; 1] = Vᵀ s is 1. Deep layers and images make samples alike: there it foretells most masks. At
-    most 3 in size, as no more can be known from so rough a model.
+    the last entry of [y; 1] = Vᵀ s is 1 where layers have biases: that entry is `mean` w, up to a factor.
     """
-    triangle = torch.linalg.qr(free / spaces.singular[:, None])[1]
-    both = torch.cat([spaces.lift, spaces.rows[:, -1:].T]) @ free
-    white = torch.linalg.solve_triangular(triangle, both, upper=True, left=False)
-    lift, ones = white[:-1], unit_rows(white[-1:])[0]
-    mean = lift @ ones
-    return (mean / (lift.pow(2).sum(1) - mean**2).clamp_min(TINY).sqrt()).clamp(-SUREST, SUREST)
+
+    coordinates: Float[Tensor, "b r"]
+    mean: Float[Tensor, " r"]
+
+    @classmethod
+    def of(cls, spaces: Spaces, free: Float[Tensor, "b r"], *, biased: bool) -> "Foretold":
+        """Of the samples whose s lie in the span of `free`."""
+        triangle = torch.linalg.qr(free / spaces.singular[:, None])[1]
+        coordinates = torch.linalg.solve_triangular(triangle, free, upper=True, left=False)
+        ones = spaces.rows[:, -1] @ coordinates
+        return cls(coordinates, unit_rows(ones[None])[0] if biased else torch.zeros_like(ones))
+
+    def draw(self, count: int, generator: Generator) -> Float[Tensor, "k b"]:
+        """The s of samples such as these, up to one factor."""
+        w = torch.randn(count, len(self.mean), generator=generator, dtype=torch.float64).to(self.mean)
+        return (w + (1 - w @ self.mean)[:, None] * self.mean) @ self.coordinates.T
 
 
 def sine(x: Float[Tensor, "s n"], projected: Float[Tensor, "s n"]) -> Float[Tensor, " s"]:

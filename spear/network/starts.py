@@ -28,29 +28,17 @@ class Starts:
     """The mean output of the batch, as far as it is known."""
 
     def draw(
-        self,
-        spaces: Spaces,
-        free: Float[Tensor, "b r"],
-        labels: Int[Tensor, " k"],
-        *,
-        spread: bool,
-    ) -> tuple[Iterate, Float[Tensor, "m r"]]:
-        """A start for each label: h of its class, v from the pre-activations of the unsolved samples; and their space.
+        self, spaces: Spaces, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"], *, spread: bool = False
+    ) -> Iterate:
+        """A start for each label: h of its class, v from the pre-activations of s.
 
         With `spread`, every other start has sharp outputs of its own instead of the mean ones.
         """
         p = self.prior.expand(len(labels), -1)
         if spread:
             p = torch.where(self._coins(len(labels)), self._sharp(len(labels)), p)
-        h = unit_rows((p - self.problem.one_hot(labels)) @ spaces.head)
-        partner, triangle = torch.linalg.qr(spaces.lift @ free)
-        a = torch.randn(len(labels), free.shape[1], generator=self.generator, dtype=torch.float64).to(free)
-        if self.problem.biases[self.problem.last] is not None:
-            ones = torch.linalg.solve_triangular(triangle.T, (spaces.rows[:, -1] @ free)[:, None], upper=False)
-            a = a * torch.sign(a @ ones)
-        v = unit_rows(a @ partner.T)
-        h, v = h.float(), v.float()
-        return Iterate(h * (v > 0), h, v, h), partner.float()
+        h, v = unit_rows((p - self.problem.one_hot(labels)) @ spaces.head).float(), unit_rows(s @ spaces.lift.T).float()
+        return Iterate(h * (v > 0), h, v, h)
 
     def _coins(self, count: int) -> Bool[Tensor, "k 1"]:
         return (torch.rand(count, 1, generator=self.generator) < 0.5).to(self.prior.device)

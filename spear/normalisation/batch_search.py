@@ -92,26 +92,36 @@ class BatchSearch:
             t, s = -self.found.t.sum(0), -self.found.s.sum(0)
             g, y = self.spaces.gradients(t[None], s[None]), self.spaces.outputs(s[None])
             self._accept(here, g.abs() > ZERO * g.abs().amax() if self.drop else y > 0)
-        labels, d = self._draw(size)
         weight = self.weight * min(1.0, size)
+        mask = self._searched(here, weight, size, ridges[self.rounds % len(ridges)], NEAR)
+        if len(mask):
+            step = ExactStep.of(here, self.heads)
+            self._accept(here, settle(step, mask, accept=self.accept, near=NEAR, weight=weight, dropped=self.drop > 0))
+        self.rounds += 1
+        self.idle = 0 if self.left < before else self.idle + 1
+
+    def near_misses(self, near: float) -> Bool[Tensor, "k m"]:
+        """Different masks of starts that end this near to their pieces, the nearest first; nothing is accepted."""
+        self.rounds += 1
+        here = plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size)
+        return self._searched(here, self.weight, 1.0, RIDGES[0], near)
+
+    def _searched(self, here: Plane, weight: float, size: float, ridge: float, near: float) -> Bool[Tensor, "k m"]:
+        labels, d = self._draw(size)
         pieces = Pieces(self.heads.float(), weight, self.drop)
-        wanted = self.problem.one_hot(labels).float()
-        space = self.contrasts.float()
+        wanted, space = self.problem.one_hot(labels).float(), self.contrasts.float()
         mask, distance = search(
             here,
             pieces,
             d,
             targets=lambda y: (self.outputs(y) - wanted) @ space,
-            ridge=ridges[self.rounds % len(ridges)],
+            ridge=ridge,
             generator=self.generator,
             until=self.until,
         )
-        mask = mask[distance < NEAR][different_masks(mask[distance < NEAR], distance[distance < NEAR])]
-        if len(mask):
-            step = ExactStep.of(here, self.heads)
-            self._accept(here, settle(step, mask, accept=self.accept, near=NEAR, weight=weight, dropped=self.drop > 0))
-        self.starts, self.rounds = self.starts + len(labels), self.rounds + 1
-        self.idle = 0 if self.left < before else self.idle + 1
+        self.starts += len(labels)
+        mask, distance = mask[distance < near], distance[distance < near]
+        return mask[different_masks(mask, distance)]
 
     def _draw(self, size: float) -> tuple[Int[Tensor, " k"], Float[Tensor, "k c"]]:
         """A label and d for each start: of the mean outputs, or of random confident ones, which are smaller."""
@@ -140,8 +150,15 @@ class BatchSearch:
         unknowns = 2 * (self.spaces.batch - 1) + self.heads.shape[1]
         if len(self.found) and unknowns < ROOM * len(self.heads):
             here = plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size)
-        at = ExactStep.of(here, self.heads)(mask)
-        good = at.residual < self.accept
-        t, s = here.coordinates(at.x[good])
-        new = Found(t, s, at.d[good], mask[good])
+        new = self._solved(here, mask, self.accept)
         self.found = self.found.join(new, self.left, 1 - max(SAME, min(1e-2, 10 * self.accept)))
+
+    def solved(self, mask: Bool[Tensor, "k m"]) -> Found:
+        """Samples of these masks, among all samples."""
+        return self._solved(plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size), mask, math.inf)
+
+    def _solved(self, here: Plane, mask: Bool[Tensor, "k m"], accept: float) -> Found:
+        at = ExactStep.of(here, self.heads)(mask)
+        good = at.residual <= accept
+        t, s = here.coordinates(at.x[good])
+        return Found(t, s, at.d[good], mask[good])

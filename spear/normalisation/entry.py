@@ -1,6 +1,9 @@
-"""BatchNorm on the data themselves: with the batch's statistics from the buffers, it is one in evaluation mode.
+"""What a model does to the data themselves in training mode, before its first layer: BatchNorm, or dropout.
 
-No gradient goes on behind it, so each sample's own is that of a fixed map of each entry, x -> γ (x - μ)/σ + η.
+No gradient goes on behind it, so each sample's own is that of a fixed map of each entry. BatchNorm with the batch's
+statistics from the buffers is one in evaluation mode, x -> γ (x - μ)/σ + η. Without these, x̂ = (x - μ)/σ comes back,
+and its variance, 1 - ε/σ², tells σ: samples less their mean, of which nothing depends on μ. Of dropout, what it left of
+each sample comes back.
 """
 
 import copy
@@ -12,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spear.federated.update import SharedUpdate
-from spear.models.normalised import entry
+from spear.models.normalised import Entry, entry
 from spear.normalisation.opening import Told, told_statistics
 from spear.reconstruction import Reconstruction
 
@@ -27,9 +30,9 @@ class Known(nn.Module):
         super().__init__()
         self.weight, self.bias = norm.weight, norm.bias
         self.sides = (-1, 1, 1) if isinstance(norm, nn.BatchNorm2d) else (-1,)
-        size = (variance + norm.eps).sqrt()
-        for name, value in {"mean": mean, "size": size}.items():
-            self.register_buffer(name, value.to(norm.running_mean.dtype).reshape(self.sides))
+        like = mean if norm.weight is None else norm.weight.detach()
+        for name, value in {"mean": mean, "size": (variance + norm.eps).sqrt()}.items():
+            self.register_buffer(name, value.to(like).reshape(self.sides))
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.size
@@ -37,22 +40,42 @@ class Known(nn.Module):
         return x if self.bias is None else x + self.bias.reshape(self.sides)
 
 
-def with_statistics(model: nn.Module, update: SharedUpdate) -> tuple[nn.Module, str]:
-    """The model with BatchNorm of the data in evaluation mode, at the batch's mean and variance, and that in words.
+class Left(nn.Module):
+    """Dropout of what it left already."""
 
-    The model itself, and nothing, where it has none, or the update does not tell them: how many samples there are, and
-    the running statistics after the step. Parameters are shared.
+    def __init__(self, drop: float) -> None:
+        super().__init__()
+        self.share = 1 - drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.share
+
+
+def with_entry(model: nn.Module, update: SharedUpdate) -> tuple[nn.Module, Entry | None]:
+    """The model with BatchNorm or dropout of the data in evaluation mode, and what that was; `None` where it has none.
+
+    BatchNorm is at the batch's mean and variance, where the running statistics tell them, else at 0 and 1: what comes
+    back is normalised then. Parameters are shared.
     """
-    found = entry(model, update.input_shape) if update.buffers and update.count and update.local_steps == 1 else None
+    found = entry(model, update.input_shape) if update.local_steps == 1 else None
     if found is None:
-        return model, ""
-    told = told_statistics(found, dict(model.named_buffers()), update.buffers)
-    if told is None:
-        return model, ""
+        return model, None
     made = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    name = found.mean_name.removesuffix(".running_mean")
-    made.set_submodule(name, Known(made.get_submodule(name), told.mean, told.variance * _biased(update, told)))
-    return made, f"the batch's mean and variance at {name} are those that its running statistics tell"
+    part, norm = made.get_submodule(found.name), found.norm
+    if norm is None:
+        made.set_submodule(found.name, Left(found.drop))
+        return made, found
+    told, zero = _told(model, update, found), torch.zeros(part.num_features, dtype=torch.float64)
+    known = (zero, 1 - norm.eps + zero) if told is None else (told.mean, told.variance * _biased(update, told))
+    made.set_submodule(found.name, Known(part, *known))
+    return made, found
+
+
+def _told(model: nn.Module, update: SharedUpdate, found: Entry) -> Told | None:
+    """The batch's statistics, where the running ones and the number of samples tell them."""
+    if not update.buffers or not update.count:
+        return None
+    return told_statistics(found.norm, dict(model.named_buffers()), update.buffers)
 
 
 def _biased(update: SharedUpdate, told: Told) -> float:
@@ -61,23 +84,60 @@ def _biased(update: SharedUpdate, told: Told) -> float:
     return 1 - 1 / (update.count * max(pixels, 1))
 
 
-def confirmed(model: nn.Module, update: SharedUpdate, result: Reconstruction, said: str) -> Reconstruction:
-    """The result, uncertified where the samples do not have the variance that was sent; `said` is added to its reason.
+def confirmed(model: nn.Module, update: SharedUpdate, result: Reconstruction, found: Entry | None) -> Reconstruction:
+    """The result in the samples' own units, as far as these are told, and that in words."""
+    if found is None or not len(result.inputs):
+        return result
+    if found.norm is None:
+        return _left(result, found)
+    told = _told(model, update, found)
+    return _scaled(result, found) if told is None else _with_statistics(update, result, found, told)
+
+
+def _with_statistics(update: SharedUpdate, result: Reconstruction, found: Entry, told: Told) -> Reconstruction:
+    """The result, uncertified where the samples do not have the variance that was sent.
 
     BatchNorm's epsilon shows in the variance of what it gives: a wrong σ is not confirmed.
     """
-    if not said or not len(result.inputs):
-        return result
-    found = entry(model, update.input_shape)
-    told = told_statistics(found, dict(model.named_buffers()), update.buffers)
     variance = told.variance * _biased(update, told)
-    x = result.inputs.double()
-    over = [0, *range(2, x.ndim)] if len(variance) == x.shape[1] and x.ndim > 2 else [0]
-    own = x.var(over, unbiased=False).flatten()
-    off = (own - variance).abs() > EPSILON_SHOWS * found.eps + SAME * variance + told.variance_error
+    own = _variance(result, len(variance))
+    off = (own - variance).abs() > EPSILON_SHOWS * found.norm.eps + SAME * variance + told.variance_error
     if len(own) == len(variance) and not bool(off.any()):
+        said = f"the batch's mean and variance at {found.name} are those that its running statistics tell"
         return replace(result, reason=f"{result.reason}; {said}")
-    none = torch.zeros_like(result.certified)
     why = "the samples do not have the variance that the running statistics tell, or only a part was found"
-    endless = torch.full_like(result.error_bound, torch.inf)
+    return _uncertified(result, why)
+
+
+def _scaled(result: Reconstruction, found: Entry) -> Reconstruction:
+    """Normalised samples times the deviation that their variance tells; their mean, which nothing tells, is zero."""
+    eps, x = found.norm.eps, result.inputs.double()
+    rest = (1 - _variance(result, len(found.norm.scale))).clamp_min(torch.finfo(x.dtype).eps)
+    size = (eps / rest).sqrt()
+    sides = (-1, *[1] * (x.ndim - 2)) if len(size) == x.shape[1] else x.shape[1:]
+    error = 2 * result.error_bound + float(((result.error_bound.max() + torch.finfo(x.dtype).eps) / rest).max())
+    whole = result.complete and bool(result.certified.all())
+    said = f"no gradient depends on the mean of the data before {found.name}: it is set to zero; their deviations are"
+    made = _uncertified(result, f"{said} those that epsilon tells")
+    inputs = (x * size.reshape(sides)).to(result.inputs)
+    return replace(made, inputs=inputs, difference_bound=error if whole else None)
+
+
+def _left(result: Reconstruction, found: Entry) -> Reconstruction:
+    """What dropout left of samples: none of them is certain."""
+    zero = float((result.inputs.abs() < SAME * result.inputs.abs().max()).double().mean())
+    exact = "every other one is certain" if bool(result.certified.all()) else "the others are those that entered"
+    took = f"dropout {found.name} (p = {found.drop:g}) took entries of the samples before the first layer"
+    return _uncertified(result, f"{took}: they are zero, {zero:.1%} are; {exact}")
+
+
+def _variance(result: Reconstruction, features: int) -> Float[Tensor, " m"]:
+    """That of each feature, or channel, over the batch."""
+    x = result.inputs.double()
+    over = [0, *range(2, x.ndim)] if features == x.shape[1] and x.ndim > 2 else [0]
+    return x.var(over, unbiased=False).flatten()
+
+
+def _uncertified(result: Reconstruction, why: str) -> Reconstruction:
+    none, endless = torch.zeros_like(result.certified), torch.full_like(result.error_bound, torch.inf)
     return replace(result, certified=none, error_bound=endless, complete=False, reason=f"{result.reason}; {why}")

@@ -1,7 +1,7 @@
 """The batch held against the update: what is certain, the inputs themselves or only their differences."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,11 +13,12 @@ from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import Targets
 from spear.network.recovery import Judged, Reached
 from spear.normalisation.batch_bounds import difference_bounds
+from spear.normalisation.descent import Known
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.replay import Kept, Run, corrected
 from spear.normalisation.sample_bounds import sample_bounds
+from spear.normalisation.sensitivity import measured_bounds
 from spear.normalisation.statistics import Deviation
-from spear.published.lowrank import LowRank
 from spear.reconstruction import Budget, Reconstruction
 
 WHOLE = "every gradient is that of the recovered batch"
@@ -36,11 +37,11 @@ class Mean:
     words: str
 
 
-def common_mean(view: NormalisedView, deviations: Sequence[Deviation]) -> Mean:
+def common_mean(view: NormalisedView, deviations: Sequence[Deviation | None]) -> Mean:
     """W mean + β is the batch's mean pre-activation, which the buffers tell: mean by least squares, of least norm."""
     norm, W = view.norms[0], view.network.weights[0]
     lost = "no gradient depends on the mean of the batch"
-    if norm.mean is None or not all(known.told for known in deviations):
+    if norm.mean is None or not all(known is None or known.told for known in deviations):
         sent = "no running mean was sent" if norm.mean is None else "the buffers are not those of this batch"
         return Mean(W.new_zeros(W.shape[1]), math.inf, f"{lost}, and {sent}: it is set to zero")
     U, S, V = torch.linalg.svd(W, full_matrices=False)
@@ -58,19 +59,26 @@ def judge(
     inputs: Float[Tensor, "b n"],
     targets: Targets,
     kept: Kept,
-    lows: Sequence[LowRank],
-    deviations: Sequence[Deviation | None],
+    known: Sequence[Known],
     reached: Reached,
     budget: Budget,
+    *,
+    again: Callable[[NormalisedView, Run], Tensor | None],
+    doubt: str = "",
 ) -> Reconstruction:
-    """Inputs, less their mean where BatchNorm follows the first layer, targets and what dropout kept as a result."""
-    network = view.network
+    """Inputs, less their mean where BatchNorm follows the first layer, targets and what dropout kept as a result.
+
+    `again` gives the inputs to which another update of this batch leads; `doubt` is what the search has against it.
+    """
+    network, lows, deviations = view.network, [one.low for one in known], [one.before for one in known]
     inputs, own, residual = corrected(view, inputs, targets, kept)
-    if view.mixes:
+    if not view.is_uniform:
+        bound = measured_bounds(view, inputs, lambda other: again(other, own), residual)
+    elif view.mixes:
         seen = [  # no better than they agree with the batch's own
             replace(known, error=known.error.maximum(_apart(view, own, k, known))) for k, known in enumerate(deviations)
         ]
-        bound = difference_bounds(view, own, lows, seen, residual)
+        bound = difference_bounds(view, own, lows, seen, residual) + SAFETY * max(one.common for one in deviations)
     else:
         bound = sample_bounds(view, own, lows, residual)
     evidence = Certificate(
@@ -80,7 +88,7 @@ def judge(
         limit=network.accuracy.layer,
         error_bound=torch.where(targets.agree(network.activate(_logits(view, own))), bound, torch.inf),
         allowed=network.accuracy.recovered,
-        doubt=_doubt(view, own, targets, deviations),
+        doubt=doubt or _doubt(view, own, targets, known),
     )
     error, reason = evidence.error_bound, (evidence.why_not() or WHOLE) + _dropped(view, own)
     if view.loses_mean:
@@ -92,7 +100,7 @@ def judge(
         reason += ";" + (vouched if evidence.holds and not mean.error < math.inf else "") + f" {mean.words}"
     certified = evidence.certified & (error <= evidence.allowed)
     complete = evidence.holds and bool(certified.all())
-    sound = evidence.explained.nonzero()[:, 0]  # an image that the update does not support is never returned
+    sound = evidence.supported.nonzero()[:, 0]  # an image that the update does not support is never returned
     held = torch.full_like(error, residual)[sound], certified[sound], complete, reason, reached
     judged = Judged(inputs[sound], targets.counts[sound], *held, error_bound=error[sound])
     made = judged.entries(network, budget.elapsed, "network")
@@ -106,11 +114,16 @@ def _dropped(view: NormalisedView, own: Run) -> str:
     said = []
     for k, share in enumerate(view.drops):
         if share:
-            positive = int((own.outputs[k] > 0).sum())
+            positive = _positive(view, own, k)
             took = positive - int(own.active[k].sum())
             said.append(f"{took / max(positive, 1):.1%} of the positive units of layer {k + 1} (p = {share:g})")
     unknown = "of the others it cannot be told, and does not matter"
     return f"; dropout took {', '.join(said)}; {unknown}" if said else ""
+
+
+def _positive(view: NormalisedView, own: Run, k: int) -> int:
+    """How many units of hidden layer k would be active without dropout."""
+    return int((view.network.activations[k].slope(own.outputs[k]) != 0).sum())
 
 
 def _logits(view: NormalisedView, own: Run) -> Float[Tensor, "b outputs"]:
@@ -124,22 +137,22 @@ def _apart(view: NormalisedView, own: Run, k: int, known: Deviation) -> Float[Te
     return (sigma / known.sigma - 1).abs()
 
 
-def _doubt(view: NormalisedView, own: Run, targets: Targets, deviations: Sequence[Deviation | None]) -> str:
+def _doubt(view: NormalisedView, own: Run, targets: Targets, known: Sequence[Known]) -> str:
     """What speaks against the batch whatever its residual, in words."""
     if targets.error >= WHOLE_NUMBERS:
         return f"labels do not come out as whole numbers (off by {targets.error:.1e})"
     if not targets.whole:
         return "the samples' weights in the loss differ"
     for k, share in enumerate(view.drops):
-        positive = (own.outputs[k] > 0).double().sum()
-        took = 1 - float(own.active[k].sum() / positive)
-        if abs(took - share) > UNLIKELY * (share * (1 - share) / float(positive)) ** 0.5 and share:
+        positive = max(_positive(view, own, k), 1)
+        took = 1 - int(own.active[k].sum()) / positive
+        if abs(took - share) > UNLIKELY * (share * (1 - share) / positive) ** 0.5 and share:
             return f"dropout would have taken {took:.1%} of the positive units of layer {k + 1}, with p = {share:g}"
-    for k, known in enumerate(deviations):
-        if known is None:
+    for k, one in enumerate(known):
+        if one.before is None:
             continue
-        limit = (AGREE * known.error).clamp_min(view.network.accuracy.layer)
-        if bool(((_apart(view, own, k, known) > limit) & known.known).any()):
-            source = "its buffers" if known.told else "epsilon"
+        limit = (AGREE * one.before.error).clamp_min(view.network.accuracy.layer)
+        if bool(((_apart(view, own, k, one.before) > limit) & one.before.known).any()):
+            source = "its buffers" if one.before.told else "epsilon"
             return f"the deviations behind layer {k + 1} are not those that the update tells by {source}"
     return ""

@@ -1,26 +1,17 @@
 """From a model and an update to what the server knows of a network that normalises, or drops units as it trains."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear.federated.received import (
-    check_count,
-    check_gradients,
-    check_size,
-    check_width,
-    coarsest,
-    compute_device,
-    input_shape,
-    rounding_unit,
-)
-from spear.federated.update import Lazy, SharedUpdate
+from spear.federated.received import check_gradients
+from spear.federated.update import SharedUpdate
 from spear.models.layers import Layer
 from spear.models.normalised import Normaliser, normalised_chain
-from spear.network.problem import NetworkView
+from spear.network.problem import view_of
 from spear.normalisation.problem import Norm, NormalisedView
 from spear.reconstruction import Refusal
 
@@ -42,51 +33,30 @@ def open_normalised(
     chain = normalised_chain(model, update.input_shape)
     if chain is None:
         return None
-    (layers, found), gradients = chain, check_gradients(model, update)
-    device = compute_device(device)
-    count = update.count if batch_size is None else batch_size
-    check_count(count)
-    check_size(count, layers[0].linear.in_features, update)
-    check_width(batch_size, layers[0].linear.out_features, layers[0].name)
-    behind = [*(one.norm for one in found), None]
-    biased = [_has_bias(layer, norm) for layer, norm in zip(layers, behind, strict=True)]
-    for layer, has in zip(layers, biased, strict=True):
-        if (missing := layer.missing(gradients)) and (has or not missing.endswith("bias")):
-            raise Refusal(f"the network method needs every layer's gradient; the update has none for {missing}")
-    moved = lambda x: x.detach().to(device, torch.float64)  # noqa: E731
-    received = lambda layer, kind: moved(layer.gradient(f"{layer.name}.{kind}", gradients))  # noqa: E731
-    pairs = list(zip(layers, biased, strict=True))
-    idle = {layer.own.get(f"{layer.name}.bias") for layer, has in pairs if not has}
-    network = NetworkView(
-        tuple(moved(layer.linear.weight) for layer in layers),
-        tuple(moved(layer.linear.bias) if has else None for layer, has in pairs),
-        tuple(received(layer, "weight") for layer in layers),
-        tuple(received(layer, "bias") if has else None for layer, has in pairs),
-        batch_size or update.count,
-        update.reduction,
-        rounding_unit(model, _without(update, idle)) / 2,
-        input_shape(layers[0].name, layers[0].linear.in_features, update),
-        "binary_cross_entropy" if update.loss == "cross_entropy" and _one_output(layers) else update.loss,
-        coarsest(model, update),
+    layers, found = chain
+    behind = [one.norm for one in found]
+    idle = [layer.name for layer, norm in zip(layers, behind, strict=False) if norm and norm.kind == "batch"]
+    network = view_of(layers, model, update, idle=idle, batch_size=batch_size, device=device)
+    gradients = check_gradients(model, update)
+    device = network.weights[0].device
+
+    def norms(those: Iterable[Normaliser | None]) -> tuple[Norm | None, ...]:
+        made = (_norm(model, update, gradients, layer, norm) for layer, norm in zip(layers, those, strict=False))
+        return tuple(norm and norm.to(device) for norm in made)
+
+    afters = norms(one.after for one in found)
+    mixed = [norm is not None and norm.kind == "batch" for norm in [*behind[1:], None]]
+    afters = tuple(
+        norm and (replace(norm, shift_gradient=torch.zeros_like(norm.shift)) if mixes else norm)
+        for norm, mixes in zip(afters, mixed, strict=True)  # the next one takes a shift off again
     )
-    norms = tuple(_norm(model, update, gradients, layer, norm) for layer, norm in zip(layers, behind, strict=True))
-    return NormalisedView(network, tuple(norm and norm.to(device) for norm in norms[:-1]), tuple(x.drop for x in found))
-
-
-def _without(update: SharedUpdate, names: set[str | None]) -> SharedUpdate:
-    """The update without the gradients that are zero but for rounding: those of biases in front of BatchNorm."""
-    g = update.gradients
-    lost = (g.rounding, g.noise) if isinstance(g, Lazy) else ()
-    return replace(update, gradients=Lazy(tuple(name for name in g if name not in names), g.__getitem__, *lost))
-
-
-def _one_output(layers: list[Layer]) -> bool:
-    return layers[-1].linear.out_features == 1
-
-
-def _has_bias(layer: Layer, norm: Normaliser | None) -> bool:
-    """Whether anything but buffers depends on a layer's bias: BatchNorm takes it off."""
-    return layer.linear.bias is not None and (norm is None or norm.kind != "batch")
+    for layer, norm in zip(layers, afters, strict=False):
+        if norm is not None and norm.mean is None:
+            why = (
+                "where the buffers do not tell them, its mean and deviation are two unknowns of each unit: not searched"
+            )
+            raise Refusal(f"batch normalisation behind the activation of {layer.name}: {why}")
+    return NormalisedView(network, norms(behind), tuple(one.drop for one in found), afters)
 
 
 def _norm(

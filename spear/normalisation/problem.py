@@ -1,8 +1,9 @@
 """The network as the server sees it, with what normalises the pre-activations of its hidden layers, and dropout.
 
-Behind linear layer k, z = W x + β, stands y = γ x̂ + η and then ReLU: x̂ is z less its mean, over its deviation, over
-the batch (BatchNorm), over the layer (LayerNorm, GroupNorm of one group), or z over its root mean square (RMSNorm).
-Dropout then sets each activation to zero with probability p and divides the others by 1 - p.
+Behind linear layer k, z = W x + β, stands y = γ x̂ + η and then an activation: x̂ is z less its mean, over its deviation,
+over the batch (BatchNorm), over the layer (LayerNorm, GroupNorm of one group), or z over its root mean square
+(RMSNorm). BatchNorm may stand behind the activation instead. Dropout then sets each activation to zero with probability
+p and divides the others by 1 - p.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -52,7 +53,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class NormalisedView:
-    """A chain of linear layers with ReLU between them, and the normalisation behind each hidden layer (or `None`).
+    """A chain of linear layers, and the normalisation behind each hidden layer (or `None`): before its activation
+    (`norms`), or after it (`afters`).
 
     The `network` holds weights and gradients; a bias in front of BatchNorm is none of its biases (`Norm.offset`).
     `drops` are the shares p of dropout, 0 where there is none.
@@ -61,6 +63,7 @@ class NormalisedView:
     network: NetworkView
     norms: tuple[Norm | None, ...]
     drops: tuple[float, ...]
+    afters: tuple[Norm | None, ...]
 
     @property
     def top(self) -> Norm | None:
@@ -68,8 +71,25 @@ class NormalisedView:
         return self.norms[self.network.last]
 
     @property
+    def is_curved(self) -> bool:
+        """Whether at the last hidden layer a gradient is not 0 or h_j, in every entry, beside known directions."""
+        return self.afters[-1] is not None or not self.network.activations[-1].is_relu
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether ReLU follows every layer, and BatchNorm in front of it either all of them or none: theorems bound
+        the errors of samples there."""
+        mixing = {norm is not None and norm.mixes for norm in self.norms}
+        return self.network.is_relu and len(mixing) == 1 and not any(self.afters)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether samples mix anywhere."""
+        return any(norm is not None and norm.mixes for norm in (*self.norms, *self.afters))
+
+    @property
     def mixes(self) -> bool:
-        """Whether samples mix behind the last hidden layer."""
+        """Whether samples mix between the last hidden layer and its activation."""
         return self.top is not None and self.top.mixes
 
     @property

@@ -1,29 +1,31 @@
 """Whole batches of networks that normalise in training mode, from every layer of the update."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
-from spear.network.recovery import Reached, nothing
+from spear.network.curves.search import CurveSearch
+from spear.network.recovery import Judged, Reached, nothing, number
 from spear.normalisation.batch_search import MARGIN, BatchSearch
-from spear.normalisation.descent import descend
+from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
-from spear.normalisation.problem import NormalisedView, normalise
-from spear.normalisation.sample_descent import inputs_behind
+from spear.normalisation.last_layer import ROUGHEST, Search, anew, searched, solved
+from spear.normalisation.partial import from_gradient, inputs_alone
+from spear.normalisation.problem import NormalisedView
+from spear.normalisation.replay import Run, corrected
 from spear.normalisation.sample_search import SampleSearch
-from spear.normalisation.spaces import open_spaces
-from spear.normalisation.statistics import Deviation, deviation
+from spear.normalisation.statistics import Deviation, deviation, from_buffers
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
-IDLE = 12  # rounds in a row that found nothing, after which there is no hope
-EXACT, ROUNDINGS, ERRORS = 1e-9, 1e4, 30  # residual that a solution may have: at least; in roundings; in errors of σ
-
 
 def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
-    """Recover the whole batch behind the gradients of a network that normalises in front of its ReLU.
+    """Recover the whole batch behind the gradients of a network that normalises, or drops units, as it trains.
 
     Nothing is returned that the update does not support. Where BatchNorm follows the first layer, the inputs come with
     the mean that the running mean tells; `Reconstruction.difference_bound` says of which the differences are certain.
@@ -31,90 +33,114 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     Raises `Refusal` where no search can begin, `ValueError` for a gradient that is zero.
     """
     network = view.network
-    lows = [network.factors(k) for k in range(len(view.norms))]
-    _check_reach(view, lows[-1])
-    size = lows[-1].rank + view.mixes
-    deviations = [_deviation(view, k, size) if norm and norm.mixes else None for k, norm in enumerate(view.norms)]
-    run = _search(view, lows[-1], deviations[-1], terms)
-    reached = Reached(size, lows[-1].noise / lows[-1].largest, size - run.left, run.starts, run.rounds)
+    known = known_layers(view)
+    _check_reach(view, known[-1].low)
+    known[-1], run = searched(view, known[-1], terms)
+    size, low = known[-1].low.rank + view.mixes, known[-1].low
+    reached = Reached(size, low.noise / low.largest, size - run.left, run.starts, run.rounds)
     if run.left:
-        return nothing(network, str(reached), reached).entries(network, terms.budget.elapsed, "network")
-    inputs, targets, kept = descend(view, *_solved(view, lows[-1], deviations[-1], run), lows, deviations)
-    return judge(view, inputs, targets, kept, lows, deviations, reached, terms.budget)
+        return _partly(view, known, run, reached).entries(network, terms.budget.elapsed, "network")
+    try:
+        inputs, targets, kept = descend(view, *solved(view, known[-1], run), known)
+    except Refusal as refusal:
+        none = nothing(network, f"{reached}; {refusal}", reached)
+        return none.entries(network, terms.budget.elapsed, "network")
+    rest = partial(_again, run=run, before=known)
+    return judge(view, inputs, targets, kept, known, reached, terms.budget, again=rest, doubt=_others(run))
 
 
-def _solved(
-    view: NormalisedView, low: LowRank, known: Deviation | None, run: BatchSearch | SampleSearch
-) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b outputs"], Bool[Tensor, "b m"] | None]:
-    """The inputs of the last hidden layer, less their mean behind BatchNorm, ∂L/∂logits, and the active units there
-    where dropout follows."""
-    network, found = view.network, run.found
-    if isinstance(run, BatchSearch):
-        inputs = (found.s - found.s.mean(0)) @ run.spaces.rows
-        d = found.d @ run.contrasts.mT
-        return (
-            inputs,
-            network.unit(run.spaces.batch) * d,
-            _active(view, run, low, known, d) if view.drops_units else None,
-        )
-    inputs, factor = inputs_behind(view, network.last, low, found.t @ run.whole.basis.mT)
-    deviation = normalise(view.top, network.apply(network.last, inputs))[2]
-    return inputs, found.d * (deviation / factor[:, None]), found.mask if view.drops_units else None
-
-
-def _active(
-    view: NormalisedView, run: BatchSearch, low: LowRank, known: Deviation, d: Float[Tensor, "b outputs"]
-) -> Bool[Tensor, "b m"]:
-    """Which units of the last hidden layer are active: as found, and of those that the search left out, by what is
-    nearer to their gradient, 0 or h_j."""
-    k, live = view.network.last, run.spaces.live
-    rough = replace(known, error=torch.full_like(known.error, known.usual))
-    spaces = open_spaces(view.network, view.top, k, low, rough)
-    mask = torch.ones(len(d), len(live), dtype=torch.bool, device=d.device)
-    h = d @ view.network.weights[k + 1][:, spaces.live] / (1 - view.drops[k])
-    mask[:, spaces.live] = (2 * spaces.gradients(run.found.t, run.found.s) - h) * h > 0
-    mask[:, live] = run.found.mask
-    return mask
-
-
-def _deviation(view: NormalisedView, k: int, size: int) -> Deviation:
-    network, norm = view.network, view.norms[k]
-    return deviation(norm, network.weights[k], network.weight_gradients[k], 2 * network.precision, size)
-
-
-def _search(view: NormalisedView, low: LowRank, known: Deviation | None, terms: Terms) -> BatchSearch | SampleSearch:
-    """Rounds until all samples are found, the budget is spent or they find no more."""
-    network = view.network
-    if known is None:
-        run = SampleSearch(view, low, terms.generator())
+def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: Reached) -> Judged:
+    """The samples found while others are missing, as far as each by itself leads to an input; none is certified."""
+    network, empty = view.network, nothing(view.network, str(reached), reached)
+    if isinstance(run, BatchSearch) and run.accept > ROUGHEST:
+        off = f"epsilon tells the batch's deviations to {known[-1].before.usual:.0e} only"
+        return replace(empty, reason=f"{reached}; {off}: too rough for samples to be told apart from what is none")
+    if not reached.found:
+        return empty
+    if isinstance(run, SampleSearch):
+        g = run.found.t @ run.whole.basis.mT
+        inputs = from_gradient(view, network.last, g / view.scale(network.last), known[-1], reached.rank)
+        inputs = inputs if not view.needs_all else torch.full_like(inputs, torch.nan)
+        errors = run.found.d
     else:
-        accept = max(EXACT, ROUNDINGS * 2 * network.precision, ERRORS * known.usual)
-        spaces = open_spaces(network, view.top, network.last, low, known)
-        run = BatchSearch(view, spaces, accept, terms.generator())
-    run.until = terms.budget.until
-    while run.left:
-        run.round()
-        terms.report("network", len(run.found), len(run.found) + run.left, run.starts)
-        if terms.budget.spent(run.starts) or run.idle >= IDLE:
-            break
-    return run
+        inputs, errors, _ = solved(view, known[-1], run)
+    try:
+        inputs = inputs_alone(view, inputs, errors, known, reached.rank)
+    except Refusal as refusal:
+        return replace(empty, reason=f"{reached}; {refusal}")
+    sound = inputs.isfinite().all(1)
+    if not bool(sound.any()):
+        return replace(empty, reason=f"{reached}; none of them leads to an input without the gradients of all")
+    labels = (errors[:, 0] < 0).long() if network.outputs == 1 else errors.argmin(1)
+    counts = F.one_hot(labels[sound], network.classes).to(inputs)
+    said = f"{reached}; found one by one: {number(int(sound.sum()), 'sample')}, none certified while others are missing"
+    said += "; one image common to all is lost" * view.loses_mean
+    none = torch.zeros_like(labels[sound])
+    return Judged(inputs[sound], counts, none.to(inputs), none.bool(), False, said, reached)
+
+
+def _others(run: Search) -> str:
+    """What speaks against samples on curves, which no theorem says to be the only ones: a round that finds others."""
+    if not isinstance(run, CurveSearch):
+        return ""
+    probe = CurveSearch(run.problem, run.whole, run.generator, run.drawn.prior)
+    probe.until = run.until
+    others = probe.strangers(run.known)
+    return f"{number(others, 'other sample')} would fit the gradient as well" if others else ""
+
+
+def _again(view: NormalisedView, own: Run, *, run: Search, before: Sequence[Known]) -> Float[Tensor, "b n"] | None:
+    """The inputs that a view of the same batch leads to, from the samples found and their active units."""
+    known = known_layers(view, before)
+    try:
+        again = anew(view, known[-1], run, own.active[view.network.last])
+        return corrected(view, *descend(view, *solved(view, known[-1], again), known))[0]
+    except Refusal:
+        return None
+
+
+def known_layers(view: NormalisedView, before: Sequence[Known] | None = None) -> list[Known]:
+    """What is known of each hidden layer before anything is searched; of another view, told in the same way."""
+    network, hidden = view.network, range(len(view.norms))
+    lows = [network.factors(k, None if before is None else before[k].low.rank) for k in hidden]
+    size = lows[-1].rank + view.mixes
+    told = [_deviation(view, k, size, before and before[k].before) for k in hidden]
+    after = [norm and from_buffers(norm, 2 * network.precision, size) for norm in view.afters]
+    return [Known(*parts) for parts in zip(lows, told, after, strict=True)]
+
+
+def _deviation(view: NormalisedView, k: int, size: int, before: Deviation | None) -> Deviation | None:
+    network, norm, eps = view.network, view.norms[k], 2 * view.network.precision
+    if norm is None or not norm.mixes:
+        return None
+    if before is not None and before.told:
+        return replace(before, sigma=from_buffers(norm, eps, size).sigma)
+    found = deviation(norm, network.weights[k], network.weight_gradients[k], eps, size)
+    return found if before is None else replace(before, sigma=found.sigma)
 
 
 def _check_reach(view: NormalisedView, low: LowRank) -> None:
     """Raises `Refusal` where the search cannot be trusted to say anything."""
-    network, kinds = view.network, {None if norm is None else norm.mixes for norm in view.norms}
-    if kinds > {True}:
-        raise Refusal("normalisation is attacked where one kind of it stands behind every hidden layer")
-    lacking = [k + 1 for k, norm in enumerate(view.norms) if not view.mixes and network.biases[k] is None]
+    network, curved = view.network, view.is_curved
+    lacking = [
+        k + 1
+        for k, norm in enumerate(view.norms)
+        if not (norm is not None and norm.mixes) and network.biases[k] is None
+    ]
     if lacking:
         layers = ", ".join(map(str, lacking))
         raise Refusal(f"no bias in layer {layers}: nothing else that is used here tells the length of an input")
     size = low.rank + view.mixes
     if low.rank == min(network.weights[network.last].shape) and low.gap < MIN_GAP:
         raise Refusal("no gap in the singular values of the last hidden layer's gradient: a batch too large, or noise")
-    if view.mixes and network.batch_size not in (None, size):
+    if view.needs_all and network.batch_size not in (None, size):
         shown = f"the gradient shows {size}: copies of a sample, or some too weak to see"
         raise Refusal(f"{network.batch_size} samples are disclosed, {shown}; behind batch normalisation all are needed")
-    unknowns, narrow = 2 * low.rank + network.outputs + MARGIN, min(len(w) for w in network.weights[:-1])
+    for k, drop in enumerate(view.drops):
+        if drop and (view.afters[k] is not None or (curved and k == network.last)):
+            beside = "batch normalisation" if view.afters[k] is not None else "an activation other than ReLU"
+            raise Refusal(f"dropout beside {beside} behind layer {k + 1}: which units it took is not searched there")
+    unknowns = 2 * low.rank + MARGIN + network.outputs * (not curved)
+    narrow = min(len(w) for w in network.weights[:-1])
     if narrow < unknowns:
         raise Refusal(f"a batch of {size} behind a normalisation needs width {unknowns}; a layer has {narrow}")

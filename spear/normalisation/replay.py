@@ -18,7 +18,8 @@ CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 class Run:
     """What a batch does in each layer: `inputs[k]` (b, n_k), x̂ `normals[k]` and `outputs[k]` y (b, m_k) of the hidden
     ones, ∂L/∂y `slopes[k]` and ∂L/∂z `deltas[k]` (b, m_k), the last of which is ∂L/∂logits. `active[k]` (b, m_k) are
-    the units that are positive and not dropped."""
+    the units whose activation is not flat, and that were not dropped. `behind[k]` are x̂ behind the activation and the
+    gradient by what that gives."""
 
     inputs: tuple[Float[Tensor, "b _in"], ...]
     normals: tuple[Float[Tensor, "b _m"], ...]
@@ -26,6 +27,7 @@ class Run:
     slopes: tuple[Float[Tensor, "b _m"], ...]
     deltas: tuple[Float[Tensor, "b _out"], ...]
     active: tuple[Bool[Tensor, "b _m"], ...]
+    behind: tuple[tuple[Float[Tensor, "b _m"], Float[Tensor, "b _m"]], ...]
 
 
 Kept = tuple[Bool[Tensor, "b _m"] | None, ...]  # what dropout kept in each hidden layer; None where there is none
@@ -33,31 +35,36 @@ Kept = tuple[Bool[Tensor, "b _m"] | None, ...]  # what dropout kept in each hidd
 
 def run(view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets, kept: Kept) -> Run:
     """Forward and backward pass of a batch with its labels, and what dropout kept."""
-    network, states, passed, active = view.network, [inputs], [], []
+    network, states, before, steep, after = view.network, [inputs], [], [], []
     for k, norm in enumerate(view.norms):
-        passed.append(normalise(norm, network.apply(k, states[-1])))
-        y = passed[-1][0]
-        active.append(y > 0 if kept[k] is None else (y > 0) & kept[k])
-        states.append(y * active[-1] / (1 - view.drops[k]))
+        before.append(normalise(norm, network.apply(k, states[-1])))
+        y, share = before[-1][0], 1 - view.drops[k]
+        mask = 1 / share if kept[k] is None else kept[k].to(y) / share
+        steep.append(network.activations[k].slope(y) * mask)
+        after.append(normalise(view.afters[k], network.activations[k].value(y) * mask))
+        states.append(after[-1][0])
     deltas = [targets.errors(network.activate(network.apply(network.last + 1, states[-1])))]
     slopes: list[Tensor] = []
+    behind: list[tuple[Tensor, Tensor]] = []
     for k in range(network.last, -1, -1):
-        _, normal, deviation = passed[k]
-        slopes.insert(0, (deltas[0] @ network.weights[k + 1]) * active[k] / (1 - view.drops[k]))
-        deltas.insert(0, denormalise(view.norms[k], slopes[0], normal, deviation))
-    outputs, normals = [p[0] for p in passed], [p[1] for p in passed]
-    return Run(tuple(states), tuple(normals), tuple(outputs), tuple(slopes), tuple(deltas), tuple(active))
+        behind.insert(0, (after[k][1], deltas[0] @ network.weights[k + 1]))
+        slopes.insert(0, denormalise(view.afters[k], behind[0][1], *after[k][1:]) * steep[k])
+        deltas.insert(0, denormalise(view.norms[k], slopes[0], *before[k][1:]))
+    outputs, normals = [p[0] for p in before], [p[1] for p in before]
+    active = [x != 0 for x in steep]
+    return Run(*(tuple(x) for x in (states, normals, outputs, slopes, deltas, active, behind)))
 
 
 def gradients(view: NormalisedView, own: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every gradient of the update beside the batch's own: of the layers, then of γ and η."""
+    """Every gradient of the update beside the batch's own: of the layers, then of each γ and η."""
     for k, delta in enumerate(own.deltas):
         yield view.network.augmented(k), delta.mT @ view.network.extend(k, own.inputs[k])
-    for k, norm in enumerate(view.norms):
+    pairs = [*zip(view.norms, zip(own.normals, own.slopes, strict=True), strict=True)]
+    for norm, (normal, slope) in [*pairs, *zip(view.afters, own.behind, strict=True)]:
         if norm is not None and norm.scale_gradient is not None:
-            yield norm.scale_gradient, (own.slopes[k] * own.normals[k]).sum(0)
-        if norm is not None and norm.shift_gradient is not None:
-            yield norm.shift_gradient, own.slopes[k].sum(0)
+            yield norm.scale_gradient, (slope * normal).sum(0)
+        if norm is not None and norm.shift_gradient is not None and bool(norm.shift_gradient.any()):
+            yield norm.shift_gradient, slope.sum(0)
 
 
 def misfit(view: NormalisedView, own: Run) -> float:

@@ -9,7 +9,7 @@ are functions of (t_i, s_i), 2 (b - 1) numbers; x_i is the mean input plus Rᵀ 
 `NetworkView.unit`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +53,10 @@ class BatchSpaces:
     def outputs(self, s: Float[Tensor, "k r"]) -> Float[Tensor, "k m"]:
         """y of each sample."""
         return self.shift + self.scale * (s @ self.place.mT)
+
+    def with_deviation(self, factor: Float[Tensor, " m"]) -> "BatchSpaces":
+        """The same where σ is so many times as large."""
+        return replace(self, turned=factor[:, None] * self.turned, place=self.place / factor[:, None])
 
 
 def open_spaces(problem: NetworkView, norm: Norm, k: int, low: LowRank, deviation: Deviation) -> BatchSpaces:

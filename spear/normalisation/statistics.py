@@ -8,7 +8,7 @@ which tells σ from what every update holds, as far as the rounding of the left 
 it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +17,7 @@ from torch import Tensor
 from spear.normalisation.problem import Norm
 
 ROUGH = 0.1  # relative error of σ² beyond which epsilon tells nothing of a unit
+TOLD = 1e-5  # relative error of σ up to which all units serve, where none can be left out
 SPREAD = 10  # times the median error up to which a unit is used
 CONSISTENT = 100  # roundings by which buffers and epsilon may differ where both tell
 MOST_WRONG = 0.02  # share of the units that may differ by more, by chance
@@ -24,11 +25,15 @@ MOST_WRONG = 0.02  # share of the units that may differ by more, by chance
 
 @dataclass(frozen=True)
 class Deviation:
-    """σ (m,) of a batch, the relative `error` (m,) that rounding leaves in it, and whether buffers `told` it."""
+    """σ (m,) of a batch, the relative `error` (m,) that rounding leaves in it, and whether buffers `told` it.
+
+    By a factor all of them may be off beside that, by `common`, relative.
+    """
 
     sigma: Float[Tensor, " m"]
     error: Float[Tensor, " m"]
     told: bool
+    common: float = 0.0
 
     @property
     def known(self) -> Bool[Tensor, " m"]:
@@ -40,6 +45,15 @@ class Deviation:
         """Root mean square error of the known ones."""
         known = self.error[self.known]
         return float(known.square().mean().sqrt()) if len(known) else float("inf")
+
+    def of_all(self) -> "Deviation":
+        """The same where every unit must serve: as well known as most, if none is known badly."""
+        usual = float(self.error.square().mean().sqrt())
+        return replace(self, error=torch.full_like(self.error, usual)) if usual < TOLD else self
+
+    def together(self) -> "Deviation":
+        """The same with the common error in each one's."""
+        return replace(self, error=torch.hypot(self.error, torch.full_like(self.error, self.common)), common=0.0)
 
 
 def deviation(

@@ -1,6 +1,7 @@
 """Inputs behind convolutions, from the features that a fully connected head gives away."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,9 +13,10 @@ import spear
 from spear import data, federated
 from spear.federated.update import SharedUpdate
 from spear.fronts.check import SOLVED, determined
+from spear.fronts.descent import Cost, Descent
 from spear.fronts.least_squares import Linearised, residual
 from spear.fronts.problem import FrontProblem, without_last_relu
-from spear.fronts.softened import Softness, softened
+from spear.fronts.softened import SoftMaxPool, Softness, SoftReLU, measured, softened
 from spear.fronts.spectrum import Spectrum
 from spear.models.fronts import cut
 
@@ -71,6 +73,11 @@ def with_head(front: Callable[[], nn.Module], seed: int, side: int = 8) -> nn.Mo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = front().eval()
+        for norm in (part for part in made.modules() if isinstance(part, nn.BatchNorm2d)):
+            for values in (norm.running_mean, norm.bias.data):
+                values.normal_(0, 0.1)
+            for values in (norm.running_var, norm.weight.data):
+                values.uniform_(0.7, 1.4)
         with torch.no_grad():
             n = made(torch.zeros(1, 1, side, side)).shape[1]
         return nn.Sequential(made, nn.Linear(n, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES)).double().eval()
@@ -207,12 +214,10 @@ def test_one_layer_is_enough() -> None:
 @pytest.mark.parametrize("shape", [(3, 8, 6), (1, 5, 5), (2, 9), (7,)])
 def test_spectra_are_coordinates(shape: tuple[int, ...]) -> None:
     x, y = (torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in range(2))
-    spectrum = Spectrum.of(shape, 1.5, x)
+    spectrum = Spectrum.of(shape, torch.tensor([1.5, 0, 0.3], dtype=torch.float64))
     torch.testing.assert_close(spectrum.inputs(spectrum.coordinates(x)), x)
     torch.testing.assert_close((spectrum.inputs(x) * y).sum(), (x * spectrum.adjoint(y)).sum())
-    plain = Spectrum.of(shape, 0, x[:, :1] if len(shape) == 1 else x)
-    if len(shape) > 1 and shape[0] != 3:
-        torch.testing.assert_close(plain.inputs(x).norm(), x.norm())
+    torch.testing.assert_close(spectrum.inputs(x)[1].norm(), x[1].norm())  # without decay they are orthonormal
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -257,13 +262,69 @@ def test_rank(front: Callable[[], nn.Module], told: bool) -> None:
 
 
 @pytest.mark.parametrize("front", [stack, pooled])
-def test_softness_at_zero_changes_nothing(front: Callable[[], nn.Module]) -> None:
+def test_a_cold_front_is_sharp(front: Callable[[], nn.Module]) -> None:
     model, (x, y) = with_head(front, 4), batch(4)
     own = problem_of(model, x, y).front
     soft, softness = softened(own)
     assert torch.equal(soft(x), own(x))
+    measured(soft, softness, x)
     differences = []
-    for softness.temperature in (1.0, 0.1, 0.01):
+    for t in (1.0, 0.1, 0.01):
+        softness.temperature = torch.full((len(x),), t, dtype=torch.float64)
         differences.append(float((soft(x) - own(x)).detach().norm()))
     assert differences == sorted(differences, reverse=True)
-    assert differences[-1] > 0
+    assert 0 < differences[-1] < 0.02 * differences[0]
+
+
+def test_temperatures_are_each_sample_s() -> None:
+    model, (x, y) = with_head(pooled, 4), batch(4)
+    soft, softness = softened(problem_of(model, x, y).front)
+    t = torch.tensor([0.5, 0.1, 0.02, 0.3], dtype=torch.float64)
+    measured(soft, softness, x)
+    softness.temperature = t
+    together = soft(x)
+    for k in range(len(x)):
+        measured(soft, softness, x[k : k + 1])
+        softness.temperature = t[k : k + 1]
+        torch.testing.assert_close(soft(x[k : k + 1])[0], together[k])
+
+
+def test_rows_that_are_no_samples() -> None:
+    softness = Softness()
+    made = SoftReLU(softness)
+    z = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    measured(made, softness, z)
+    softness.temperature = torch.full((3,), 1e-6, dtype=torch.float64)
+    torch.testing.assert_close(made(z), z.relu(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 3), 1)])
+def test_soft_pools_have_their_pool_s_windows(pool: nn.MaxPool2d) -> None:
+    z = torch.randn(2, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    softness = Softness()
+    made = SoftMaxPool(pool, softness)
+    measured(made, softness, z)
+    softness.temperature = torch.full((2,), 1e-4, dtype=torch.float64)
+    torch.testing.assert_close(made(z), pool(z), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_descent_solves_squares_each_sample_by_itself(seed: int) -> None:
+    """Convex squares of several conditions: all reach zero, and one alone goes the way it goes among others."""
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(3, 12, 8, dtype=torch.float64, generator=generator) * torch.logspace(0, -1, 8, dtype=torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64, generator=generator)
+
+    def cost(A: Tensor, x: Tensor) -> Cost:
+        def of(c: Tensor) -> tuple[Tensor, Tensor]:
+            r = torch.einsum("kij,kj->ki", A, c - x)
+            return r.square().sum(1), 2 * torch.einsum("kij,ki->kj", A, r)
+
+        return of
+
+    together = Descent(cost(A, x), torch.zeros_like(x)).run(80, math.inf)
+    torch.testing.assert_close(together, x, rtol=0, atol=1e-5)
+    for k in range(3):
+        alone = Descent(cost(A[k : k + 1], x[k : k + 1]), torch.zeros_like(x[:1])).run(10, math.inf)
+        among = Descent(cost(A, x), torch.zeros_like(x)).run(10, math.inf)
+        torch.testing.assert_close(alone[0], among[k])

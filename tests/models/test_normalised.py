@@ -78,6 +78,25 @@ def test_dropout(between):
     assert off is None or not off[1][0].drop
 
 
+@pytest.mark.parametrize(
+    ("between", "norm", "after", "is_relu"),
+    [
+        ((nn.ReLU(), nn.BatchNorm1d(M)), None, "batch", True),
+        ((nn.GELU(), nn.BatchNorm1d(M)), None, "batch", False),
+        ((nn.BatchNorm1d(M), nn.SiLU()), "batch", None, False),
+        ((nn.LayerNorm(M), nn.GELU(approximate="tanh")), "layer", None, False),
+        ((nn.RMSNorm(M), nn.LeakyReLU()), "rms", None, False),
+    ],
+)
+def test_beside_an_activation(between, norm, after, is_relu):
+    layers, (found,) = normalised_chain(network(*between).train(), (N,))
+    assert (found.norm and found.norm.kind, found.after and found.after.kind) == (norm, after)
+    assert layers[0].activation.is_relu == is_relu
+    z = torch.linspace(-3, 3, M, dtype=torch.float64)[None]
+    activation = between[0] if norm is None else between[1]
+    assert torch.allclose(layers[0].activation.value(z), activation(z))
+
+
 def test_what_normalises_nowhere():
     assert normalised_chain(network(nn.ReLU()), (N,)) is None
     assert normalised_chain(network(nn.BatchNorm1d(M), nn.ReLU()).eval(), (N,)) is None
@@ -92,6 +111,7 @@ def test_what_normalises_nowhere():
         ((nn.ReLU(), nn.AlphaDropout(0.5)), "behind 1 comes"),
         ((nn.ReLU(), nn.Dropout(0.5), nn.Dropout(0.2)), "behind 1 comes"),
         ((nn.LayerNorm(M), nn.Softmax(1)), "behind 1 comes"),
+        ((nn.Dropout(0.5), nn.GELU()), "behind 1 comes"),
         ((nn.BatchNorm1d(M),), "behind 1 comes"),
     ],
 )

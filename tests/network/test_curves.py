@@ -9,8 +9,10 @@ from spear import federated, metrics, models
 from spear.inversion import attack
 from spear.network.curved_bounds import curved_bounds
 from spear.network.curves.layer import Curves, Known, Layer
+from spear.network.curves.normal import Normal, Taken
 from spear.network.curves.reflections import nearest
 from spear.network.curves.search import CurveSearch
+from spear.network.curves.together import Coupling
 from spear.network.derivatives import Derivatives
 from spear.network.newton import correct
 from spear.network.problem import NetworkView, Targets, open_network, passes
@@ -64,12 +66,12 @@ def test_a_sample_is_a_point_of_the_curve(activation):
     assert float(at.sine.max()) < 1e-12
     torch.testing.assert_close(at.z, z)
     torch.testing.assert_close(curves.samples(at.w) @ layer.lift.T, z)
-    torch.testing.assert_close(curves.coordinates(curves.samples(at.w)), at.w)
+    torch.testing.assert_close(curves.coordinates_of(layer.pre_activations(curves.samples(at.w))), at.w)
     known = Known(curves.samples(at.w), at.unit @ layer.basis, y)
     weight = layer.weight(known) / (at.size[:, 0] * problem.unit(12))
     torch.testing.assert_close(weight, torch.ones_like(weight))
     rest = layer.without(known[torch.arange(5)])
-    assert rest.rank == 7
+    assert rest.samples == 7
     curves = Curves.of(problem, rest)
     assert float(curves.at(curves.coordinates_of(z[5:]), y[5:]).sine.max()) < 1e-10
     assert float(curves.at(curves.coordinates_of(z[:5]), y[:5]).sine.min()) > 1e-3
@@ -89,6 +91,28 @@ def test_derivatives_along_the_curve(activation, loss):
     slope = (curves.at(w + step * v, y[:5]).rest - curves.at(w - step * v, y[:5]).rest) / (2 * step)
     torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "taken"])
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh])
+def test_derivatives_beside_a_normalisation(activation, kind):
+    x, y = batch(8)
+    problem = view(network([activation]), x, y)
+    generator = Generator().manual_seed(1)
+    scale, shift, a, b = torch.randn(4, 150, generator=generator, dtype=torch.float64)
+    taken = Taken(torch.stack([a, b]), torch.stack([shift, b]))
+    normal = Normal("rms" if kind == "rms" else "layer", 1 + 0.3 * scale, 0.3 * shift, 1e-5)
+    parts = {"taken": taken} if kind == "taken" else {"normal": normal}
+    curves = Curves.of(problem, Layer.of(problem, problem.factors(0), **parts))
+    w, v = torch.randn(2, 5, curves.frame.shape[1], generator=generator, dtype=torch.float64)
+    u = torch.randn(5, 150, generator=generator, dtype=torch.float64)
+    u = u - (u @ curves.basis) @ curves.basis.T
+    at, step = curves.at(w, y[:5]), 1e-6
+    slope = (curves.at(w + step * v, y[:5]).rest - curves.at(w - step * v, y[:5]).rest) / (2 * step)
+    torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
+    along = torch.einsum("kqm,kq->km", curves.matrix(at), v)
+    torch.testing.assert_close(along, curves.forth(at, v))
 
 
 @pytest.mark.parametrize("activation", [nn.SELU, nn.Hardswish, nn.Hardtanh])
@@ -193,15 +217,15 @@ def test_bounds_hold_for_gradients_with_noise(activation, depth):
 def test_samples_that_fit_as_well_are_noticed():
     x, y = batch(12)
     problem = view(network([nn.GELU]), x, y)
-    low = problem.factors(0)
-    run_ = CurveSearch(problem, low, Generator().manual_seed(0))
+    whole = Layer.of(problem, problem.factors(0))
+    run_ = CurveSearch(problem, whole, Generator().manual_seed(0))
     while run_.left:
         run_.round()
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(run_.known) == 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(run_.known) == 0
     half = run_.known[torch.arange(6)]
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(half) > 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(half) > 0
     turned = Known(run_.known.s, run_.known.t, (run_.known.labels + 1) % 10)
-    assert CurveSearch(problem, low, Generator().manual_seed(1)).strangers(turned) > 0
+    assert CurveSearch(problem, whole, Generator().manual_seed(1)).strangers(turned) > 0
 
 
 @pytest.mark.parametrize("activations", [[nn.GELU], [nn.Softplus], [nn.Tanh, nn.ReLU], [nn.ReLU, nn.SiLU]])
@@ -252,11 +276,45 @@ def test_odd_activation_of_a_layer_without_bias_is_refused():
         attack(model, federated.gradient(model, x, y), method="network")
 
 
-def test_a_batch_past_half_the_width_says_how_much_is_missing():
-    x, y = batch(50, n=80)
-    model = network([nn.GELU], n=80, m=90)
-    with pytest.raises(Refusal, match="40 equations for 49 unknowns"):
-        attack(model, federated.gradient(model, x, y), method="network", batch_size=50)
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh])
+def test_derivatives_of_samples_together(activation):
+    """The coupling vanishes at the batch; its derivative is that of differences, and `back` is its transpose."""
+    x, y = batch(8)
+    problem = view(network([activation]), x, y)
+    layer = Layer.of(problem, problem.factors(0))
+    curves = Curves.of(problem, layer)
+    coupling = Coupling.of(curves, layer, problem.unit(8))
+    truth = curves.coordinates_of(problem.apply(0, x))
+    assert coupling.at(truth, y).cost < 1e-20
+    assert coupling.at(truth, y.roll(1)).cost > 1e-3
+    generator = Generator().manual_seed(1)
+    w, v = torch.randn(2, 5, truth.shape[1], generator=generator, dtype=torch.float64)
+    rest, across = torch.randn(5, 150, generator=generator, dtype=torch.float64), torch.randn(5, 5).double()
+    rest = rest - (rest @ curves.basis) @ curves.basis.T
+    at, step = coupling.at(w, y[:5]), 1e-6
+    ends = [coupling.at(w + side * step * v, y[:5]) for side in (1, -1)]
+    moved, turned = coupling.forth(at, v)
+    torch.testing.assert_close(moved, (ends[0].points.rest - ends[1].points.rest) / (2 * step), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(turned, (ends[0].across - ends[1].across) / (2 * step), rtol=1e-6, atol=1e-5)
+    product = (moved * rest).sum() + (turned * across).sum()
+    torch.testing.assert_close(product, (v * coupling.back(at, rest, across)).sum())
+
+
+@pytest.mark.parametrize(("activation", "seed"), [(nn.GELU, 0), (nn.SiLU, 1)])
+def test_a_batch_past_half_the_width_is_found_together(activation, seed):
+    """25 equations for 26 unknowns of a sample alone: whole, and not certified."""
+    x, y = batch(27, n=50, seed=seed)
+    result, report = run(network([activation], n=50, m=52, seed=seed), x, y, seed=seed)
+    assert report.recall == report.label_accuracy == 1
+    assert not bool(result.certified.any())
+    assert "past half the width" in result.reason
+
+
+def test_a_batch_near_the_width_is_refused():
+    x, y = batch(84, n=100)
+    model = network([nn.GELU], n=100, m=90)
+    with pytest.raises(Refusal, match="90 equations for 83 unknowns"):
+        attack(model, federated.gradient(model, x, y), method="network", batch_size=84)
 
 
 def test_saturated_units_leave_an_input_undetermined():

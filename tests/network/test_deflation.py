@@ -19,13 +19,17 @@ def scene():
     return made, spaces, solved(spaces, deltas, errors), run, decompose(made.problem.augmented(0)), counts
 
 
-def test_masks_below_are_those_of_the_activations(scene):
+@pytest.mark.parametrize("guessed", ["nothing", "nearly", "all"])
+def test_masks_below_are_those_of_the_activations(scene, guessed):
     made, _, true, run, low, _ = scene
     h = deflation.vectors_below(made.problem, true)
     generator = torch.Generator().manual_seed(0)
-    index, mask = deflation.masks_below(h, low.L, Tolerances(), generator=generator)
-    assert len(index.unique()) == len(index) > 10
-    assert torch.equal(mask, run.inputs[1][index] > 0)
+    active = run.inputs[1] > 0
+    wrong = torch.rand(active.shape, generator=generator) < 0.1
+    guess = {"nothing": torch.zeros_like(active), "nearly": active ^ wrong, "all": active}[guessed]
+    index, mask = deflation.masks_below(h, guess, low.L, Tolerances(), generator=generator)
+    assert len(index.unique()) == len(index) > (10 if guessed == "nothing" else 18)
+    assert torch.equal(mask, active[index])
 
 
 @pytest.mark.parametrize("known", [8, 20])

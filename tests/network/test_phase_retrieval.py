@@ -10,7 +10,7 @@ from spear.network import exact_step, last_samples, phase_retrieval
 from spear.network.exact_step import Tolerances
 from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.problem import Targets, passes
-from spear.network.spaces import Evened, Solved, complement, leaning, misfit, project, quick
+from spear.network.spaces import Foretold, Solved, complement, misfit, project, quick
 from spear.network.whole_batch import open_spaces
 from spear.published.lowrank import decompose
 
@@ -90,14 +90,10 @@ def test_batched_search_equals_single_starts(moving, partnered):
 
 def test_a_search_stops_when_its_time_is_up():
     spaces, deltas, errors, _ = opened()
-    begin, labels = starts(spaces, deltas, errors), errors[:12].argmin(1)
-    for search in (
-        phase_retrieval.retrieve_phases,
-        lambda start, basis, options: phase_retrieval.search_evened(start, labels, basis, options),
-    ):
-        stopped = search(begin, spaces.basis.float(), Reflections(10**9, until=time.monotonic()))
-        assert torch.allclose(stopped.u, begin.u)
-        assert torch.allclose(stopped.target, begin.target)
+    begin = starts(spaces, deltas, errors)
+    stopped = phase_retrieval.retrieve_phases(begin, spaces.basis.float(), Reflections(10**9, until=time.monotonic()))
+    assert torch.allclose(stopped.u, begin.u)
+    assert torch.allclose(stopped.target, begin.target)
 
 
 @pytest.mark.parametrize("partnered", [False, True])
@@ -131,23 +127,6 @@ def test_starts_that_arrived_end_and_the_others_go_on():
     assert (arrived | vanished | on).all()
     assert not on.all()
     assert torch.equal(ended.h, begin.h)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_evened_projection_equals_the_textbook_one_class_by_class(seed):
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(50, 8, generator=generator, dtype=torch.float64))[0]
-    labels = torch.tensor([1, 1, 4, 4, 4, 7])
-    of_class = torch.randn(10, 50, generator=generator, dtype=torch.float64)
-    x = torch.randn(6, 50, generator=generator, dtype=torch.float64)
-    evened = Evened.of(labels, of_class[labels], basis, power=0.35)
-    kept = [0, 3, 4, 5]
-    for part, rows in ((evened, torch.arange(6)), (evened.take(kept, torch.tensor(kept)), torch.tensor(kept))):
-        for got, k in zip(part.project(x[rows], basis), rows, strict=True):
-            size = of_class[labels[k]].abs()
-            w = size.clamp_min(0.1 * size.median()) ** -0.35
-            scaled = torch.linalg.qr(w[:, None] * basis)[0]
-            assert torch.allclose(got, scaled @ scaled.T @ (w * x[k]) / w, atol=1e-10)
 
 
 def test_a_large_basis_in_bfloat16_projects_to_its_rounding():
@@ -230,36 +209,53 @@ def test_distinct_masks_by_increasing_misfit():
     assert exact_step.different_masks(mask, torch.tensor([3.0, 2.0, 1.0, 0.5])).tolist() == [3, 2, 1]
 
 
-def test_leaning_equals_the_textbook_normal_of_the_unsolved_samples():
+def test_foretold_samples_are_the_textbook_normal_of_the_unsolved_ones():
     spaces, deltas, errors, _ = opened()
     free = complement(spaces, solved(spaces, deltas, errors)[torch.arange(8)])
     covariance = free @ torch.linalg.inv(free.T @ torch.diag(spaces.singular**-2) @ free) @ free.T
     ones = spaces.rows[:, -1]
     gain = covariance @ ones / (ones @ covariance @ ones)
     known = (covariance - torch.outer(gain, covariance @ ones)) / (ones @ covariance @ ones)
-    mean, spread = spaces.lift @ gain, torch.einsum("mb,bc,mc->m", spaces.lift, known, spaces.lift).sqrt()
-    assert torch.allclose(leaning(spaces, free), (mean / spread).clamp(-3, 3), atol=1e-6)
+    foretold = Foretold.of(spaces, free, biased=True)
+    size = ones @ foretold.coordinates @ foretold.mean
+    mean, beside = foretold.mean, torch.eye(12, dtype=torch.float64) - torch.outer(foretold.mean, foretold.mean)
+    assert torch.allclose(foretold.coordinates @ mean / size, gain, atol=1e-9)
+    assert torch.allclose(foretold.coordinates @ beside @ foretold.coordinates.T / size**2, known, atol=1e-9)
+    drawn = foretold.draw(20000, torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn @ ones, size.expand(20000))
+    assert (drawn.mean(0) / size - gain).norm() < 0.1 * known.diagonal().sum().sqrt()
+    assert (drawn.T.cov() / size**2 - known).norm() < 0.1 * known.norm()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_leaning_foretells_masks_and_does_not_know_the_gradients_scale_or_basis(seed):
+def test_foretold_samples_resemble_the_true_ones_and_do_not_know_the_gradients_scale_or_basis(seed):
     spaces, deltas, _, _ = opened(batch=60, seed=seed)
     free = torch.eye(spaces.rank, dtype=torch.float64)
-    lean = leaning(spaces, free)
-    assert ((lean > 0) == (deltas != 0)).double().mean() > 0.6
+    foretold = Foretold.of(spaces, free, biased=True)
+    mean = foretold.coordinates @ foretold.mean
+    assert ((spaces.lift @ mean > 0) == (deltas != 0)).double().mean() > 0.6
     turned = torch.linalg.qr(torch.randn(60, 60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
-    assert torch.allclose(leaning(spaces, turned), lean, atol=1e-6)
-    larger = replace(spaces, singular=7 * spaces.singular)
-    assert torch.allclose(leaning(larger, free), lean, atol=1e-6)
+    for other, basis in ((spaces, turned), (replace(spaces, singular=7 * spaces.singular), free)):
+        same = Foretold.of(other, basis, biased=True)
+        assert torch.allclose(unit_rows((same.coordinates @ same.mean)[None])[0], mean / mean.norm(), atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_in_a_crowded_span_leaning_finds_more(seed):
-    spaces, deltas, errors, _ = opened((60, 160, 160, 10), batch=88, seed=seed)
-    begin, labels = starts(spaces, deltas, errors, count=64), errors[:64].argmin(1)
-    lean = 0.2 * leaning(spaces, torch.eye(88, dtype=torch.float64)).float()
-    found = {}
-    for words, options in {"plain": {}, "leaning": {"lean": lean}}.items():
-        end = phase_retrieval.search_evened(begin, labels, spaces.basis.float(), Reflections(200, **options))
-        found[words] = len(exact_step.refine(spaces, end, head=None, tolerances=Tolerances()))
-    assert found["leaning"] > found["plain"]
+def test_what_the_others_say_of_an_entry_is_the_fit_without_it(seed):
+    spaces, deltas, _, _ = opened(batch=60, seed=seed)
+    wanted = deltas[:4] + 0.1 * deltas.abs().max() * torch.randn(4, 120, dtype=torch.float64)
+    got = spaces.without_itself(project(wanted, spaces.basis), wanted)
+    for j in (0, 50, 119):
+        others = torch.arange(120) != j
+        t = torch.linalg.lstsq(spaces.basis[others], wanted[:, others].T).solution
+        assert torch.allclose(got[:, j], spaces.basis[j] @ t, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_a_crowded_span_wrong_entries_are_seen_by_the_others(seed):
+    spaces, deltas, *_ = opened((60, 160, 160, 10), batch=80, seed=seed)
+    mask = deltas != 0
+    unit = torch.randint(160, (80, 1), generator=torch.Generator().manual_seed(seed))
+    wrong = torch.zeros_like(mask).scatter(1, unit, True)
+    exact = exact_step.solve_mask(spaces, mask ^ wrong)
+    assert (exact.mask == mask).all(1).double().mean() > 0.85

@@ -6,21 +6,20 @@ import pytest
 
 from spear.network.policy import Plan, Policy, Standing
 
-EASY = Standing(width=400, rank=100, left=100, idle=0, classes=10, crowded=False, restricted=False, lowest=False)
+EASY = Standing(
+    width=400, rank=100, left=100, idle=0, classes=10, crowded=False, restricted=False, lowest=False, paired=False
+)
 
 
 def test_an_easy_problem_is_searched_cheaply_without_the_partner():
     assert Policy.at_first(crowded=False).plan(EASY) == Plan(
-        free=False, starts=128, steps=100, weight=0.0, evened=False
+        free=False, starts=128, steps=60, partnered=False, paired=False
     )
 
 
-@pytest.mark.parametrize(
-    ("rank", "starts", "steps"), [(119, 128, 100), (120, 256, 200), (179, 256, 200), (180, 256, 300)]
-)
-def test_harder_problems_get_more(rank, starts, steps):
-    plan = Policy.at_first(crowded=False).plan(replace(EASY, rank=rank, left=400))
-    assert (plan.starts, plan.steps) == (starts, steps)
+@pytest.mark.parametrize(("rank", "steps"), [(119, 60), (120, 100), (179, 100), (180, 200)])
+def test_harder_problems_get_more(rank, steps):
+    assert Policy.at_first(crowded=False).plan(replace(EASY, rank=rank, left=400)).steps == steps
 
 
 @pytest.mark.parametrize(("left", "starts"), [(80, 120), (30, 45), (20, 32), (17, 32), (16, 32), (1, 32)])
@@ -36,23 +35,27 @@ def test_near_the_end_every_class_starts_twice():
 
 @pytest.mark.parametrize("idle", range(8))
 def test_rounds_that_found_nothing_make_the_next_longer(idle):
-    assert Policy.at_first(crowded=False).plan(replace(EASY, idle=idle)).steps == 100 * min(1 + idle, 5)
+    assert Policy.at_first(crowded=False).plan(replace(EASY, idle=idle)).steps == 60 * min(1 + idle, 5)
 
 
 @pytest.mark.parametrize(
-    ("left", "lowest", "weight"),
-    [(71, False, 0.0), (70, False, 0.5), (41, False, 0.5), (40, False, 1.0), (100, True, 1.0)],
+    ("left", "idle", "lowest", "partnered"),
+    [(100, 0, False, False), (99, 0, False, True), (100, 1, False, True), (100, 0, True, True)],
 )
-def test_the_partner_comes_in_as_samples_are_found(left, lowest, weight):
-    assert Policy.at_first(crowded=False).plan(replace(EASY, left=left, lowest=lowest)).weight == weight
+def test_the_partner_comes_in_once_something_is_known(left, idle, lowest, partnered):
+    at = replace(EASY, left=left, idle=idle, lowest=lowest)
+    assert Policy.at_first(crowded=False).plan(at).partnered == partnered
 
 
-def test_in_a_crowd_the_partner_takes_turns_with_evened_rows():
-    crowd = replace(EASY, rank=160, left=160, crowded=True)
+def test_in_a_crowd_the_layer_below_is_searched_as_well():
+    crowd = replace(EASY, rank=160, left=160, crowded=True, paired=True)
     policy = Policy.at_first(crowded=True)
-    plans = [policy.plan(replace(crowd, idle=idle)) for idle in range(4)]
-    assert [plan.evened for plan in plans] == [True, False, True, False]
-    assert [plan.weight > 0 for plan in plans] == [False, True, False, True]
+    plan = policy.plan(crowd)
+    assert plan.paired
+    assert policy.plan(replace(crowd, idle=1)).steps == 2 * plan.steps
+    policy.shares = {False: (0.1, 2), True: (0.5, 1)}
+    assert policy.plan(crowd).free
+    assert not policy.plan(crowd).paired
 
 
 def test_what_found_more_last_is_used_and_a_tie_goes_to_what_waited():
@@ -71,10 +74,3 @@ def test_one_failure_in_a_crowd_is_no_proof():
     assert policy.shares[False] == (0.25, 1)
     policy.learn(plan, plan.starts // 2, number=2, crowded=True)
     assert policy.shares[False] == (0.5, 2)
-
-
-def test_where_starts_fail_without_the_partner_it_comes_in_early():
-    policy = Policy.at_first(crowded=False)
-    policy.learn(policy.plan(EASY), 12, number=1, crowded=False)
-    assert policy.alone < 0.3
-    assert policy.plan(EASY).weight == 0.5

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from normalised_problems import Sent, differences_back, sent
+from normalised_problems import differences_back, sent
 from torch import nn
 
 import spear
@@ -79,21 +79,6 @@ def test_a_rate_that_is_not_the_clients():
     never = nn.Sequential(*case.model[:3], nn.Identity(), case.model[4]).train()
     result = spear.attack(never, case.update, method="network", max_proposals=60)
     assert not result.certified.any()
-
-
-@pytest.mark.parametrize("count", [None, 7, 9])
-def test_copies_and_counts(count):
-    case = sent((30, 100, 5), 8, NORMS["none"], seed=1, drop=0.3)
-    result = spear.attack(case.model, replace(case.update, count=count), method="network", max_proposals=60)
-    assert not result.certified.any()
-
-
-def test_dropout_of_the_data_is_named():
-    case: Sent = sent((60, 160, 10), 8)
-    model = nn.Sequential(nn.Dropout(0.2), *case.model).train()
-    update = spear.federated.gradient(model, case.inputs, case.labels)
-    with pytest.raises(Refusal, match=r"the client trained with dropout 0 \(p = 0.2\)"):
-        spear.attack(model, update, method="network")
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from normalised_problems import sent
+from normalised_problems import difference_errors, sent
 from torch import nn
 
 import spear
 from spear.metrics import evaluate
-from spear.reconstruction import Refusal
 
 BETWEEN = {
     "none": lambda m: nn.Identity(),
@@ -54,8 +53,34 @@ def test_a_variance_that_is_not_the_batchs(shape, factor):
     assert "do not have the variance" in result.reason
 
 
-@pytest.mark.parametrize("told", [{"buffers": None}, {"count": None}])
-def test_without_what_tells_the_statistics(told):
-    model, _, _, update = client("none")
-    with pytest.raises(Refusal, match="the client trained with batch normalisation 0 on"):
-        spear.attack(model, replace(update, **told), method="network")
+@pytest.mark.parametrize("told", [{"buffers": None}, {"count": 10, "buffers": None}])
+@pytest.mark.parametrize("shape", [(60,), (3, 4, 5)])
+def test_deviations_by_epsilon(told, shape):
+    model, x, y, update = client("none", shape=shape)
+    result = spear.attack(model, replace(update, **told), method="network", time_limit=60)
+    errors, nearest = difference_errors(result, x)
+    own = x.flatten(1) if len(shape) == 1 else x - x.mean((0, 2, 3), keepdim=True)
+    assert bool((errors < 1e-6).all())
+    assert torch.equal(result.labels, y[nearest])
+    assert not result.certified.any()
+    assert "no gradient depends on the mean of the data" in result.reason
+    assert bool(result.differences.all())
+    assert bool((errors <= result.difference_bound).all())
+    assert len(shape) == 1 or torch.allclose(result.inputs, own[nearest], atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_dropout_of_the_data(seed):
+    """What it left comes back; no sample is certain."""
+    case = sent((60, 160, 10), 8, lambda m: [nn.GELU()], seed=seed)
+    model = nn.Sequential(nn.Dropout(0.2), *case.model).train()
+    update = spear.federated.gradient(model, case.inputs, case.labels)
+    result = spear.attack(model, update, time_limit=60)
+    assert "(p = 0.2) took entries of the samples" in result.reason
+    assert not result.certified.any()
+    order = torch.cdist(result.inputs, case.inputs).argmin(1)
+    left = result.inputs.abs() > 1e-9
+    assert order.unique().numel() == 8
+    assert torch.equal(result.labels, case.labels[order])
+    assert 0.7 < float(left.double().mean()) < 0.9
+    assert torch.allclose(result.inputs[left], case.inputs[order][left], atol=1e-9)

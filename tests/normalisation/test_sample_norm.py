@@ -88,16 +88,6 @@ def test_a_changed_update_is_not_certified(name, size):
     assert not result.certified.any()
 
 
-@pytest.mark.parametrize("count", [None, 7, 8, 9])
-def test_copies_and_counts(count):
-    case = sent((30, 80, 5), 8, nn.LayerNorm, seed=1)
-    x, y = case.inputs.clone(), case.labels.clone()
-    x[1], y[1] = x[0], y[0]
-    update = replace(spear.federated.gradient(case.model, x, y), count=count)
-    result = spear.attack(case.model, update, method="network", max_proposals=60)
-    assert not result.certified.any()
-
-
 def test_a_length_that_nothing_tells():
     case = sent((30, 80, 5), 8, nn.LayerNorm, seed=1)
     bare = nn.Sequential(nn.Linear(30, 80, bias=False, dtype=torch.float64), *case.model[1:])

@@ -16,6 +16,7 @@ from spear.directions import TINY
 from spear.models.activations import Activation
 from spear.network.curves.fit import Effort, fit
 from spear.network.curves.layer import Curves
+from spear.network.curves.normal import Taken, respond
 from spear.network.spaces import project
 
 RELAXATION = 0.5  # of the way between the two reflections
@@ -42,22 +43,22 @@ def nearest(
     z: Float[Tensor, "k m"],
     h: Float[Tensor, "k m"],
     weight: Float[Tensor, "k 1"],
+    taken: Taken | None = None,
 ) -> Nearest:
-    """The point of {(h phi'(y), y)} nearest to each (u, z), with `weight` on the second."""
+    """The point of {(h phi'(y), y)}, less what is `taken`, nearest to each (u, z), with `weight` on the second."""
     best = Nearest(u, z, torch.zeros_like(u, dtype=torch.long))
     least = torch.full_like(u, torch.inf)
     for k in range(len(activation.breaks) + 1):
         piece = torch.full_like(best.piece, k)
         y = activation.within(z, piece)
-        _, slope, bend = activation.at(y)
-        for _ in range(0 if activation.is_flat else NEWTON):
-            d = h * bend
-            y = activation.within(y + ((u - h * slope) * d + weight * (z - y)) / (d * d + weight), piece)
-            _, slope, bend = activation.at(y)
-        cost = (u - h * slope) ** 2 + weight * (z - y) ** 2
+        own, d = respond(taken, h, y, activation.at(y))
+        for _ in range(0 if activation.is_flat and taken is None else NEWTON):
+            y = activation.within(y + ((u - own) * d + weight * (z - y)) / (d * d + weight), piece)
+            own, d = respond(taken, h, y, activation.at(y))
+        cost = (u - own) ** 2 + weight * (z - y) ** 2
         near = cost < least
         least = torch.where(near, cost, least)
-        best = Nearest(*(torch.where(near, a, b) for a, b in ((h * slope, best.u), (y, best.z), (piece, best.piece))))
+        best = Nearest(*(torch.where(near, a, b) for a, b in ((own, best.u), (y, best.z), (piece, best.piece))))
     return best
 
 
@@ -74,7 +75,7 @@ def reflect(
         inside, own = project(u, curves.basis), curves.coordinates_of(z)
         flat = curves.base + own @ curves.frame.T
         weight = EXCHANGE * h.pow(2).mean(1, keepdim=True) / z.var(1, keepdim=True).clamp_min(TINY)
-        point = nearest(activation, 2 * inside - u, 2 * flat - z, h, weight)
+        point = nearest(activation, 2 * inside - u, 2 * flat - z, h, weight, curves.taken)
         u, z = u + RELAXATION * (point.u - inside), z + RELAXATION * (point.z - flat)
         if step % RENEWED == RENEWED - 1:
             h = curves.at(own, labels).h
@@ -96,7 +97,8 @@ def polish(
         ends[number] = w
         at = curves.at(w, labels, pieces)
         weight = SHARE * at.h.pow(2).mean(1, keepdim=True) / at.z.var(1, keepdim=True).clamp_min(TINY)
-        new = nearest(activation, project(at.unit * at.size, curves.basis), at.z, at.h, weight).piece
+        inside = project(at.unit * at.size, curves.basis)
+        new = nearest(activation, inside, at.z, at.h, weight, curves.taken).piece
         go = (new != pieces).any(1) & (sine < FALLING * before) & (sine > effort.arrived)
         if not go.any():
             break

@@ -11,9 +11,10 @@ from spear.directions import TINY, apart
 from spear.network.curves.fit import Effort, finish, fit
 from spear.network.curves.layer import Curves, Known, Layer
 from spear.network.curves.reflections import polish, reflect
+from spear.network.curves.together import EXACT as TOGETHER
+from spear.network.curves.together import LEAST_DAMPED, Coupling, Descent, solve
 from spear.network.problem import NetworkView
 from spear.network.starts import TELLING, Starts, label_counts, prior_outputs
-from spear.published.lowrank import LowRank
 
 SPREADS = (2.0, 1.0, 0.5)  # of starts around their class mean, in units of the mean's own spread over the units
 STARTS, FEWEST = 64, 16  # of a round, at most and at least
@@ -22,6 +23,7 @@ EXACT = 1e-11  # the sine against the whole gradient that needs no step: the bat
 REFLECTIONS, LONGEST = 150, 4  # steps of a start, and how many times as many after rounds that found nothing
 POLISH = Effort(steps=8, inner=40, arrived=1e-10)  # of one with its pieces
 NEAR = 1e-3  # the sine under which a start in single precision has arrived
+AMONG, ASIDE = 1e-5, 1e-4  # the sine beside samples known to a millionth; share of their spread by which all are moved
 UNEQUAL = 1e3  # times the weight of one sample in the loss that a sample may have: more or less is none
 SAME, ROUGHLY_SAME = 1e-4, 3e-3  # relative distances of two ends that are one, in double and single precision
 BENT = 0.15  # share of starts that reflections are expected to lead somewhere where only phi'' jumps
@@ -37,34 +39,43 @@ class Kind:
 
 
 class CurveSearch:
-    """A search in progress: `whole` is the layer as received, `layer` what is left of it, `known` what was found."""
+    """A search in progress: `whole` is the layer as received, `layer` what is left of it, `known` what was found.
+
+    `ground` is the layer against which single ends are held: the whole, or, where that is crowded, what is left of it
+    once the samples that were found together are subtracted.
+    """
 
     until = math.inf
 
-    def __init__(self, problem: NetworkView, low: LowRank, generator: Generator) -> None:
+    def __init__(
+        self, problem: NetworkView, layer: Layer, generator: Generator, prior: Float[Tensor, " outputs"] | None = None
+    ) -> None:
+        """`prior` is the mean output of the batch, where it is not that of a fresh network."""
         self.problem, self.generator = problem, generator
-        self.whole = self.layer = Layer.of(problem, low)
+        self.whole = self.layer = self.ground = layer
         self.curves = Curves.of(problem, self.whole)
-        b = self.whole.rank
-        empty = self.whole.basis.new_zeros
-        self.known = Known(empty(0, b), empty(0, b), torch.zeros(0, dtype=torch.long, device=low.L.device))
-        self.drawn = Starts(problem, generator, prior_outputs(problem))
+        empty = self.whole.basis.new_zeros(0, len(layer.singular))
+        self.known = Known(empty, empty, torch.zeros(0, dtype=torch.long, device=empty.device))
+        self.drawn = Starts(problem, generator, prior_outputs(problem) if prior is None else prior)
         self.accept = problem.accuracy.certain
         self.starts = self.rounds = self.idle = 0
         self.patience = 1
         self.shares = {Kind(False, spread): 1.0 for spread in SPREADS}
         activation = problem.activations[problem.last]
-        if activation.breaks:
+        if activation.breaks and layer.normal is None:
             self.shares |= {Kind(True, spread): 1.0 if activation.jumps else BENT for spread in SPREADS[1:]}
 
     @property
     def left(self) -> int:
         """How many samples are still to be found."""
-        return self.whole.rank - len(self.known)
+        return self.whole.samples - len(self.known)
 
     def round(self) -> None:
-        """One round of starts; what they find is held against the whole gradient, and subtracted from it."""
+        """One round of starts; what they find is held against the gradient, and subtracted from it."""
         self.rounds += 1
+        if self.layer.crowded:
+            self._together()
+            return
         kind = max(self.shares, key=self.shares.get)
         s, labels = self._draw(kind.spread)
         self.starts += len(labels)
@@ -79,71 +90,120 @@ class CurveSearch:
             self.layer = self.whole.without(self.known)
             self._learn()
 
+    def _together(self) -> None:
+        """As many starts as samples, sought together: what each of them alone leaves open, the others close."""
+        counts = self._counts().cumsum(0)
+        places = torch.arange(self.layer.samples, device=counts.device) + 0.5
+        labels = torch.bucketize(places.to(counts), counts).clamp_max(self.problem.classes - 1)
+        w = self.coordinates(self._scattered(labels, SPREADS[1]))
+        self.starts += len(labels)
+        w, labels = solve(self.curves, self.whole, w, labels, self._unit, self.until)
+        self.idle = 0 if len(labels) else self.idle + 1
+        if len(labels):
+            at = self.curves.at(w, labels)
+            self.known = Known(self.curves.samples(w), self.whole.directions(at.unit), labels)
+            self.layer = self.ground = self.whole.without(self.known)
+            self.accept = max(self.accept, AMONG)
+            self._learn()
+
+    def settle(self) -> Float[Tensor, " b"]:
+        """All samples made exact together; how far, relative to the sample, another way ends from there."""
+        coupling, labels = Coupling.of(self.curves, self.whole, self._unit), self.known.labels
+        w = self.coordinates(self.known.s)
+        aside = torch.randn(w.shape, generator=self.generator, dtype=torch.float64).to(w) * w.std(0)
+        ends = []
+        for start in (w, w + ASIDE * aside):
+            run = Descent.of(coupling, start, labels, LEAST_DAMPED)
+            run.go_on(self._effort(TOGETHER))
+            ends.append(run.at)
+        at = ends[0].points
+        self.known = Known(self.curves.samples(at.w), at.unit @ self.whole.basis, labels)
+        return (ends[0].points.z - ends[1].points.z).norm(dim=1) / at.z.norm(dim=1)
+
+    @property
+    def _unit(self) -> float:
+        return self.problem.unit(self.problem.batch_size or self.whole.samples)
+
     def strangers(self, known: Known) -> int:
         """How many samples of one round, from the whole gradient, are none of the known ones."""
         self.round()
-        z = self.known.s @ self.whole.lift.T
+        z = self.whole.pre_activations(self.known.s)
         exactly = "donot_use_mm_for_euclid_dist"
-        gap, index = torch.cdist(z, known.s @ self.whole.lift.T, compute_mode=exactly).min(1)
+        gap, index = torch.cdist(z, self.whole.pre_activations(known.s), compute_mode=exactly).min(1)
         same = (gap < SAME * z.norm(dim=1)) & (known.labels[index] == self.known.labels)
         return int((~same).sum())
+
+    def coordinates(self, s: Float[Tensor, "k b"]) -> Float[Tensor, "k q"]:
+        """The w, against the whole gradient, of samples' s."""
+        return self.curves.coordinates_of(self.whole.pre_activations(s))
 
     def _learn(self) -> None:
         """Of a network that was trained, the samples found show the mean outputs."""
         if len(self.known) >= TELLING:
-            at = self.curves.at(self.curves.coordinates(self.known.s), self.known.labels)
+            at = self.curves.at(self.coordinates(self.known.s), self.known.labels)
             self.drawn = replace(self.drawn, prior=self.problem.activate(at.logits).mean(0))
 
     def _draw(self, spread: float) -> tuple[Float[Tensor, "k r"], Int[Tensor, " k"]]:
         """Starts: the mean of a class, and normal noise as the gradient's singular values have it."""
         layer = self.layer
         classes = self.problem.classes
-        count = min(STARTS, max(FEWEST, layer.rank))
-        count = max(count, 2 * classes if layer.rank <= FEWEST else 0)
-        labels = self.drawn.labels(count, self.known.labels, left=layer.rank, rank=self.whole.rank)
-        mean = class_means(self.problem, layer, self._counts(), self.drawn.prior)[labels]
-        noise = scattered(layer, count, self.generator)
+        count = min(STARTS, max(FEWEST, layer.samples))
+        count = max(count, 2 * classes if layer.samples <= FEWEST else 0)
+        labels = self.drawn.labels(count, self.known.labels, left=layer.samples, rank=self.whole.samples)
+        return self._scattered(labels, spread), labels
+
+    def _scattered(self, labels: Int[Tensor, " k"], spread: float) -> Float[Tensor, "k r"]:
+        """Samples of these classes: the mean, and normal noise."""
+        layer, mean = self.layer, self.layer.means
+        mean = class_means(self.problem, layer, self._counts(), self.drawn.prior) if mean is None else mean
+        mean = mean[labels]
+        mean = mean - ((mean @ layer.ones) - 1)[:, None] * layer.origin
+        noise = scattered(layer, len(labels), self.generator)
         size = lambda s: (s @ layer.lift.T).std(1, keepdim=True)  # noqa: E731
-        return mean + spread * size(mean) / size(noise).clamp_min(TINY) * noise, labels
+        reach = size(mean) if layer.reach is None else layer.reach
+        return mean + spread * reach / size(noise).clamp_min(TINY) * noise
 
     def _counts(self) -> Float[Tensor, " classes"]:
         """How often each class is thought to be among the samples that are left."""
-        need = label_counts(self.problem, self.drawn.prior, self.whole.rank)
+        need = label_counts(self.problem, self.drawn.prior, self.whole.samples)
         need = (need - torch.bincount(self.known.labels, minlength=len(need))).clamp_min(0.3)
-        return need * (self.layer.rank / need.sum())
+        return need * (self.layer.samples / need.sum())
 
     def _reflected(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
         """Where starts lead by reflections across the jumps of phi', in coordinates of the whole; and their labels."""
         curves = Curves.of(self.problem, self.layer)
         steps = REFLECTIONS * self.patience
-        low = curves.coordinates(s).float()
+        low = curves.coordinates_of(self.layer.pre_activations(s)).float()
         w, pieces = reflect(curves.to(torch.float32), low, labels, steps=steps, until=self.until)
         w, sine = polish(curves, w.to(s), labels, pieces, self._effort(POLISH))
         good = sine < self.accept**0.5
-        return curves.samples(w[good]) @ self.layer.right, labels[good]
+        return self.layer.in_whole(curves.samples(w[good])), labels[good]
 
     def _fitted(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
         """Where starts lead by fits, in coordinates of the whole, each end once; and their labels."""
         curves = Curves.of(self.problem, self.layer)
-        w, sine = fit(curves.to(torch.float32), curves.coordinates(s).float(), labels, self._effort(ROUGH))
+        start = curves.coordinates_of(self.layer.pre_activations(s)).float()
+        w, sine = fit(curves.to(torch.float32), start, labels, self._effort(ROUGH))
         arrived = (sine < NEAR).nonzero()[:, 0]
         arrived = arrived[sine[arrived].argsort()]
         w, labels = w[arrived].to(s), labels[arrived]
         one = apart(curves.base + w @ curves.frame.T, curves.base.new_zeros(0, len(curves.base)), ROUGHLY_SAME)
         w, labels = w[one], labels[one]
-        return curves.samples(w) @ self.layer.right, labels
+        return self.layer.in_whole(curves.samples(w)), labels
 
     def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"]) -> Known:
         """Ends made exact against the whole gradient: those that fit it and are new, the best first."""
-        w, sine = finish(self.curves, self.curves.coordinates(s), labels, arrived=EXACT)
-        at = self.curves.at(w, labels)
-        found = Known(self.curves.samples(w), at.unit @ self.whole.basis, labels)
-        unit = self.problem.unit(self.problem.batch_size or self.whole.rank)
-        weight = (self.whole.weight(found) / (unit * at.size[:, 0])).abs()
+        ground = self.ground
+        curves = self.curves if ground is self.whole else Curves.of(self.problem, ground)
+        start = curves.coordinates_of(self.whole.pre_activations(s))
+        w, sine = finish(curves, start, labels, arrived=EXACT)
+        at = curves.at(w, labels)
+        found = Known(ground.in_whole(curves.samples(w)), self.whole.directions(at.unit * at.size), labels)
+        weight = (self.whole.weight(found) / (self._unit * at.size[:, 0])).abs()
         good = (sine < self.accept) & (weight > 1 / UNEQUAL) & (weight < UNEQUAL)
         ranked = sine.argsort()
         ranked = ranked[good[ranked]]
-        new = apart(at.z[ranked], self.known.s @ self.whole.lift.T, SAME)
+        new = apart(at.z[ranked], self.whole.pre_activations(self.known.s), SAME)
         return found[ranked[new][: self.left]]
 
     def _effort(self, effort: Effort) -> Effort:
@@ -152,7 +212,8 @@ class CurveSearch:
 
 def scattered(layer: Layer, count: int, generator: Generator) -> Float[Tensor, "k r"]:
     """Differences of samples, as normal noise of the gradient's singular values."""
-    noise = torch.randn(count, layer.rank, generator=generator, dtype=torch.float64).to(layer.lift) * layer.singular
+    noise = torch.randn(count, len(layer.singular), generator=generator, dtype=torch.float64)
+    noise = noise.to(layer.lift) * layer.singular
     return noise - (noise @ layer.ones)[:, None] * layer.origin
 
 
@@ -167,12 +228,11 @@ def class_means(
     head = problem.weights[-1].T
     head = head - head.mean(1, keepdim=True) if problem.loss == "cross_entropy" else head
     sums = torch.linalg.lstsq(head, layer.basis * layer.singular, driver="gelsd").solution
-    wanted = outputs * layer.rank - counts[-problem.outputs :]
+    wanted = outputs * layer.samples - counts[-problem.outputs :]
     seen = sums @ layer.ones
-    sums = outputs[:, None] * (layer.rank * layer.origin) - sums * ((wanted @ wanted) / _least(seen @ wanted))
-    sums = sums if problem.outputs > 1 else torch.cat([layer.rank * layer.origin - sums, sums])
-    mean = sums / counts[:, None]
-    return mean - ((mean @ layer.ones) - 1)[:, None] * layer.origin
+    sums = outputs[:, None] * (layer.samples * layer.origin) - sums * ((wanted @ wanted) / _least(seen @ wanted))
+    sums = sums if problem.outputs > 1 else torch.cat([layer.samples * layer.origin - sums, sums])
+    return sums / counts[:, None]
 
 
 def _least(x: Tensor) -> Tensor:

@@ -7,22 +7,27 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.network.check import judge
+from spear.network.check import WHOLE, best_check, certificate, judge
+from spear.network.check import conclude as told
 from spear.network.curves.descent import descend
+from spear.network.curves.layer import MARGIN, Layer
 from spear.network.curves.search import CurveSearch
 from spear.network.labels import decode
 from spear.network.layerwise import solve
 from spear.network.newton import correct
 from spear.network.one_by_one import KnownSamples, unit_weight, witness
-from spear.network.problem import NetworkView
+from spear.network.problem import NetworkView, Targets
 from spear.network.recovery import Judged, Reached, nothing, number
 from spear.network.spaces import Solved
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Refusal, Terms
 
-MARGIN = 8  # equations beyond the unknowns of a sample: those that a wrong answer fails
 ROUNDS = 2  # of softmax and slopes: directions are exact but for rounding
-IDLE = 10  # rounds in a row that found nothing, after which there is no hope
+CROWDED = (
+    f"{WHOLE}; not certified: past half the width no sample is determined alone, and that no other batch is near is not"
+    " proven"
+)
+IDLE, TRIES = 10, 4  # rounds in a row that found nothing, after which there is no hope; of those that seek all at once
 
 
 def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
@@ -32,11 +37,11 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     """
     low = problem.factors(problem.last)
     check_reach(problem, low)
-    run = CurveSearch(problem, low, terms.generator())
+    run = CurveSearch(problem, Layer.of(problem, low), terms.generator())
     run.until = terms.budget.until
-    while run.left and run.idle < IDLE and not terms.budget.spent(run.starts):
+    while run.left and run.idle < (TRIES if run.layer.crowded else IDLE) and not terms.budget.spent(run.starts):
         run.round()
-        terms.report("network", len(run.known), run.whole.rank, run.starts)
+        terms.report("network", len(run.known), run.whole.samples, run.starts)
     reached = Reached(low.rank, low.noise / low.largest, len(run.known), run.starts, run.rounds)
     return conclude(problem, run, low, reached) if len(run.known) else nothing(problem, str(reached), reached)
 
@@ -57,14 +62,16 @@ def check_reach(problem: NetworkView, low: LowRank) -> None:
         raise Refusal(
             "no gap in the singular values of the last hidden layer's gradient: a large batch, or noise on it"
         )
-    if 2 * rank - 1 + MARGIN > m:
-        equations = f"a batch of rank {rank} leaves each sample {m - rank} equations for {rank - 1} unknowns"
-        raise Refusal(f"{equations} at the last hidden layer, of {m} units; curved activations need {MARGIN} to spare")
+    if rank + MARGIN > m:
+        equations = f"a batch of rank {rank} leaves {m} equations for {rank - 1} unknowns of each sample"
+        raise Refusal(f"{equations} at the last hidden layer; curved activations need {MARGIN} to spare")
 
 
 def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reached) -> Judged:
     """From samples at the last hidden layer to inputs, held against every layer's gradient."""
-    at = run.curves.at(run.curves.coordinates(run.known.s), run.known.labels)
+    crowded = run.whole.crowded and not run.left
+    apart = run.settle() if crowded else None
+    at = run.curves.at(run.coordinates(run.known.s), run.known.labels)
     y = (run.known.s @ (low.R / low.R.norm(dim=1)[:, None]))[:, :-1]
     weight = run.whole.weight(run.known)
     deltas = weight[:, None] * at.unit
@@ -73,17 +80,32 @@ def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reac
     errors = (activated - problem.one_hot(run.known.labels)) * (weight / at.size[:, 0])[:, None]
     if not run.left and bool(sure.all()):
         targets = decode(problem, errors, activated)
+        if crowded:
+            return uncertified(problem, inputs, targets, reached, apart)
         inputs, known = correct(problem, inputs, targets)
-        return alone(judge(problem, inputs, targets, reached, known), problem, run, low)
+        return alone(judge(problem, inputs, targets, reached, known), problem, run)
     known = KnownSamples(inputs[sure], F.one_hot(run.known.labels[sure], problem.classes).to(inputs))
     return partly(problem, known, reached)
 
 
-def alone(judged: Judged, problem: NetworkView, run: CurveSearch, low: LowRank) -> Judged:
+def uncertified(
+    problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets, reached: Reached, apart: Float[Tensor, " s"]
+) -> Judged:
+    """A batch past half the width that explains every layer's gradient, and to which moved samples return.
+
+    No theorem says that it is the only one near.
+    """
+    final, inputs = best_check(problem, inputs, targets)
+    evidence = replace(certificate(problem, final, targets, apart), reserve=CROWDED)
+    judged = told(problem, evidence, inputs, targets, final, reached, WHOLE)
+    return replace(judged, error_bound=torch.full_like(judged.residuals, torch.inf))
+
+
+def alone(judged: Judged, problem: NetworkView, run: CurveSearch) -> Judged:
     """The same, not certified if a round of starts from the whole gradient ends at a sample that is none of these."""
     if not bool(judged.certified.any()):
         return judged
-    probe = CurveSearch(problem, low, run.generator)
+    probe = CurveSearch(problem, run.whole, run.generator)
     probe.until = run.until
     others = probe.strangers(run.known)
     if not others:
