@@ -37,7 +37,10 @@ Search = Callable[[Float[Tensor, "f b"], int, int, torch.Generator], Float[Tenso
 
 @dataclass(frozen=True)
 class Lengths:
-    """The steps that a search may take, `shortest` to `longest`: `factor` times as many where few starts succeed."""
+    """The steps that a search may take, `shortest` to `longest`: `factor` times as many where few starts succeed.
+
+    `few` and `many` are shares of the starts of a round, each of a search's ends counting for those that led to it.
+    """
 
     shortest: int
     longest: int

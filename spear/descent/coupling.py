@@ -3,9 +3,10 @@
     V = Q^-T = M^-1 Q, so that v_i = M^-1 q_i for every sample i, whatever the lengths of the columns
 
 Fresh columns point every way, so that M has nearly the spectrum of Marchenko and Pastur; and as B = Z Q^T, the
-directions that Q stretches are those in which B is large. Of every column found its part of M is known. Known columns
-also tell where the others are not: every other v is orthogonal to their q, and every other q to their v, which the
-signs of B v tell to a good part. Vectors are rows.
+directions that Q stretches are those in which B is large. Samples of one class have like gradients, which adds a few
+large eigenvalues; they show in where searches end, and then in known columns. Of every column found its part of M is
+known. Known columns also tell where the others are not: every other v is orthogonal to their q, and every other q to
+their v, which the signs of B v tell to a good part. Vectors are rows.
 """
 
 import math

@@ -4,8 +4,8 @@
 
 Both sides are linear in one unknown, and the ReLU couples them row by row. What ties a column q to its v beside that,
 `spear.descent.coupling` foretells. A row of L, as v, is led to a column by relaxed reflections between the two linear
-spaces and the coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q
-(starts, b).
+spaces and the coupled signs, and where it comes near, `spear.descent.sharpening` takes it there. The sign of v is
+known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q (starts, b).
 """
 
 import math
@@ -34,7 +34,7 @@ class Stage:
     """A part of the schedule: its steps, the relaxation, and how strongly signs and q, v are coupled.
 
     A row is inactive if z < 0 and g^2 < `trust` z^2; `coupling`, `ridge` and `parting` are weights in the linear step
-    (`Coupling.step`). The `kept` share of the starts, those whose g is nearest to its space, goes on to the next stage.
+    (`Coupling.step`). The `kept` share of the starts, those with the sparsest L q, goes on to the next stage.
     """
 
     steps: int
@@ -139,7 +139,7 @@ def reflect(
 
     x = (g, z) is reflected at the coupled signs and projected on the linear spaces, where q and v are drawn together:
     x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step. Of k starts
-    those come back that no stage dropped. Steps end when the clock (`time.monotonic`) shows `until`.
+    those come back, as q and z, that no stage dropped. Steps end when the clock (`time.monotonic`) shows `until`.
     """
     L, (m, b) = observed.L.float(), observed.L.shape
     basis, triangle = torch.linalg.qr(observed.B @ coupling.free)  # z = B free w = basis c with c = triangle w
