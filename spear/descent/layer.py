@@ -34,7 +34,7 @@ class Stage:
     """A part of the schedule: its steps, the relaxation, and how strongly signs and q, v are coupled.
 
     A row is inactive if z < 0 and g^2 < `trust` z^2; `coupling`, `ridge` and `parting` are weights in the linear step
-    (`Coupling.step`). The `kept` share of the starts, those with the sparsest L q, goes on to the next stage.
+    (`Coupling.step`). The `kept` share of the starts, those whose g is nearest to its space, goes on to the next stage.
     """
 
     steps: int
@@ -159,6 +159,8 @@ def reflect(
             z.mul_(1 - half).sub_(rz, alpha=half).addmm_(c, C.mT, alpha=2 * half * math.sqrt(m))
             if time.monotonic() > until:
                 break
-        best = (q @ L.mT).abs().sum(1).argsort()[: math.ceil(stage.kept * len(g))]
-        g, z, q, c = g[best], z[best], q[best], c[best]
-    return q, math.sqrt(m) * c @ C.mT
+        g = torch.where(active < 0, 0, g)
+        near = torch.linalg.vector_norm(g @ L, dim=1) / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-30)
+        best = near.argsort(descending=True)[: math.ceil(stage.kept * len(g))]
+        g, z, c = g[best], z[best], c[best]
+    return unit_rows(g @ L), math.sqrt(m) * c @ C.mT
