@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 
 HERE = Path(__file__).resolve().parent.parent
-EXACT = 1e-6
+EXACT, EXACT_OF_SINGLE = 1e-6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Case:
     """One attack: data set, linear layers, width, batch size, method. A `long` case takes minutes.
 
     `spread` is the standard deviation of the weights, drawn anew with zero biases; `normalize` centres the pixels.
+    `inputs` is the number of entries of a sample of uniform noise, in place of a data set; all is then in single
+    precision. The method `audit` is the whole of `spear audit` without an update.
     """
 
     dataset: str
@@ -41,12 +43,19 @@ class Case:
     long: bool = False
     spread: float | None = None
     normalize: bool = True
+    inputs: int | None = None
 
     @property
     def name(self) -> str:
         """What it is called on the command line."""
         large = "" if self.spread is None else "-large-weights"
-        return f"{self.method}-{self.dataset}-{self.depth}x{self.width}-{self.batch}{large}"
+        size = "" if self.inputs is None else f"{self.inputs}"
+        return f"{self.method}-{self.dataset}{size}-{self.depth}x{self.width}-{self.batch}{large}"
+
+    @property
+    def exact(self) -> float:
+        """The relative error up to which an image counts as back."""
+        return EXACT if self.inputs is None else EXACT_OF_SINGLE
 
 
 CASES = [
@@ -67,6 +76,8 @@ CASES = [
     Case("mnist", 6, 2000, 500, method="layer", long=True),
     Case("cifar10", 6, 400, 20, method="sampling"),
     *(Case("cifar10", 6, 400, batch, method="sampling", long=True) for batch in (28, 32)),
+    *(Case("noise", 3, 2048, 32, inputs=n, long=n > 2**15) for n in (2**15, 2**18)),
+    Case("photos", 6, 400, 16, method="audit", long=True),
 ]
 
 
@@ -76,11 +87,17 @@ def attack_once(case: Case, seed: int, limit: float) -> dict[str, object]:
 
     import spear
 
-    inputs, labels = spear.data.load(case.dataset, count=case.batch, seed=seed, normalize=case.normalize)
-    classes = len(spear.data.classes(case.dataset))
-    model = spear.models.fcnn(inputs.shape[1:], case.width, case.depth, classes, seed=seed)
+    generator, dtype = torch.Generator().manual_seed(seed), torch.float64 if case.inputs is None else torch.float32
+    if case.inputs is None:
+        inputs, labels = spear.data.load(case.dataset, count=case.batch, seed=seed, normalize=case.normalize)
+        classes = len(spear.data.classes(case.dataset))
+    else:
+        inputs, classes = 2 * torch.rand(case.batch, case.inputs, generator=generator) - 1, 10
+        labels = torch.randint(classes, (case.batch,), generator=generator)
+    model = spear.models.fcnn(inputs.shape[1:], case.width, case.depth, classes, seed=seed, dtype=dtype)
+    if case.method == "audit":
+        return audit_once(model, case, seed)
     if case.spread is not None:
-        generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             values = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * case.spread
             parameter.data = values if parameter.dim() > 1 else torch.zeros_like(values)
@@ -89,9 +106,20 @@ def attack_once(case: Case, seed: int, limit: float) -> dict[str, object]:
     found = spear.attack(model, update, method=case.method, time_limit=limit, seed=seed)
     seconds = {"cpu": time.process_time() - processor, "wall": time.perf_counter() - wall}
     report = spear.metrics.evaluate(found, inputs, labels)
-    exact = int((report.relative_error < EXACT).sum())
+    exact = int((report.relative_error < case.exact).sum())
     right = found.labels is None or report.label_accuracy == 1
     return seconds | {"exact": exact, "whole": exact == case.batch and right, "certified": int(found.certified.sum())}
+
+
+def audit_once(model: object, case: Case, seed: int) -> dict[str, object]:
+    """One audit of a model on a simulated batch. Its simulations end by the clock: measure on an idle machine."""
+    from spear.audit import assessment
+
+    wall, processor = time.perf_counter(), time.process_time()
+    found = assessment.audit(model, data=case.dataset, count=case.batch, seed=seed)
+    seconds = {"cpu": time.process_time() - processor, "wall": time.perf_counter() - wall}
+    exact, certified = found.outcome.exact, found.outcome.certified
+    return seconds | {"exact": exact, "whole": exact == case.batch, "certified": certified}
 
 
 def in_process(case: Case, seed: int, limit: float, package: Path) -> dict[str, object]:

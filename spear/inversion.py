@@ -7,6 +7,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from spear.blocks.behind import behind_tokens
+from spear.blocks.recover import FeedForward
+from spear.blocks.recover import recover as recover_block
+from spear.blocks.view import open_block
 from spear.deployments import claims, noise, pruning, unknown
 from spear.deployments.local_training import retrace
 from spear.deployments.opening import holds_few_values, open_noisy
@@ -53,8 +57,8 @@ class Auto:
     sampling: Sampling = field(default_factory=Sampling)
 
 
-Method = Auto | Sampling | Guided | Dictionary | Coupled | Network
-_BY_NAME = {kind.name: kind for kind in (Auto, Sampling, Guided, Dictionary, Coupled, Network)}
+Method = Auto | Sampling | Guided | Dictionary | Coupled | FeedForward | Network
+_BY_NAME = {kind.name: kind for kind in (Auto, Sampling, Guided, Dictionary, Coupled, FeedForward, Network)}
 METHODS = tuple(_BY_NAME)
 
 
@@ -76,7 +80,9 @@ def attack(
     `method` says how much is used, by its name, or with options of its own, as in `Sampling(false_rejection=1e-6)`. Of
     one linear layer that a ReLU follows: `"sampling"`, SPEAR as published; `"guided"`, sampling where guesses of the
     batch point (`Guided(approximate=images)`); `"dictionary"`, its gradient as sparse vectors in a subspace;
-    `"layer"`, its weights and gradient coupled (batches of up to a third of its width). Of a fully connected network:
+    `"layer"`, its weights and gradient coupled (batches of up to a third of its width). Of two linear layers with any
+    elementwise activation between, whatever is around them: `"block"` (the feed-forward blocks of transformers: the
+    tokens of all samples that enter them, up to a third of the width in number). Of a fully connected network:
     `"network"`, every layer, whatever its elementwise activations (batches of hundreds). `"auto"` is the strongest
     method whose preconditions hold, and the next where it ends without the whole batch; `Reconstruction.method` says
     which it was.
@@ -129,12 +135,25 @@ def _through(request: "Request", method: Method) -> Reconstruction:
     update, found = request.update, None
     if request.layer is None and update.local_steps == 1 and update.pruning is None:
         found = cut(request.model, update.input_shape)
-    if found is None:
+    if found is None or isinstance(method, FeedForward):
         return _as_read(request, method)
     check_gradients(request.model, as_gradient(update) if is_perturbed(update) else update)
     head = replace(update, gradients=found.of_head(update.gradients), input_shape=None)
-    result = _as_read(replace(request, model=found.head, update=head), method)
+    try:
+        result = _as_read(replace(request, model=found.head, update=head), method)
+    except Refusal as refusal:
+        return _before(request, method, refusal)
     return behind(found, request.model, update, result, request.terms)
+
+
+def _before(request: "Request", method: Method, refusal: Refusal) -> Reconstruction:
+    """What a block before the head gives where the head refuses; raises `Refusal` where there is none."""
+    if not isinstance(method, Auto):
+        raise refusal
+    try:
+        return request.run(FeedForward())
+    except Refusal as error:
+        raise Refusal(f"{refusal}; before the head: {error}") from None
 
 
 def _as_read(request: "Request", method: Method) -> Reconstruction:
@@ -146,7 +165,8 @@ def _as_read(request: "Request", method: Method) -> Reconstruction:
         if update.local_steps == 1:
             raise
         refusal = error
-    explained = result is not None and (result.labels is not None or not len(result.inputs))
+    labelled = result is not None and (result.labels is not None or bool(result.features_of))
+    explained = labelled or (result is not None and not len(result.inputs))
     whole = explained and (_distinct(result) >= result.rank or result.expected_error is not None)
     if request.layer is None and not whole:
         losses = () if explained or update.local_steps > 1 else decoding.other_losses(update)
@@ -222,7 +242,20 @@ class Request:
         """One method. Raises `Refusal` where it cannot begin."""
         if isinstance(method, Network):
             return self._every_layer()
+        if isinstance(method, FeedForward):
+            return self._block()
         return attack_layer(self._view(method.stands_noise), method, self.terms, self.device)
+
+    def _block(self) -> Reconstruction:
+        """Two layers, and through their tokens the samples; from exact gradients."""
+        if is_perturbed(self.believed) or self.believed.pruning is not None:
+            raise Refusal("the gradients of a block are read as they were computed: not rounded, pruned or with noise")
+        update = self.believed
+        view = open_block(self.model, update, layer=self.layer, batch_size=self.batch_size, device=self.device)
+        found, tokens = recover_block(view, self.terms)
+        if self.layer is not None or len(tokens) < view.rank:
+            return found
+        return behind_tokens(self.model, update, view, tokens, found, self.terms)
 
     def _view(self, noise: bool) -> LayerView:
         """The one layer; for a method that stands noise also from a gradient that was rounded or has noise on it."""
@@ -279,7 +312,7 @@ class Request:
         """What every layer gives exactly, or though rounding, cuts, missing entries or noise were not disclosed."""
         plain_relu = network.is_relu and not network.folded
         rounded = plain_relu and holds_few_values(network)
-        found = noise.recover(open_noisy(network, told), self.terms) if rounded else None
+        found = noise.recover(open_noisy(network.widened, told), self.terms) if rounded else None
         if found is not None and len(found.inputs):
             return found
         cut = unknown.marked(told) if plain_relu and not rounded else None
@@ -290,8 +323,8 @@ class Request:
         if len(exact.inputs) or rounded or not plain_relu:
             return exact if found is None else larger(found, exact)
         if pruning.is_pruned(network):
-            return pruning.recover(network, self.terms)
-        opening = open_noisy(network, told)
+            return pruning.recover(network.widened, self.terms)
+        opening = open_noisy(network.widened, told)
         seen = network.precision > COARSE or opening.is_visible
         found = noise.recover(opening, self.terms) if seen else exact
         # Samples that the layers merge leave fewer directions, and pass for noise: the estimate's errors mean nothing.
@@ -303,11 +336,14 @@ class Request:
         if self.layer is None:
             yield Network()
         yield Coupled()
+        yield FeedForward()
         if not is_perturbed(self.believed):
             yield auto.sampling
 
     def worth(self, method: Method) -> bool:
-        """Whether a method that follows another is worth its time."""
+        """Whether a method that follows another is worth its time: blocks are for what no other method reads."""
+        if isinstance(method, FeedForward):
+            return self.layer is not None
         if not isinstance(method, Sampling):
             return True
         return not hopeless(self._view(noise=False), self.terms.budget, AFFORDABLE)
@@ -326,7 +362,7 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
             return result if spent in result.reason else replace(result, reason=f"{result.reason}; {spent}")
         try:
             if result is not None and not request.worth(method):
-                break
+                continue
             found = request.run(method)
         except Refusal as refusal:
             refusals.append(f"{method.name}: {refusal}")

@@ -23,7 +23,7 @@ from spear.models import tracing
 from spear.models.fronts import cut
 from spear.models.layers import Layer
 from spear.published import theory
-from spear.reconstruction import Reconstruction, Refusal, check_number
+from spear.reconstruction import Reconstruction, check_number
 
 LARGEST = 2**28  # entries of all samples that simulated clients hold together
 COUNT = 16  # samples of a simulated client, unless told
@@ -36,7 +36,8 @@ class Risk:
     `limit` is the largest batch that its gradient can hold (rank below m, at most n), 0 where no ReLU follows, or where
     training leaves an `obstacle`. `jointly` says what it gives away together with all other layers, where it
     gives nothing by itself; `limit` is then the whole network's.
-    `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals.
+    `sampling` is the largest batch for which SPEAR expects at most `inversion.AFFORDABLE` proposals. `rows` is the
+    number of tokens of a sample that enter it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Risk:
     limit: int
     sampling: int
     jointly: str = ""
+    rows: int = 1
 
     @property
     def gives_away(self) -> str:
@@ -145,15 +147,16 @@ def audit(
     layers = assess(model, shape)
     target = _target(layers, layer)
     options = Options(None if target.from_data and layer is None else target.name, trial_limit, seed, device)
-    _check_size(count or COUNT, target.inputs)
-    most = max(min(target.limit, LARGEST // target.inputs), protection.AGGREGATED * (count or COUNT))
+    simulated = count or (COUNT if target.rows == 1 else min(COUNT, max(1, target.limit // 2)))
+    _check_size(simulated, target.inputs)
+    most = max(min(target.limit, LARGEST // target.inputs), protection.AGGREGATED * simulated)
     sample, words = _sample(model, update, data, shape, most, seed)
     say("attack on the update" if update else "attack on a simulated update")
-    attacked = update or gradient(model, *sample.take(count or COUNT))
+    attacked = update or gradient(model, *sample.take(simulated))
     front = layer is None and cut(model, shape) is not None  # of the features that enter the layer, the samples too
     result = replace(options, layer=None if front else options.layer, time_limit=time_limit).attack(model, attacked)
-    entered = result.features_of or (None if front else options.layer)
-    count = count or (result.rank if update else COUNT)
+    entered = result.features_of or (None if front and len(result.inputs) else options.layer)
+    count = count or (result.rank if update else simulated)
     truth = None if update else simulation.entering(model, entered, sample.inputs[:count])
     return Audit(
         model=name,
@@ -237,7 +240,7 @@ def _target(layers: tuple[Risk, ...], name: str | None) -> Risk:
 
 def _not_attacked(model: nn.Module, layers: tuple[Risk, ...], target: Risk, options: Options) -> tuple[str, ...]:
     """The parts of the model with weights of their own that no attack here reads, in words, and why."""
-    risks, whole = {risk.name: risk for risk in layers}, options.layer is None and _is_chain(model)
+    risks, whole = {risk.name: risk for risk in layers}, options.layer is None and tracing.is_chain(model)
     if options.layer is None and any(risk.jointly for risk in layers):
         return ()
     words, parts = [], cut(model)
@@ -252,15 +255,6 @@ def _not_attacked(model: nn.Module, layers: tuple[Risk, ...], target: Risk, opti
         elif name != target.name and not whole:
             words.append(f"{name} ({f'only {target.name} was attacked' if risks[name].relu else 'no ReLU follows'})")
     return tuple(words)
-
-
-def _is_chain(model: nn.Module) -> bool:
-    """Whether one attack reads every layer."""
-    try:
-        tracing.chain(model)
-    except Refusal:
-        return False
-    return True
 
 
 def _sample(

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from spear.blocks.view import MARGIN as LEAST_SPARE
 from spear.models import tracing
 from spear.models.layers import Layer, Shape
 from spear.models.normalised import Between, normalised_chain
@@ -17,13 +18,26 @@ def jointly(model: nn.Module, shape: Shape) -> dict[str, dict[str, Any]]:
     """What each linear layer gives away with the others, where by itself it gives nothing.
 
     That is so behind other activations than ReLU, and in a network that normalises, or drops units in training. By the
-    layer's name: the words, and the largest batch. Empty for a network of any other form.
+    layer's name: the words, and the largest batch. In a network of any other form, what feed-forward blocks give away.
     """
     try:
         chain = normalised_chain(model, shape)
         return _activated(tracing.chain(model, shape)) if chain is None else _normalised(*chain)
     except Refusal:
-        return {}
+        return _blocks(tracing.linear_layers(model, shape))
+
+
+def _blocks(layers: list[Layer]) -> dict[str, dict[str, Any]]:
+    """Of layers that an elementwise activation and another layer follow, where no ReLU alone gives as much away."""
+    found, outputs = {}, {layer.name: layer.linear.out_features for layer in layers}
+    for layer in layers:
+        if layer.readers and layer.after.is_plain and not layer.obstacle and (layer.rows > 1 or not layer.relu):
+            width, entries, reader = layer.linear.out_features, layer.linear.in_features, layer.readers[0]
+            limit = min(entries - 1, outputs[reader] - 1, (width + 1 - LEAST_SPARE) // 2) // layer.rows
+            alone = "the samples themselves" if layer.from_data else "the features that enter it"
+            words = f"each of the {layer.rows} tokens of a sample that enter it" if layer.rows > 1 else alone
+            found[layer.name] = {"jointly": f"{words}, together with {reader}", "limit": limit, "rows": layer.rows}
+    return found
 
 
 def _activated(layers: list[Layer]) -> dict[str, dict[str, Any]]:

@@ -130,9 +130,9 @@ def compare(
 def entering(
     model: nn.Module, layer: str | None, inputs: Float[Tensor, "b *input_shape"]
 ) -> Float[Tensor, "b *_shape"]:
-    """What enters the linear layer of that name; the inputs themselves where no layer is named."""
+    """What enters the linear layer of that name, token by token; the inputs themselves where no layer is named."""
     if layer is None:
         return inputs
     with torch.no_grad(), watched(linear_layer(model, layer)) as seen:
         model(inputs)
-    return seen[0][0]
+    return seen[0][0].flatten(0, -2)

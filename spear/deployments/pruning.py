@@ -81,7 +81,7 @@ class Sight:
         rows[: self.left, first.columns] = self.factors[0].rows
         above = torch.zeros_like(second.J[: self.left])
         above[:, second.columns] = self.factors[1].rows
-        return Projections.onto(self.problem.affine(0)[units], rows, above[:, :-1][:, units])
+        return Projections.onto(self.problem.lift(0, rows)[units], rows, above[:, :-1][:, units])
 
     def search(self, starts: int, generator: Generator) -> Float[Tensor, "k n"]:
         """Inputs whose pre-activations and activations fit both gradients to rounding, from random starts."""

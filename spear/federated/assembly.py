@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spear.models.activations import RELU
 from spear.models.layers import Layer
 
 FITS = 1e-6  # of a gradient: what may be left of it beside the parts
@@ -35,7 +36,8 @@ def assemble(
     with torch.no_grad():
         linear = layer.linear
         bias = 0 if linear.bias is None else linear.bias.to(parts)
-        Y = layer.after.then_of((parts @ linear.weight.to(parts).mT + bias).relu())
+        z = parts @ linear.weight.to(parts).mT + bias
+        Y = layer.after.then_of((layer.activation or RELU).value(z))
     for other in others:
         if other.name == layer.name or other.missing(received) or torch.linalg.matrix_rank(Y) != len(Y):
             continue

@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spear.federated import adam
-from spear.federated.parts import widest_part
+from spear.federated.parts import Part, widest_part
 from spear.federated.received import is_finite
 from spear.federated.update import LOOKED_AT, LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
 
 LARGEST = 512  # rows and columns of the part of a gradient that is looked at: shows batches of up to half as many
 FEWEST = 8  # rows and columns that a gradient needs for that
 SINGULAR = 1e-7  # of the largest singular value: the least, under which weights do not tell eigenvalues
-ROUNDING = 1e-12  # of the largest singular value: what is under that, of most, is no decay but rounding
+ROUNDING = 1e-12  # of the largest singular value: what is under that, or the spacing, of most is no decay but rounding
 SPACE = 1e-9  # the same, above which a direction belongs to the column space
 STEPS = ((2, 1), (1, 2), (3, 1), (1, 4), (2, 2), (5, 1), (1, 3))  # epochs and mini-batches that are tried, untold
 TOGETHER = 0.01  # relative distance of eigenvalues that are one
@@ -126,13 +126,16 @@ def _decay(model: nn.Module, update: SharedUpdate) -> float | None:
     It is then the eigenvalue that most of W⁻¹ G's are, here of a part of both.
     """
     part = widest_part(model, update, LARGEST)
-    return None if part is None or len(part) < FEWEST else _shared_eigenvalue(part.received, part.weights)
+    return None if part is None or len(part) < FEWEST else _shared_eigenvalue(part)
 
 
-def _shared_eigenvalue(G: Float[Tensor, "k k"], W: Float[Tensor, "k k"]) -> float | None:
+def _shared_eigenvalue(part: Part) -> float | None:
     """The eigenvalue that most of W⁻¹ G's are; None where there is none."""
-    own, seen = torch.linalg.svdvals(W), torch.linalg.svdvals(G)
-    if not own[-1] > SINGULAR * own[0] or not seen.median() > ROUNDING * seen[0]:
+    G, W, seen = part.received, part.weights, torch.linalg.svdvals(part.received)
+    if not seen.median() > max(ROUNDING, part.eps) * seen[0]:
+        return None
+    own = torch.linalg.svdvals(W)
+    if not own[-1] > SINGULAR * own[0]:
         return None
     values = torch.linalg.eigvals(torch.linalg.solve(W, G))
     shared = values.real.median()

@@ -5,11 +5,13 @@ beyond which values are many. A number as rare as that in an exact gradient may 
 again from the others.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from spear.models.streaming import pieces
 
 FEWEST = 2  # entries at a bound, in different rows or columns that differ: fewer do not repeat
 OTHERS = 4  # rows in which two columns can be compared
@@ -50,12 +52,11 @@ def cuts(tensors: Mapping[str, Tensor]) -> Cuts:
     ends: dict[str, tuple[float, ...]] = {}
     rows, above, around, zeros, alone = set(), [], [], 0, False
     for name, tensor in ((name, tensor.detach()) for name, tensor in tensors.items()):
-        size = tensor.abs()
-        rows |= _rows(size == largest)
-        alone |= _in_no_other_row(size == largest, tensor)
-        above.append(size[(size >= largest / 2) & (size < largest)][:LOOKED_AT])
-        around.append(size[(size >= least) & (size < 2 * least)][:LOOKED_AT])
-        zeros += int((size == 0).sum())
+        rows |= _rows(tensor, lambda part: part.abs() == largest)
+        alone |= _in_no_other_row(tensor, largest)
+        above.append(_some(tensor, torch.abs, lambda size: (size >= largest / 2) & (size < largest)))
+        around.append(_some(tensor, torch.abs, lambda size: (size >= least) & (size < 2 * least)))
+        zeros += tensor.numel() - int(tensor.count_nonzero())
         found = tuple(v for v in (float(tensor.max()), float(tensor.min())) if _is_cut(tensor, v))
         ends |= {name: found} if found else {}
     bound = largest if (len(rows) >= FEWEST or alone) and _differ(torch.cat(above)) else None
@@ -64,37 +65,62 @@ def cuts(tensors: Mapping[str, Tensor]) -> Cuts:
     return Cuts(bound, gap, ends)
 
 
+def _parts(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A tensor by blocks of rows, each with the number of its first: a copy of the whole may be too large."""
+    for part in pieces(len(tensor), tensor[:1].numel()):
+        yield part.start, tensor[part]
+
+
+def _some(tensor: Tensor, change: Callable[[Tensor], Tensor], where: Callable[[Tensor], Tensor]) -> Tensor:
+    """The first `LOOKED_AT` changed entries that are wanted."""
+    found, count = [tensor.new_empty(0)], 0
+    for _, part in _parts(tensor):
+        changed = change(part)
+        found.append(changed[where(changed)])
+        count += len(found[-1])
+        if count >= LOOKED_AT:
+            break
+    return torch.cat(found)[:LOOKED_AT]
+
+
 def _extent(tensors: Iterable[Tensor]) -> tuple[float, float]:
     """The largest size of an entry, and the least that is not zero."""
     largest, least = 0.0, float("inf")
-    for tensor in tensors:
-        size = tensor.detach().abs()
-        size = size[size > 0]
-        if len(size):
-            largest, least = max(largest, float(size.max())), min(least, float(size.min()))
+    for _, part in (pair for tensor in tensors for pair in _parts(tensor.detach())):
+        size = part.abs()
+        largest = max(largest, float(size.max()))
+        least = min(least, float(torch.where(size > 0, size, torch.inf).min()))
     return largest, least
 
 
-def _rows(there: Tensor) -> set[int]:
+def _rows(tensor: Tensor, marked: Callable[[Tensor], Tensor]) -> set[int]:
     """The first indices of the entries that are marked."""
-    return set(there.nonzero()[:, 0].tolist())
+    there = ((start, marked(part).reshape(len(part), -1).any(1)) for start, part in _parts(tensor))
+    return {start + row for start, own in there for row in own.nonzero()[:, 0].tolist()}
 
 
-def _in_no_other_row(there: Tensor, tensor: Tensor) -> bool:
-    """Whether two columns share the marked value in a row, and agree in no other, as those of equal pixels do."""
-    if tensor.ndim != 2 or there.sum() < FEWEST:
+def _in_no_other_row(tensor: Tensor, largest: float) -> bool:
+    """Whether two columns share the largest size in a row, and agree in no other, as those of equal pixels do."""
+    if tensor.ndim != 2:
         return False
-    a, b = (tensor[:, column] for column in there.nonzero()[:FEWEST, 1])
-    other = (a != 0) & (b != 0) & ~there.any(1)
+    columns, rows = [], []
+    for _, part in _parts(tensor):
+        there = part.abs() == largest
+        rows.append(there.any(1))
+        if len(columns) < FEWEST and bool(rows[-1].any()):
+            columns += there.nonzero()[:FEWEST, 1].tolist()
+    if len(columns) < FEWEST:
+        return False
+    a, b = (tensor[:, column] for column in columns[:FEWEST])
+    other = (a != 0) & (b != 0) & ~torch.cat(rows)
     return int(other.sum()) >= OTHERS and not bool((other & (a == b)).any())
 
 
 def _is_cut(tensor: Tensor, value: float) -> bool:
     """Whether a tensor's largest or least value repeats in several rows, above others that do not."""
-    if value == 0 or len(_rows(tensor == value)) <= FEWEST:
+    if value == 0 or len(_rows(tensor, lambda part: part == value)) <= FEWEST:
         return False
-    outer = tensor / value
-    return _differ(outer[(outer >= 0.5) & (outer < 1)][:LOOKED_AT])
+    return _differ(_some(tensor, lambda part: part / value, lambda outer: (outer >= 0.5) & (outer < 1)))
 
 
 def _differ(values: Tensor) -> bool:

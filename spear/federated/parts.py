@@ -17,6 +17,8 @@ class Part:
 
     received: Float[Tensor, "k k"]
     weights: Float[Tensor, "k k"]
+    eps: float
+    """The relative spacing of what came."""
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -38,7 +40,8 @@ def widest_part(model: nn.Module, update: SharedUpdate, most: int) -> Part | Non
     rows, columns = (side[live.any(k).nonzero()[:, 0]] for k, side in zip((1, 0), sides, strict=True))
     size = min(len(rows), len(columns), most)
     whole = update.gradients[name], parameters[name].detach()
-    return Part(*(_block(x, rows[:size], columns[:size]).double() for x in whole))
+    parts = (_block(x, rows[:size], columns[:size]).double() for x in whole)
+    return Part(*parts, torch.finfo(whole[0].dtype).eps)
 
 
 def _block(x: Float[Tensor, "m n"], rows: Int[Tensor, " r"], columns: Int[Tensor, " c"]) -> Float[Tensor, "r c"]:

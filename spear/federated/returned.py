@@ -21,10 +21,13 @@ def as_given(model: nn.Module, update: SharedUpdate, layer: str | None, result: 
     names what the model does otherwise in training mode.
     """
     if len(result.inputs):
-        chosen = (x for x in each_layer(model, update.input_shape) if (x.name == layer if layer else x.from_data))
+        name = layer or result.features_of
+        chosen = (x for x in each_layer(model, update.input_shape) if (x.name == name if name else x.from_data))
         found = next(chosen, None)
         if found is not None and found.path is not None:
-            if found.rows > 1:
+            if tuple(result.inputs.shape[1:]) == update.input_shape and found.rows > 1:
+                pass  # samples already, by another layer than the one that reads their parts
+            elif found.rows > 1:
                 result = _together(model, update, result, found)
             else:
                 result = _undone(result, found, update.input_shape)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import math
 import operator
 import warnings
@@ -31,10 +32,21 @@ def trace(model: nn.Module, shapes: Sequence[tuple[int, ...]] = ()) -> Traced:
     """
     with evaluating(model):
         try:
-            module = _symbolic(model)
+            module = _opened(model, _symbolic(model), shapes)
         except Exception as error:  # torch.fx raises many kinds, whatever the model's own code raises among them
             module = _exported(model, shapes, error)
     return _normalised(module, model.training)
+
+
+def _opened(model: nn.Module, module: fx.GraphModule, shapes: Sequence[tuple[int, ...]]) -> fx.GraphModule:
+    """The graph; by `torch.export` where `torch.fx` leaves a layer of torch closed that has linear layers inside."""
+    called = [module.get_submodule(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    if not any(part is not one and isinstance(part, nn.Linear) for one in called for part in one.modules()):
+        return module
+    try:
+        return _exported(model, shapes, Refusal("closed"))
+    except Refusal:
+        return module
 
 
 @contextmanager
@@ -60,11 +72,13 @@ def _symbolic(model: nn.Module) -> fx.GraphModule:
 
 def _exported(model: nn.Module, shapes: Sequence[tuple[int, ...]], error: Exception) -> fx.GraphModule:
     like = next(model.parameters(), torch.zeros(0))
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what a shape fails at
     for shape in shapes:
         example = torch.zeros(EXAMPLE, *shape, dtype=like.dtype, device=like.device)
         try:
             dynamic = ({0: torch.export.Dim.DYNAMIC},)
-            return torch.export.export(model, (example,), dynamic_shapes=dynamic).module()
+            with torch.enable_grad():  # without it torch has a closed way through a transformer's layer
+                return torch.export.export(model, (example,), dynamic_shapes=dynamic).module()
         except Exception:  # another shape, or the model's own code: it may raise anything
             continue
     name = type(model).__name__

@@ -54,7 +54,8 @@ class Layer:
     the weights from the layer below (`chain`).
     `own` is the model's own name of each parameter that no other layer shares, of those in `turned` its transpose.
     `outer_bias`: its bias is what is added last before the ReLU, the layer having none.
-    `readers` are the linear layers that read what `after` gives, as it is.
+    `readers` are the linear layers that read what `after` gives, as it is; `rows` is how many inputs of the layer a
+    sample makes: tokens, patches (1 where the shape of a sample is not known).
     `obstacle` says what the client did in training mode that leaves the gradient without ReLU's zeros.
     """
 
@@ -74,11 +75,7 @@ class Layer:
     obstacle: str = ""
     below: Entrywise | None = None
     readers: tuple[str, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """How many inputs of the layer a sample makes."""
-        return 1 if self.path is None else self.path.rows
+    rows: int = 1
 
     @property
     def folded(self) -> bool:
@@ -131,3 +128,11 @@ class Layer:
         size = g.abs() + self._shifted(g, received).abs() if bool(self.below.shift.any()) else g.abs()
         size = size / self.below.factor.abs().to(size)
         return max(1.0, float(size.norm() / made.norm().clamp_min(1e-300)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Two linear layers with an elementwise activation between: a feed-forward block, or a piece of a network."""
+
+    first: Layer
+    second: Layer

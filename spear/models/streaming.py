@@ -40,16 +40,20 @@ class Blocks:
 
     def times(self, other: Float[Tensor, "n1 k"]) -> Float[Tensor, "m k"]:
         """J other."""
+        n, plain = self.weight.shape[1], Blocks(self.weight, None, self.like)
         made = other.new_empty(self.shape[0], other.shape[1])  # first: results between blocks would scatter the heap
-        for part, block in self:
-            made[part] = block @ other
-        return made
+        for part, block in plain:
+            torch.mm(block, other[:n], out=made[part])
+        return made if self.column is None else made.addr_(self.column.to(self.like), other[n])
 
     def after(self, basis: Float[Tensor, "m k"]) -> Float[Tensor, "k n1"]:
         """basis^T J."""
+        n, plain = self.weight.shape[1], Blocks(self.weight, None, self.like)
         made = basis.new_zeros(basis.shape[1], self.shape[1])
-        for part, block in self:
-            made += basis[part].mT @ block
+        for part, block in plain:
+            made[:, :n].addmm_(basis[part].mT, block)
+        if self.column is not None:
+            made[:, n] = basis.mT @ self.column.to(self.like)
         return made
 
     def whole(self) -> Float[Tensor, "m n1"]:
@@ -64,13 +68,26 @@ class Blocks:
         return any(bool(block.any()) for _, block in self)
 
 
+def product(x: Float[Tensor, "*s n"], weight: Float[Tensor, "m n"]) -> Float[Tensor, "*s m"]:
+    """x Wᵀ where x is, in its precision; weights elsewhere, or in another, are converted by blocks."""
+    if (weight.dtype, weight.device) == (x.dtype, x.device):
+        return x @ weight.mT
+    return Blocks(weight, None, x).times(x.flatten(0, -2).mT).mT.unflatten(0, x.shape[:-1])
+
+
+def product_back(x: Float[Tensor, "*s m"], weight: Float[Tensor, "m n"]) -> Float[Tensor, "*s n"]:
+    """x W, likewise."""
+    if (weight.dtype, weight.device) == (x.dtype, x.device):
+        return x @ weight
+    return Blocks(weight, None, x).after(x.flatten(0, -2).mT).unflatten(0, x.shape[:-1])
+
+
 class _Product(torch.autograd.Function):
     """x W^T, or x W, by blocks of rows of W; of x alone there is a derivative, of any order."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-        blocks = Blocks(weight, None, x)
-        return blocks.after(x.mT) if transposed else blocks.times(x.mT).mT
+        return product_back(x, weight) if transposed else product(x, weight)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 from spear.models.activations import RELU, recognise
 from spear.models.entrywise import Entrywise, Piece, find, is_log_softmax, relu_then
 from spear.models.graphs import as_rows, extract, guesses, is_size, trace
-from spear.models.layers import Behind, Layer, Path, Shape
+from spear.models.layers import Behind, Block, Layer, Path, Shape
 from spear.models.memory import once
 from spear.models.modes import modes, words
+from spear.models.rows import row_counts
 from spear.models.traced import Traced, operation
 from spear.reconstruction import Refusal
 
@@ -72,6 +73,35 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
     return chosen
 
 
+def find_block(model: nn.Module, name: str | None = None, shape: Shape = None) -> Block:
+    """The feed-forward block that begins with the linear layer of that name, or else the first that tokens enter.
+
+    Raises `Refusal` where there is none.
+    """
+    layers = {layer.name: layer for layer in linear_layers(model, shape)}
+    known = ", ".join(layers) or "none"
+    if name is not None and name not in layers:
+        raise Refusal(f"no linear layer named {name!r}; the model's linear layers: {known}")
+    begins = [layer for layer in layers.values() if (layer.rows > 1 if name is None else layer.name == name)]
+    for layer in begins:
+        if layer.readers and layer.after.is_plain and not layer.obstacle:
+            return Block(layer, layers[layer.readers[0]])
+    why = "".join(f": {layer.obstacle}" for layer in begins if layer.obstacle)
+    where = (
+        f"behind {name}" if name else "that several tokens of a sample enter" if shape else "(a sample has no shape)"
+    )
+    raise Refusal(f"no activation and linear layer {where}{why}; the model's linear layers: {known}")
+
+
+def is_chain(model: nn.Module, shape: Shape = None) -> bool:
+    """Whether one attack reads every layer."""
+    try:
+        chain(model, shape)
+    except Refusal:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Sent:
     """The layer whose gradient there is to attack, `None` for the one that reads the data; and why it is another."""
@@ -129,7 +159,8 @@ def _usual(traced: Traced, node: fx.Node, shape: Shape) -> Layer:
 def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Layer:
     linear, before = traced.part(node), behind.before
     path = data_path(traced, node, linear.in_features, shape)
-    tail, unknown = _tail(traced, node, behind.start, path)
+    rows = path.rows if path is not None else row_counts(traced, shape).get(node.name, 1)
+    tail, unknown = _tail(traced, node, behind.start, rows)
     own, outer = traced.names(), _added_last(traced, behind.start) if linear.bias is None else ""
     if outer:
         own[f"{node.target}.bias"] = outer
@@ -148,7 +179,8 @@ def layer_at(traced: Traced, node: fx.Node, shape: Shape, behind: Behind) -> Lay
         turned=frozenset(traced.turned),
         outer_bias=bool(outer),
         obstacle=_obstacle(traced, node, behind.relu),
-        readers=_readers(traced, behind.end, linear.out_features) if behind.relu is not None else (),
+        readers=_readers(traced, behind.end, linear.out_features) if behind.activation is not None else (),
+        rows=rows,
     )
 
 
@@ -254,11 +286,11 @@ def outputs_of(traced: Traced) -> list[fx.Node]:
     return [node for node in given if node not in below]
 
 
-def _tail(traced: Traced, node: fx.Node, start: fx.Node, path: Path | None) -> tuple[fx.GraphModule | None, str]:
+def _tail(traced: Traced, node: fx.Node, start: fx.Node, rows: int) -> tuple[fx.GraphModule | None, str]:
     """The logits as a function of what enters the activation; or why there is none."""
     outputs = outputs_of(traced)
-    if path is not None and path.rows > 1:
-        return None, f"{node.target} reads {path.rows} parts of each sample, and each comes back by itself"
+    if rows > 1:
+        return None, f"{node.target} reads {rows} parts of each sample, and each comes back by itself"
     if len(outputs) != 1:
         names = ", ".join(output.name for output in outputs)
         return None, f"the model gives {len(outputs)} outputs ({names}): which of them the loss reads is not known"

@@ -13,6 +13,7 @@ from spear.network.error_bounds import input_bounds
 from spear.network.labels import WHOLE_NUMBERS, reweighed
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Judged, Reached, number
+from spear.network.rest import rest_of
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
 CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
@@ -39,16 +40,14 @@ def check(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) 
     not the measured one.
     """
     run = passes(problem, inputs, targets)
-    first, layers = inputs, []
-    for k in range(len(run.inputs) - 1, -1, -1):
-        total = problem.augmented(k)
-        first = torch.addmm(total, run.deltas[k].T, problem.extend(k, run.inputs[k]), alpha=-1)
-        layers.insert(0, float(first.norm() / total.norm()))
     basis, triangle = torch.linalg.qr(run.deltas[0].T)
-    step = torch.linalg.solve_triangular(triangle, basis.T @ first, upper=True)
+    first = rest_of(problem, 0, run, basis)
+    others = [rest_of(problem, k, run) for k in range(1, len(run.inputs))]
+    layers = [rest.size / rest.whole for rest in (first, *others)]
+    step = torch.linalg.solve_triangular(triangle, first.inside, upper=True)
     eye = torch.eye(len(triangle), dtype=inputs.dtype, device=inputs.device)
     inverse = torch.linalg.solve_triangular(triangle, eye, upper=True)  # its rows are as long as the pseudo-inverse's
-    noise = inverse.norm(dim=1) * first.norm() / len(first) ** 0.5
+    noise = inverse.norm(dim=1) * first.size / len(basis) ** 0.5
     error = (step.norm(dim=1) + noise) / problem.extend(0, inputs).norm(dim=1)
     logits = problem.apply(problem.last + 1, run.inputs[-1])
     if not targets.whole:  # an input's scale is its weight's: only the bias column tells, by how far its 1 is off

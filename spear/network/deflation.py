@@ -32,7 +32,7 @@ CERTAIN = 1e-6  # relative error of s, and least singular value of its equations
 def vectors_below(problem: NetworkView, solved: Solved) -> Float[Tensor, "f m"]:
     """The solved samples' back-propagated vectors before the layer below's mask, to the scale of their t."""
     top = problem.last
-    return ((solved.d @ problem.weights[top + 1]) * solved.mask) @ problem.weights[top]
+    return problem.back(top, (solved.d @ problem.weights[top + 1]) * solved.mask)
 
 
 def masks_below(

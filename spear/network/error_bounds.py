@@ -4,15 +4,18 @@ Each layer alone may determine the batch: its F_i follow from the masks and the 
 alone. The first layer gives the inputs themselves, a deeper one its own inputs, and the weights below lead back.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spear.certificate import input_errors, norms, rms, spread_of_family, spread_of_zeros
+from spear.certificate import input_errors, norms, spread_of_family, spread_of_zeros
 from spear.federated.losses import activate_along
+from spear.models.streaming import product
 from spear.network.curved_bounds import Levers, curved_bounds
-from spear.network.layerwise import solve
 from spear.network.problem import NetworkView, Passes, Targets
+from spear.network.rest import rest_of
 
 MOST_ENTRIES = 2**22  # of the families that are held at once
 
@@ -36,17 +39,20 @@ def input_bounds(
 
 def layer_bounds(problem: NetworkView, run: Passes, targets: Targets, k: int) -> Float[Tensor, " s"]:
     """The bounds that layer k's gradient gives; infinite where it does not determine the batch."""
-    G, X, total = run.deltas[k], problem.extend(k, run.inputs[k]), problem.augmented(k)
-    if len(G) > min(total.shape) or not bool(G.isfinite().all() and X.isfinite().all()):
+    G, X, shape = run.deltas[k], problem.extend(k, run.inputs[k]), problem.gradient(k).shape
+    if len(G) > min(shape) or not bool(G.isfinite().all() and X.isfinite().all()):
         return G.new_full((len(G),), torch.inf)
-    rest, eps = torch.addmm(total, G.T, X, alpha=-1), 2 * problem.precision
-    entries = max(rms(rest), eps * rms(total)), max(rms(rest[:, -1]), eps * rms(total[:, -1]))
+    basis, triangle = torch.linalg.qr(G.T)
+    rest, eps = rest_of(problem, k, run, basis), 2 * problem.precision
+    matrix, column = max(rest.size, eps * rest.whole), max(rest.last, eps * rest.whole_last)
+    entries = matrix / math.prod(shape) ** 0.5, column / shape[0] ** 0.5
     lengths = None if problem.biases[k] is not None else softness(problem, run, targets)
     error = input_errors(G, X, spreads(problem, run, k), entries=entries, lengths=lengths)
     if k:
         error = error * norms(run.inputs[k]) / (norms(run.inputs[0]) * least_slopes(problem, run, k))
     else:
-        error = error + solve(G, rest).norm(dim=1) / norms(run.inputs[0])
+        step = torch.linalg.solve_triangular(triangle, rest.inside, upper=True)
+        error = error + step.norm(dim=1) / norms(run.inputs[0])
     return error.nan_to_num(torch.inf, torch.inf)
 
 
@@ -77,7 +83,7 @@ def family(problem: NetworkView, run: Passes, k: int, index: Int[Tensor, " s"]) 
         rows = rows[1:] - rows[:1]  # dLoss/dlogits sums to zero
     rows = rows.expand(len(index), -1, -1)
     for above in range(problem.last, k - 1, -1):
-        rows = (rows @ problem.weights[above + 1]) * run.slopes[above][index][:, None, :]
+        rows = problem.back(above + 1, rows) * run.slopes[above][index][:, None, :]
     return rows
 
 
@@ -87,11 +93,11 @@ def least_slopes(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s
     It is 0 where fewer units are active on the way than an input has entries: an image in a narrow layer.
     """
     wide = torch.stack([(x != 0).sum(1) for x in run.slopes[:k]]).amin(0) >= run.inputs[0].shape[1]
-    slopes = run.inputs[0].new_zeros(len(wide))
-    for part in wide.nonzero()[:, 0].split(max(1, MOST_ENTRIES // problem.weights[0].numel())):
+    slopes, index = run.inputs[0].new_zeros(len(wide)), wide.nonzero()[:, 0]
+    for part in index.split(max(1, MOST_ENTRIES // problem.weights[0].numel())) if len(index) else ():
         rows = problem.weights[0] * run.slopes[0][part, :, None]
         for below in range(1, k):
-            rows = (problem.weights[below] @ rows) * run.slopes[below][part, :, None]
+            rows = product(rows.mT, problem.weights[below]).mT * run.slopes[below][part, :, None]
         slopes[part] = torch.linalg.eigvalsh(rows.mT @ rows)[:, 0].clamp_min(0).sqrt()
     return slopes
 
@@ -104,7 +110,7 @@ def softness(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tenso
     """
     x = run.inputs[0]
     for k in range(problem.last + 1):
-        x = (x @ problem.weights[k].T) * run.slopes[k]
+        x = product(x, problem.weights[k]) * run.slopes[k]
     logits = problem.apply(problem.last + 1, run.inputs[-1])
     along = activate_along(problem.loss, logits, x @ problem.weights[-1].T)
     own = targets.errors(problem.activate(logits)) / (targets.unit * targets.copies[:, None])

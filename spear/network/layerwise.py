@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spear.directions import unit_rows
+from spear.models.streaming import Blocks, product
 from spear.network.deflation import SPARE_ROWS
 from spear.network.labels import decode
 from spear.network.problem import NetworkView, Targets
@@ -22,13 +23,14 @@ ROUNDING = 1e-15  # of the largest activation: no zero is known better
 ABOVE = 4  # times the most negative entry: where zeros scatter evenly, one in many batches lies beyond
 
 
-def solve(deltas: Float[Tensor, "s m"], total: Float[Tensor, "m n"]) -> Float[Tensor, "s n"]:
+def solve(deltas: Float[Tensor, "s m"], total: Float[Tensor, "m n"] | Blocks) -> Float[Tensor, "s n"]:
     """The inputs whose outer products with `deltas` sum to the gradient `total`, by least squares.
 
     Dependent `deltas` give values that are not finite, which no check passes.
     """
     basis, triangle = torch.linalg.qr(deltas.T)
-    return torch.linalg.solve_triangular(triangle, basis.T @ total, upper=True)
+    inside = total.after(basis) if isinstance(total, Blocks) else basis.T @ total
+    return torch.linalg.solve_triangular(triangle, inside, upper=True)
 
 
 def activations(
@@ -42,7 +44,7 @@ def activations(
     k = problem.last
     if problem.biases[k] is not None:
         return rows[:, :-1] / rows[:, -1:], rows[:, -1]
-    outputs = (rows @ problem.weights[k].T * mask) @ problem.weights[k + 1].T
+    outputs = (product(rows, problem.weights[k]) * mask) @ problem.weights[k + 1].T
     offset = 0 if problem.biases[k + 1] is None else problem.biases[k + 1]
     logits = d.clamp_min(1e-300).log() - offset
     other = d > 0
@@ -78,16 +80,16 @@ def descend(
     targets = replace(decode(problem, errors, _outputs(problem, y, mask)), measured=errors)
     for _ in range(ROUNDS):
         renewed = targets.errors(_outputs(problem, y, mask))
-        y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.augmented(top))[:, : y.shape[1]]
+        y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.gradient(top))[:, : y.shape[1]]
         last, shift = shift, float(((y_new - y).norm(dim=1) / y.norm(dim=1)).max())
         if shift > last / 2 or shift < SETTLED:
             break
         y, errors = y_new, renewed
     deltas = (errors @ problem.weights[top + 1]) * mask
     for k in range(top - 1, -1, -1):
-        h = deltas @ problem.weights[k + 1]
+        h = problem.back(k + 1, deltas)
         deltas = h * (positive(y) if spans is None else corrected(positive(y), h, spans[k]))
-        y = solve(deltas, problem.augmented(k))[:, : problem.weights[k].shape[1]]
+        y = solve(deltas, problem.gradient(k))[:, : problem.weights[k].shape[1]]
     return y, targets
 
 
@@ -151,7 +153,7 @@ def down(
     determined = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for k in range(problem.last - 1, -1, -1):
         rows = unit_rows(lows[k].R)
-        lift = problem.affine(k) @ rows.T
+        lift = problem.lift(k, rows)
         active = above_gap(y)
         determined &= active.sum(1) >= len(rows) + SPARE_ROWS
         s = y.new_zeros(len(y), len(rows))

@@ -138,7 +138,7 @@ def conclude_partly(problem: NetworkView, run: PhaseSearch, reached: Reached, re
     lows = [problem.factors(k) for k in range(problem.last + 1)]
     rank = lows[0].rank
     reached = replace(reached, rank=rank)
-    seen = all(low.rank < min(problem.augmented(k).shape) for k, low in enumerate(lows))
+    seen = all(low.rank < min(problem.gradient(k).shape) for k, low in enumerate(lows))
     known = certain_singles(problem, run, lows, terms.budget.latest) if reached.found and seen else nobody(problem)
     sharp = [low for low in lows if low.rank == rank and low.gap > MIN_GAP]
     ready = len(sharp) > 1 and sharp[0] is lows[0] and sharp[1] is lows[1] and applicable(problem)
@@ -190,5 +190,5 @@ def certain_singles(
 
 def nobody(problem: NetworkView) -> KnownSamples:
     """No sample."""
-    empty = problem.weights[0].new_zeros
+    empty = problem.weights[-1].new_zeros
     return KnownSamples(empty(0, problem.weights[0].shape[1]), empty(0, problem.classes))

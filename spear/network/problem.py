@@ -26,9 +26,12 @@ from spear.federated.received import (
 from spear.federated.update import Lazy, SharedUpdate
 from spear.models.activations import RELU, Activation
 from spear.models.layers import Layer
+from spear.models.streaming import Blocks, product, product_back
 from spear.models.tracing import chain
 from spear.published.lowrank import LowRank, decompose
 from spear.reconstruction import Refusal
+
+LARGE = 2**22  # entries of a layer that is not converted to float64, and read by blocks
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class NetworkView:
     `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
     `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
     `folded` says that a map between the model's layers is in their weights: gradients are then not the model's own.
-    `precision` is the unit roundoff of the gradients as they were sent, relative to them (they are held in float64),
+    `precision` is the unit roundoff of the gradients as they were sent, relative to them. All is in float64, but for
+    hidden layers of over `LARGE` entries: these are held as they came, and `apply`, `back`, `lift` and `gradient` read
+    them by blocks, until `widened`.
     `input_shape` the shape of one sample, where it is not a vector. `loss` is one of `spear.federated.LOSSES`,
     `dtype` the coarsest of model and update. `activations` are those of the hidden layers, ReLU unless they are given.
     """
@@ -70,6 +75,12 @@ class NetworkView:
         for k, (b, g) in enumerate(zip(self.biases, self.bias_gradients, strict=True)):
             if (b is None) != (g is None):
                 raise ValueError(f"layer {k + 1}: a bias needs its gradient, and a bias gradient its bias")
+
+    @property
+    def widened(self) -> "NetworkView":
+        """The same with every layer in float64, for what takes whole matrices."""
+        weights, gradients = (tuple(w.to(self.weights[-1]) for w in x) for x in (self.weights, self.weight_gradients))
+        return replace(self, weights=weights, weight_gradients=gradients)
 
     @property
     def last(self) -> int:
@@ -109,21 +120,33 @@ class NetworkView:
         """The outputs that the loss wants for these labels."""
         return losses.one_hot(labels, self.weights[-1].T)
 
-    def augmented(self, k: int) -> Float[Tensor, "out in1"]:
+    def gradient(self, k: int) -> Blocks:
         """[dL/dW_k | dL/dbeta_k] = sum_i delta_i [input_i; 1]ᵀ, without the last column where there is no bias."""
+        return Blocks(self.weight_gradients[k], self.bias_gradients[k], self.weights[-1])
+
+    def augmented(self, k: int) -> Float[Tensor, "out in1"]:
+        """The same as one matrix."""
         return (
-            self.weight_gradients[k]
+            self.weight_gradients[k].to(self.weights[-1])
             if self.biases[k] is None
-            else join(self.weight_gradients[k], self.bias_gradients[k])
+            else join(self.weight_gradients[k].to(self.weights[-1]), self.bias_gradients[k])
         )
 
     def factors(self, k: int, rank: int | None = None) -> LowRank:
         """The factorised gradient of layer k, its rank counted down to the rounding with which it was sent."""
-        return decompose(self.augmented(k), rank, eps=2 * self.precision, expected=self.batch_size or 0)
+        return decompose(self.gradient(k), rank, eps=2 * self.precision, expected=self.batch_size or 0)
 
     def affine(self, k: int) -> Float[Tensor, "out in1"]:
         """[W_k | beta_k], the map from [input; 1] to pre-activations, in the columns of `augmented(k)`."""
         return self.weights[k] if self.biases[k] is None else join(self.weights[k], self.biases[k])
+
+    def lift(self, k: int, rows: Float[Tensor, "r in1"]) -> Float[Tensor, "out r"]:
+        """[W_k | beta_k] rowsᵀ."""
+        return Blocks(self.weights[k], self.biases[k], rows).times(rows.mT)
+
+    def back(self, k: int, deltas: Float[Tensor, "*s out"]) -> Float[Tensor, "*s in"]:
+        """Vectors of layer k's outputs led back to its inputs: W_kᵀ delta."""
+        return product_back(deltas, self.weights[k])
 
     def extend(self, k: int, inputs: Float[Tensor, "s in"]) -> Float[Tensor, "s in1"]:
         """[input; 1], or the input alone where layer k has no bias."""
@@ -131,7 +154,7 @@ class NetworkView:
 
     def apply(self, k: int, inputs: Float[Tensor, "s in"]) -> Float[Tensor, "s out"]:
         """Pre-activations of layer k."""
-        z = inputs @ self.weights[k].T
+        z = product(inputs, self.weights[k])
         return z if self.biases[k] is None else z + self.biases[k]
 
     def shaped(self, inputs: Float[Tensor, "s n"]) -> Float[Tensor, "s *input_shape"]:
@@ -226,7 +249,7 @@ def passes(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets)
     slopes = [activation.slope(own) for activation, own in zip(problem.activations, z[:-1], strict=True)]
     deltas = [targets.errors(problem.activate(z[-1]))]
     for k in range(problem.last, -1, -1):
-        deltas.insert(0, (deltas[0] @ problem.weights[k + 1]) * slopes[k])
+        deltas.insert(0, problem.back(k + 1, deltas[0]) * slopes[k])
     return Passes(tuple(states), tuple(deltas), tuple(z[:-1]), tuple(slopes))
 
 
@@ -237,7 +260,7 @@ def open_network(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
 ) -> NetworkView:
-    """The chain behind a model, with the update's gradients: float64 on `device`, or on the CPU where that has none.
+    """The chain behind a model, with the update's gradients, on `device`, or on the CPU where that has no float64.
 
     Raises `Refusal` for a model that is not such a chain, and `ValueError` as `spear.attack` does for gradients that do
     not fit.
@@ -265,13 +288,19 @@ def view_of(
     for layer, has in zip(layers, biased, strict=True):
         if (missing := layer.missing(gradients)) and (has or not missing.endswith("bias")):
             raise Refusal(f"the network method needs every layer's gradient; the update has none for {missing}")
-    moved = lambda x: x.detach().to(device, torch.float64)  # noqa: E731
-    received = lambda layer, kind: moved(layer.gradient(f"{layer.name}.{kind}", gradients))  # noqa: E731
+
+    def held(layer: Layer, kind: str, values: Tensor) -> Tensor:
+        large = kind == "weight" and layer is not layers[-1] and values.numel() > LARGE
+        return values.detach().to(device, values.dtype if large else torch.float64)
+
+    def received(layer: Layer, kind: str) -> Tensor:
+        return held(layer, kind, layer.gradient(f"{layer.name}.{kind}", gradients))
+
     pairs = list(zip(layers, biased, strict=True))
     zero = {layer.own.get(f"{layer.name}.bias") for layer in layers if layer.name in idle}
     return NetworkView(
-        tuple(moved(layer.linear.weight) for layer in layers),
-        tuple(moved(layer.linear.bias) if has else None for layer, has in pairs),
+        tuple(held(layer, "weight", layer.linear.weight) for layer in layers),
+        tuple(held(layer, "bias", layer.linear.bias) if has else None for layer, has in pairs),
         tuple(received(layer, "weight") for layer in layers),
         tuple(received(layer, "bias") if has else None for layer, has in pairs),
         batch_size or update.count,
@@ -294,13 +323,13 @@ def _without(update: SharedUpdate, names: Collection[str | None]) -> SharedUpdat
 
 
 def plain(problem: NetworkView) -> NetworkView:
-    """The problem itself. Raises `Refusal` where its gradients are not the model's own, entry by entry, and where an
+    """The problem `widened`. Raises `Refusal` where its gradients are not the model's own, entry by entry, and where an
     activation is not ReLU: from noise, missing entries and steps, samples are told by ReLU's zeros."""
     if problem.folded:
         raise Refusal("between the layers stands a normalisation: noise, missing entries or steps are not of this form")
     if not problem.is_relu:
         raise Refusal("noise, missing entries and local steps need ReLU's zeros; an activation here is another one")
-    return problem
+    return problem.widened
 
 
 def _loss(last: Layer, told: str) -> str:

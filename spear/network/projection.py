@@ -104,16 +104,16 @@ class Projections:
 
     @classmethod
     def onto(
-        cls, affine: Float[Tensor, "m n1"], rows: Float[Tensor, "r n1"], above: Float[Tensor, "k m"]
+        cls, lift: Float[Tensor, "m r"], rows: Float[Tensor, "r n1"], above: Float[Tensor, "k m"]
     ) -> "Projections":
-        """From the first layer's [W | beta], its gradient's rows, and the second gradient's rows less the bias."""
-        return cls(*torch.linalg.qr(affine @ rows.T), torch.linalg.qr(above.T)[0], rows)
+        """From the first layer's [W | beta] rowsᵀ, its gradient's rows, and the second gradient's less the bias."""
+        return cls(*torch.linalg.qr(lift), torch.linalg.qr(above.T)[0], rows)
 
     @classmethod
     def of(cls, problem: NetworkView, first: Factors, second: Factors) -> "Projections":
         """From the first two gradients, or what is left of them."""
-        affine = problem.affine(0)
-        return cls.onto(affine, first.rows, second.rows[:, : len(affine)])
+        lift = problem.lift(0, first.rows)
+        return cls.onto(lift, first.rows, second.rows[:, : len(lift)])
 
     def draw(self, count: int, generator: Generator) -> Float[Tensor, "k r"]:
         """Normal c of any length."""

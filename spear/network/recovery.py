@@ -81,7 +81,7 @@ class Judged:
 
 def nothing(problem: NetworkView, reason: str, reached: Reached) -> Judged:
     """No sample, and why."""
-    empty = problem.weights[0].new_zeros
+    empty = problem.weights[-1].new_zeros
     none = empty(0, problem.weights[0].shape[1]), empty(0, problem.classes), empty(0), empty(0).bool()
     return Judged(*none, False, reason, reached)
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.directions import TINY, unit_rows
+from spear.models.streaming import product_back
 from spear.network.phase_retrieval import Iterate, Reflections, Together, advance
 from spear.network.spaces import Spaces, misfit, project, quick
 
@@ -61,11 +62,12 @@ class TwoLayers:
     ) -> "TwoLayers":
         """For samples whose s lie in the span of `free`; `weight` is W, `below` spans the gradient under it."""
         u, y = spaces.basis, spaces.rows[:, : weight.shape[1]].T
-        weight = weight * (u.norm() / (weight.T @ u).norm())
+        back = product_back(u.T, weight).T
+        scale = u.norm() / back.norm()
         lift = torch.cat([spaces.lift, y * ((spaces.lift @ free).norm() / (y @ free).norm())])
-        vectors, samples = (torch.linalg.qr(x.float())[0] for x in (torch.cat([u, weight.T @ u]), lift @ free))
+        vectors, samples = (torch.linalg.qr(x.float())[0] for x in (torch.cat([u, scale * back]), lift @ free))
         bases = (quick(x) for x in (u.float(), below.float(), vectors, samples))
-        return cls(*bases, weight.float(), lift.float())
+        return cls(*bases, weight.float() * scale.float(), lift.float())
 
     def search(self, start: Iterate, s: Float[Tensor, "k b"], options: Reflections) -> Pair:
         """Where starts end whose h are given, and whose samples are s."""

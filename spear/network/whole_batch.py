@@ -40,7 +40,7 @@ def recover(problem: NetworkView, terms: Terms) -> Reconstruction:
 def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
     """The samples behind the gradients, each once with its label counts; raises as `recover` does."""
     if not problem.activations[problem.last].is_flat:
-        return curves.distinct_samples(problem, terms)
+        return curves.distinct_samples(problem.widened, terms)
     low = problem.factors(problem.last)
     spaces = open_spaces(problem, low.L, low.R)
     restricted = many_classes.too_many(problem, spaces, MARGIN)
@@ -92,7 +92,7 @@ def open_spaces(problem: NetworkView, L: Float[Tensor, "m b"], R: Float[Tensor, 
     """The spaces of the last hidden layer from its factorised gradient L R."""
     singular = R.norm(dim=1)
     rows = R / singular[:, None]
-    lift = problem.affine(problem.last) @ rows.T
+    lift = problem.lift(problem.last, rows)
     levels = Levels.of(problem.activations[problem.last], len(L))
     return Spaces(L, singular, rows, lift, problem.weights[-1], contrasts(problem.outputs, problem.loss, L), levels)
 
@@ -105,7 +105,7 @@ def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
     if problem.batch_size and rank > 2 * problem.batch_size and low.gap < MIN_GAP:
         seen = f"rank {rank} without a gap from a batch of {problem.batch_size}"
         raise Refusal(f"{seen}: there is noise on the gradient, or something was added to it (control variates)")
-    if rank == min(problem.augmented(problem.last).shape) and low.gap < MIN_GAP:
+    if rank == min(problem.gradient(problem.last).shape) and low.gap < MIN_GAP:
         least = f"the last of {rank} is {low.smallest / low.largest:.0e} of the first"
         where = f"no gap in the singular values of the last hidden layer's gradient: {least}"
         raise Refusal(f"{where}: a batch too large for width {widths[-1]}, or noise on the gradient")
@@ -125,7 +125,7 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
     sane = plausible(problem, rows, solved)
     rows, solved, best = rows[sane], solved[sane], None
     if not problem.is_relu:
-        found = curves.conclude_slopes(problem, rows, solved, reached) if len(solved) else None
+        found = curves.conclude_slopes(problem.widened, rows, solved, reached) if len(solved) else None
         return found or nothing(problem, str(reached), reached)
     for positive, spans in masks_by(problem) if len(solved) else ():
         if best is not None and time.monotonic() > until:

@@ -36,7 +36,7 @@ def open_normalised(
     layers, found = chain
     behind = [one.norm for one in found]
     idle = [layer.name for layer, norm in zip(layers, behind, strict=False) if norm and norm.kind == "batch"]
-    network = view_of(layers, model, update, idle=idle, batch_size=batch_size, device=device)
+    network = view_of(layers, model, update, idle=idle, batch_size=batch_size, device=device).widened
     gradients = check_gradients(model, update)
     device = network.weights[0].device
 

@@ -34,14 +34,16 @@ def watch():
         seen.append(own())
 
 small = torch.nn.Sequential(torch.nn.Linear(9, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
-spear.attack(small, spear.federated.gradient(small, torch.randn(3, 9), torch.arange(3)), method="sampling")
+for method in ("sampling", "network"):
+    spear.attack(small, spear.federated.gradient(small, torch.randn(3, 9), torch.arange(3)), method=method)
 model = network()
 tensors, _ = spear.models.tensors.read_tensors(sys.argv[1])
 model.load_state_dict(tensors, assign=True)
 start, done, seen = own(), threading.Event(), []
 thread = threading.Thread(target=watch)
 thread.start()
-result = spear.attack(model, spear.SharedUpdate.load(sys.argv[2]), method="sampling", layer=sys.argv[3])
+options = {"method": sys.argv[3], "layer": sys.argv[4] or None}
+result = spear.attack(model, spear.SharedUpdate.load(sys.argv[2]), **options)
 done.set(); thread.join()
 print(json.dumps({"grown": max(seen) - start, "certified": int(result.certified.sum()), "reason": result.reason}))
 """
@@ -74,8 +76,8 @@ def test_no_layer_is_held_in_memory_large_or_small(tmp_path: Path, repository: P
         "PYTHONPATH": os.pathsep.join([str(repository), str(Path(__file__).parent)]),
         "OMP_NUM_THREADS": "1",
     }
-    for layer, share in (("0", 1.0), ("2", 0.5)):
-        command = [sys.executable, "-c", SCRIPT, str(weights), str(update), layer]
+    for method, layer, share in (("sampling", "0", 1.0), ("sampling", "2", 0.5), ("network", "", 1.0)):
+        command = [sys.executable, "-c", SCRIPT, str(weights), str(update), method, layer]
         ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         figures = json.loads(ran.stdout)
         assert figures["certified"] == BATCH, figures

@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt on the sine between delta(z) and span(U), all starts at once, its steps by conjugate gradients.
+"""Levenberg-Marquardt on the sine between a vector of z and a space, all starts at once, by conjugate gradients.
 
 No start has a matrix of its own: a step is some products of all starts with the same U and Q.
 """
@@ -6,12 +6,11 @@ No start has a matrix of its own: a step is some products of all starts with the
 import math
 import time
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from spear.network.curves.layer import Curves, Points
 
 DAMPED, LESS, MORE, MOST = 0.1, 0.2, 5.0, 1e4  # damping at first, after a success and a failure (times), given up past
 EVERY, EARLIEST = 5, 9  # steps after which starts are looked at, and before which none is given up
@@ -19,6 +18,22 @@ STUCK, FAR = 0.9, 100.0  # share of the sine that `EVERY` steps must take away, 
 MOST_ENTRIES = 2**22  # of the matrices that are held at once
 MATRICES, CHORDS = 3, 5  # of a start that is nearly right: each matrix serves for so many steps
 SLOPPY, SHARPEST = 0.1, 1e-6  # residual of a step's linear system, relative to its right side: at most, at least
+
+
+@runtime_checkable
+class Family(Protocol):
+    """Vectors u(z), z = z_0 + Q w with Q the `frame`, held against a space, as `spear.network.curves.layer.Curves`.
+
+    `at` says where starts are, as its `Points`: `unit` is u at length 1, `rest` its part off the space, `bend` the
+    derivative of u by z, entry by entry. `forth`, `back` and `matrix` are the derivative of the rest by w.
+    """
+
+    frame: Tensor
+
+    def at(self, w: Tensor, labels: Tensor, pieces: Tensor | None = None) -> Any: ...
+    def forth(self, at: Any, v: Tensor) -> Tensor: ...
+    def back(self, at: Any, u: Tensor) -> Tensor: ...
+    def matrix(self, at: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Effort:
 
 
 def fit(
-    curves: Curves,
+    curves: Family,
     w: Float[Tensor, "k q"],
     labels: Int[Tensor, " k"],
     effort: Effort,
@@ -69,7 +84,7 @@ def fit(
 
 
 def finish(
-    curves: Curves, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], *, arrived: float
+    curves: Family, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], *, arrived: float
 ) -> tuple[Float[Tensor, "k q"], Float[Tensor, " k"]]:
     """Gauss-Newton from where starts are nearly right, each with its own matrix, which serves for some steps."""
     ends, sines = w.clone(), curves.at(w, labels).sine
@@ -90,7 +105,7 @@ def finish(
     return ends, sines
 
 
-def solve(curves: Curves, at: Points, damping: Float[Tensor, " k"], most: int) -> Float[Tensor, "k q"]:
+def solve(curves: Family, at: Any, damping: Float[Tensor, " k"], most: int) -> Float[Tensor, "k q"]:
     """The step v of (MᵀM + damping · scale) v = -Mᵀ r, M the derivative of the residual r, as far as is worth it."""
     tiny = torch.finfo(at.w.dtype).tiny
     shift = (damping * (at.bend / at.size).pow(2).mean(1))[:, None]
