@@ -183,7 +183,7 @@ def _row(
     if labels is not None and found.labels is not None:
         nearest = torch.cdist(truth.double(), found.inputs.flatten(1).double()).argmin(1)
         right = float((found.labels[nearest] == labels).double().mean())
-    returned = f"tokens of {found.features_of}" if found.features_of or labels is None else "images"
+    returned = "images" if labels is not None else f"tokens of {found.features_of or 'the block'}"
     exact, certified = int((off < EXACT).sum()), int(found.certified.sum())
     return Row(name, seed, returned, len(truth), exact, float(off.max()), certified, right, seconds, found.reason)
 

@@ -21,7 +21,7 @@ from spear.cli.shared import (
     printable,
 )
 
-METHODS = "auto, the strongest that fits; or sampling, guided, dictionary, layer (one layer), network (every layer)."
+METHODS = "auto, the strongest fit; or sampling, guided, dictionary, layer (one layer), block (two), network (all)."
 
 
 def attack(

@@ -31,7 +31,7 @@ COOLED, COLDEST = 0.7, 0.5  # of a temperature: down to `TRUE`, and the least af
 ALLOWED, AGAIN = 2.0, 10.0  # temperatures per residual: what follows a stage that helped, and one that did not
 HELPED = 0.9  # of the residual before
 DECAY = 1.2  # of the frequencies, times the root of the temperature
-STEPS, STAGES = 20, 100  # in a stage, and stages in all
+STEPS, STAGES = 20, 60  # in a stage, and stages before double precision is tried
 NATURAL = 1.5  # decay of random inputs by which temperatures are measured
 SIZED = 4  # rounds in which these get features of the right size
 NEAR = 2e-4  # relative residual from which double precision takes over; a quarter of it where that failed
@@ -111,9 +111,9 @@ class Cooling:
 
     def run(self, open_: Bool[Tensor, " k"], near: float, until: float) -> None:
         """Stages of the samples in `open_` until they are as near, or were given up."""
-        while self.stages < STAGES and time.monotonic() < until:
+        for _ in range(STAGES):
             index = (open_ & (self.far > near)).nonzero()[:, 0]
-            if not len(index):
+            if not len(index) or time.monotonic() >= until:
                 break
             self._stage(index, until)
             self.stages += 1

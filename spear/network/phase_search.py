@@ -19,7 +19,7 @@ from spear.network.policy import Plan, Policy, Standing
 from spear.network.problem import NetworkView
 from spear.network.spaces import SAME, Foretold, Solved, Spaces, complement
 from spear.network.starts import TELLING, Starts, mean_probabilities, prior_outputs
-from spear.network.two_layers import TwoLayers
+from spear.network.two_layers import FewInputs, TwoLayers
 from spear.published.lowrank import LowRank
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
@@ -108,6 +108,8 @@ class PhaseSearch:
     def _dismiss(self) -> None:
         """Let the solved samples whose activations the layer below determines leave the problem."""
         m, b = self.spaces.basis.shape
+        if self.factors_below.rank < self.whole.rank:  # its span does not hold the samples' own vectors
+            return
         index, s = self.determined(starts=TRIES[b >= VERY_HARD * m])
         if not len(index):
             return
@@ -227,7 +229,10 @@ class PhaseSearch:
         self, start: Iterate, s: Float[Tensor, "k b"], free: Float[Tensor, "b r"], options: Reflections
     ) -> Iterate:
         """Where starts end that search the layer below as well; what they say of its masks is kept."""
-        weight = self.problem.weights[self.problem.last]
-        pair = TwoLayers.of(self.spaces, weight, self.factors_below.L, free).search(start, s, options)
+        low, top = self.factors_below, self.problem.last
+        if low.rank < self.whole.rank:
+            below = self.problem.affine(top - 1) @ unit_rows(low.R).T
+            return FewInputs.of(self.spaces, below, free).search(start, s, options).above
+        pair = TwoLayers.of(self.spaces, self.problem.weights[top], low.L, free).search(start, s, options)
         self.hints = (unit_rows(pair.target), pair.target_below != 0)
         return pair.above

@@ -26,9 +26,12 @@ RELAXATION = 0.7  # of a step
 
 @dataclass(frozen=True)
 class Pair(Together):
-    """A batch of starts: `vectors` [u; h'], `below` g, `samples` [z; y], h; and the last `target`s of u and of g."""
+    """A batch of starts: `vectors` [u; h'], `below` g, `samples` [z; y], h; and the last `target`s of u and of g.
 
-    vectors: Float[Tensor, "k both"]
+    With few inputs (`FewInputs`), `vectors` is u, `below` z', and `target_below` y.
+    """
+
+    vectors: Float[Tensor, "k _vectors"]
     below: Float[Tensor, "k m1"]
     samples: Float[Tensor, "k both"]
     h: Float[Tensor, "k m"]
@@ -108,3 +111,55 @@ class TwoLayers:
             samples = samples + RELAXATION * (kept - near_samples)
             samples = samples / samples.norm(dim=1, keepdim=True).clamp_min(TINY)
         return Pair(vectors, below, samples, h, target, target_below)
+
+
+@dataclass(frozen=True)
+class FewInputs:
+    """The same where fewer inputs than samples are independent: g_i is then not in the span of the gradient below.
+
+    But z'_i lies in a space as small, the image of that gradient's rows, of which `below` is a basis, and
+    y_i = ReLU(z'_i). `basis` is that of u, `samples` that of [z; y] = `lift` s.
+    """
+
+    basis: Float[Tensor, "m b"]
+    below: Float[Tensor, "m1 r1"]
+    samples: Float[Tensor, "both r"]
+    lift: Float[Tensor, "both b"]
+
+    @classmethod
+    def of(cls, spaces: Spaces, below: Float[Tensor, "m1 r1"], free: Float[Tensor, "b r"]) -> "FewInputs":
+        """For samples whose s lie in the span of `free`; the columns of `below` span the possible z'."""
+        y = spaces.rows[:, : len(below)].T
+        lift = torch.cat([spaces.lift, y * ((spaces.lift @ free).norm() / (y @ free).norm())])
+        below, samples = (torch.linalg.qr(x.float())[0] for x in (below, lift @ free))
+        return cls(*(quick(x) for x in (spaces.basis.float(), below, samples)), lift.float())
+
+    def search(self, start: Iterate, s: Float[Tensor, "k b"], options: Reflections) -> Pair:
+        """Where starts end whose h are given, and whose samples are s."""
+        samples = unit_rows(s.float() @ self.lift.T)
+        below = samples[:, start.h.shape[1] :].clone()
+        pair = Pair(start.u, below, samples, start.h, start.u, below)
+        return advance(pair, self.forward, lambda now: misfit(now.target, self.basis), options)
+
+    def forward(self, pair: Pair, steps: int) -> Pair:
+        """Relaxed reflections between these spaces and the masks; `target_below` is y."""
+        u, below, samples, h = pair.vectors, pair.below, pair.samples, pair.h
+        m = h.shape[1]
+        for _ in range(steps):
+            near_u, near_below, near_samples = (
+                project(x, basis) for x, basis in ((u, self.basis), (below, self.below), (samples, self.samples))
+            )
+            turned, z_below = torch.lerp(u, near_u, 2.0), torch.lerp(below, near_below, 2.0)
+            z, y = torch.lerp(samples, near_samples, 2.0).tensor_split((m,), 1)
+            size, middle = z.abs(), ((y + z_below) / 2).clamp_min_(0)
+            sign = ((2 * turned - h) * h).addcmul_(z, size).sign_()
+            off = y * y + z_below.clamp_min(0).square() - (y - middle).square() - (z_below - middle).square()
+            active = off.sign_().add_(1).div_(2)
+            target, y = torch.addcmul(h, h, sign).div_(2), middle * active
+            u = u + RELAXATION * (target - near_u)
+            below = below + RELAXATION * (y + (1 - active) * z_below.clamp_max(0) - near_below)
+            kept = torch.cat([size.mul_(sign).add_(z).div_(2), y], 1)
+            samples = samples + RELAXATION * (kept - near_samples)
+            norm = samples.norm(dim=1, keepdim=True).clamp_min(TINY)
+            samples, below = samples / norm, below / norm
+        return Pair(u, below, samples, h, target, y)

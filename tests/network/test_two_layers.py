@@ -11,7 +11,7 @@ from spear.network import phase_retrieval
 from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.problem import Targets, passes
 from spear.network.spaces import Foretold
-from spear.network.two_layers import BELOW, RELAXATION, Pair, TwoLayers
+from spear.network.two_layers import BELOW, RELAXATION, FewInputs, Pair, TwoLayers
 from spear.network.whole_batch import open_spaces
 from spear.published.lowrank import decompose
 
@@ -24,7 +24,8 @@ class Scene:
         low = decompose(made.problem.augmented(1))
         self.spaces, self.below = open_spaces(made.problem, low.L, low.R), decompose(made.problem.augmented(0)).L
         counts = torch.nn.functional.one_hot(made.labels, 10).double()
-        self.run = passes(made.problem, made.inputs, Targets(counts, 1 / batch, 0.0))
+        self.problem, self.run = made.problem, passes(made.problem, made.inputs, Targets(counts, 1 / batch, 0.0))
+        self.s = self.run.inputs[1] @ self.spaces.rows[:, :-1].T + self.spaces.rows[:, -1]
         self.weight, self.free = made.problem.weights[1], torch.eye(batch, dtype=torch.float64)
         self.layers = TwoLayers.of(self.spaces, self.weight, self.below, self.free)
 
@@ -32,10 +33,10 @@ class Scene:
         """The samples' own vectors, scaled as the layers are."""
         h = self.run.deltas[2] @ self.spaces.head
         size = h.norm(dim=1, keepdim=True)
-        u, s = self.run.deltas[1] / size, self.run.inputs[1] @ self.spaces.rows[:, :-1].T + self.spaces.rows[:, -1]
+        u = self.run.deltas[1] / size
         h_below = u @ self.layers.weight.double()
         g = h_below * (self.run.inputs[1] > 0)
-        samples = unit_rows(s @ self.layers.lift.double().T)
+        samples = unit_rows(self.s @ self.layers.lift.double().T)
         return Pair(torch.cat([u, h_below], 1), g, samples, h / size, u, g).to(torch.float32)
 
     def starts(self, count, seed=0) -> tuple[Iterate, torch.Tensor]:
@@ -119,4 +120,37 @@ def test_in_a_crowd_more_starts_arrive_than_by_one_layer(seed):
     true = unit_rows(scene.truth().target)
     arrived, few = (int(((unit_rows(end) @ true.T).amax(1) > 0.98).sum()) for end in (pair, alone))
     assert arrived > 3 * few
+    assert arrived > 10
+
+
+def few_inputs(seed: int) -> tuple[Scene, FewInputs, Pair]:
+    """A batch of more samples than inputs: its spaces, and the samples' own vectors."""
+    scene = Scene((30, 120, 120, 10), 70, seed)
+    below = scene.problem.affine(0) @ torch.linalg.qr(scene.problem.augmented(0).T)[0][:, :31]
+    layers = FewInputs.of(scene.spaces, below, scene.free)
+    true = scene.truth()
+    samples = unit_rows(scene.s @ layers.lift.double().T)
+    scale = samples[:, 120:].norm(dim=1, keepdim=True) / scene.run.inputs[1].norm(dim=1, keepdim=True)
+    z_below = (scene.run.z[0] * scale).float()
+    return scene, layers, Pair(true.target, z_below, samples.float(), true.h, true.target, z_below.clamp_min(0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_few_inputs_the_truth_lies_in_the_spaces_and_is_a_fixed_point(seed):
+    _, layers, true = few_inputs(seed)
+    for x, basis in ((true.vectors, layers.basis), (true.below, layers.below), (true.samples, layers.samples)):
+        assert torch.allclose(x @ basis @ basis.T, x, atol=1e-5)
+    after = layers.forward(true, 5)
+    for name in ("vectors", "below", "samples", "target", "target_below"):
+        assert torch.allclose(getattr(after, name), getattr(true, name), atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_with_few_inputs_more_starts_arrive_than_by_one_layer(seed):
+    scene, layers, true = few_inputs(seed)
+    start, s = scene.starts(70)
+    both = layers.search(start, s, Reflections(150, near=3e-3)).target
+    alone = phase_retrieval.retrieve_phases(start, scene.spaces.basis.float(), Reflections(400)).target
+    arrived, few = (int(((unit_rows(end) @ unit_rows(true.target).T).amax(1) > 0.98).sum()) for end in (both, alone))
+    assert arrived > 2 * few
     assert arrived > 10
