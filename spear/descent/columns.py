@@ -30,24 +30,29 @@ SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could mak
 ALIKE = 0.95  # |cosine| of two search results that lead to the same column
 LEAST_STARTS, MOST_STARTS = 16, 64
 IDLE = 10  # rounds in a row of the longest search without a new column, after which there is no hope
-CURIOSITY = 1.5  # factor by which the promise of the searches that wait grows in each round
+CURIOSITY = 1.2  # factor by which the promise of the searches that wait grows in each round
 HOPE = 0.1  # columns that a round counts for where it found none: one failure is no proof
 Search = Callable[[Float[Tensor, "f b"], int, int, torch.Generator], Float[Tensor, "k b"]]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """The steps that a search may take, `shortest` to `longest`: `factor` times as many where few starts succeed."""
+    """The steps that a search may take, `shortest` to `longest`: `factor` times as many where few starts succeed.
+
+    `few` and `many` are shares of the starts of a round, each of a search's ends counting for those that led to it.
+    """
 
     shortest: int
     longest: int
     factor: int = 3
+    few: float = 0.5
+    many: float = 0.95
 
     def next(self, steps: int, success: float) -> int:
-        """Longer if that can pay, shorter if it is not needed; `success` is that of the starts that came back."""
-        if success < 0.5:
+        """Longer if that can pay, shorter if it is not needed; `success`: the share of starts that led to a column."""
+        if success < self.few:
             return min(steps * self.factor, self.longest)
-        return max(steps // self.factor, self.shortest) if success > 0.95 else steps
+        return max(steps // self.factor, self.shortest) if success > self.many else steps
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def collect(
         stuck = way.steps == lengths.longest or len(basis) == b
         idle = 0 if (len(basis), matching) > reached else idle + stuck
         gain = max(len(basis) - reached[0], HOPE) / (count * way.steps)
-        ways = _judged(ways, way, lengths.next(way.steps, hits / len(ends)), gain)
+        ways = _judged(ways, way, lengths.next(way.steps, hits / count), gain)
         terms.report(name, len(basis), b, starts)
         if idle == IDLE and matching < goal:
             spent = f"{IDLE} rounds of {lengths.longest:,} steps found no further column"
@@ -180,7 +185,7 @@ def _common_angles(C: Float[Tensor, "m 2"], least: int, tolerance: float) -> Flo
 def groups(q: Float[Tensor, "k b"]) -> tuple[Float[Tensor, "g b"], Tensor]:
     """The first of every group of directions that are alike, and the group of each (`distinct` tells no groups)."""
     alike = (q @ q.mT).abs() > ALIKE
-    first = alike.int().argmax(1)
+    first = (~alike).long().cumprod(1).sum(1)  # those before it are not
     leaders, group = first.unique(return_inverse=True)
     return q[leaders], group
 

@@ -3,13 +3,13 @@
     V = Q^-T = M^-1 Q, so that v_i = M^-1 q_i for every sample i, whatever the lengths of the columns
 
 Fresh columns point every way, so that M has nearly the spectrum of Marchenko and Pastur; and as B = Z Q^T, the
-directions that Q stretches are those in which B is large. Of every column found its part of M is known. Known columns
-also tell where the others are not: every other v is orthogonal to their q, and every other q to their v, which the
-signs of B v tell to a good part. Vectors are rows.
+directions that Q stretches are those in which B is large. Samples of one class have like gradients, which adds a few
+large eigenvalues; they show in where searches end, and then in known columns. Of every column found its part of M is
+known. Known columns also tell where the others are not: every other v is orthogonal to their q, and every other q to
+their v, which the signs of B v tell to a good part. Vectors are rows.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,9 @@ GRID = 4096  # points at which the density of Marchenko and Pastur is summed
 VISITS, DAMPED = 25, 0.7  # of expectation propagation: its rounds, and the share of the new message
 FAR = 1e3  # standard deviations beyond which the hazard of a normal variable is that distance
 AGREED = 0.98  # share of a known column's signs that its v must have to be taken for it
+PSEUDO = 32  # starts that the law of random columns is worth, beside the ends of searches
+LEADING = 24  # directions of the largest B in which known columns tell M, once they are as many
+ENOUGH = 2  # times as many known columns, and they tell all of M: searches end more often where it is large
 LEAST_DOUBT = 0.01  # share of a known v that is left in doubt, at least: its model is rough
 
 
@@ -73,20 +76,49 @@ def uncoupled(known: Float[Tensor, "f b"]) -> Coupling:
     return Coupling(complement(known), torch.eye(b).to(known), known.new_zeros(b, b))
 
 
-def prior(observed: Observed) -> Callable[[Float[Tensor, "f b"]], Coupling]:
-    """The coupling of the columns still sought, given unit columns that are known: M at first as it is of random Q."""
-    m, b = observed.L.shape
-    right = torch.linalg.svd(torch.linalg.qr(observed.B)[1])[2]
-    fresh = right.mT @ (marchenko_pastur(b, b / m).to(right)[:, None] * right)
+class Prior:
+    """What is expected of M before columns are known, and after: a law at first, then what searches and columns show.
 
-    def given(known: Float[Tensor, "f b"]) -> Coupling:
-        if not len(known):
+    In the basis in which B falls, `turn`, M is nearly diagonal, and of random Q its diagonal is that of the law of
+    Marchenko and Pastur. Samples of one class have like gradients, which adds a few far larger values: their size shows
+    in the ends of searches, also of those that led to no column, and their directions in the columns that are known.
+    """
+
+    def __init__(self, observed: Observed):
+        m, b = observed.L.shape
+        self.observed = observed
+        self.turn = torch.linalg.svd(torch.linalg.qr(observed.B)[1])[2]
+        self.law = marchenko_pastur(b, b / m).to(self.turn)
+        self.profile = self.law
+
+    def learn(self, ends: Float[Tensor, "k b"]) -> None:
+        """Take the ends of a round of searches, unit vectors, for a sample of the columns: half of what is believed."""
+        k, b = ends.shape
+        seen = b * (ends.to(self.turn) @ self.turn.mT).square().mean(0)
+        self.profile = (self.profile + (k * seen + PSEUDO * self.law) / (k + PSEUDO)) / 2
+
+    def __call__(self, known: Float[Tensor, "f b"]) -> Coupling:
+        """The coupling of the columns still sought, given unit columns that are known."""
+        f, b = known.shape
+        fresh = self._moment(known)
+        if not f:
             return replace(uncoupled(known), moment=fresh)
-        v, doubt = duals(observed, known, fresh)
-        moment = known.mT @ known + (1 - len(known) / b) * fresh
+        v, doubt = duals(self.observed, known, fresh)
+        moment = known.mT @ known + (1 - f / b) * fresh
         return Coupling(complement(known), moment, v.mT @ (v / doubt.clamp_min(LEAST_DOUBT)[:, None]))
 
-    return given
+    def _moment(self, known: Float[Tensor, "f b"]) -> Float[Tensor, "b b"]:
+        """b times the mean of q q^T over the columns still sought."""
+        f, b = known.shape
+        leading = min(LEADING, b // 4)
+        turned = known @ self.turn.mT
+        told = (b * turned.square().sum(0) + PSEUDO * self.law) / (f + PSEUDO)
+        inner, shown = (told if f >= ENOUGH * leading else self.profile).diag(), turned[:, :leading]
+        if 0 < leading <= f:
+            weight = f / (f + leading)
+            inner[:leading, :leading] *= 1 - weight
+            inner[:leading, :leading] += weight * b / f * shown.mT @ shown
+        return self.turn.mT @ inner @ self.turn
 
 
 def marchenko_pastur(count: int, ratio: float) -> Float[Tensor, " count"]:

@@ -4,14 +4,14 @@
 
 Both sides are linear in one unknown, and the ReLU couples them row by row. What ties a column q to its v beside that,
 `spear.descent.coupling` foretells. A row of L, as v, is led to a column by relaxed reflections between the two linear
-spaces and the coupled signs. The sign of v is known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q
-(starts, b).
+spaces and the coupled signs, and where it comes near, `spear.descent.sharpening` takes it there. The sign of v is
+known, since V^T d = 1. Vectors are rows: g, z are (starts, m), q (starts, b).
 """
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,13 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.descent.columns import Lengths, collect, draw
-from spear.descent.coupling import Coupling, prior, uncoupled
+from spear.descent.coupling import Coupling, Prior, uncoupled
+from spear.descent.sharpening import columns_near
 from spear.directions import unit_rows
 from spear.published.greedy import Candidates
 from spear.published.view import Observed
 from spear.reconstruction import Terms
 
-LENGTHS = Lengths(shortest=60, longest=240, factor=2)
+LENGTHS = Lengths(shortest=60, longest=240, factor=2, few=0.15, many=0.35)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,6 @@ class Stage:
     kept: float = 1.0
 
 
-SETTLING = (
-    Stage(60, 1.0, 8.0, 0.1, 0.005, 0.08),
-    Stage(60, 1.0, 8.0, 0.03, 0.0, 0.04),
-    Stage(120, 1.0, 4.0, 0.0),
-)
 APART = (
     Stage(60, 0.4, 10.0, 0.0),
     Stage(40, 0.4, 3.0, 0.0, kept=0.75),
@@ -58,11 +54,9 @@ APART = (
 
 
 def schedule(steps: int, *, coupled: bool = True) -> tuple[Stage, ...]:
-    """The search itself, of that many steps, and the stages in which it settles; without coupling of q and v."""
+    """The search itself, of that many steps; and where q and v are not coupled, the stages in which it settles."""
     if coupled:
-        *early, last = SETTLING
-        kept = 1.0 if steps <= LENGTHS.shortest else 0.5  # short searches are those of which most arrive
-        return Stage(steps, 1.0, 8.0, 0.3, 0.04, 0.15), *(replace(stage, kept=kept) for stage in early), last
+        return (Stage(steps, 1.0, 8.0, 0.3, 0.04, 0.15),)
     return Stage(steps, 1.0, 20.0, 0.0), *APART
 
 
@@ -99,19 +93,21 @@ def find_columns(observed: Observed, terms: Terms, *, goal: float | int = 1) -> 
     share.
     """
     observed = observed.alive()
-    given = prior(observed)
+    given = Prior(observed)
 
     def coupled(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
         coupling = given(known)
         v = draw(observed, coupling.free, count, generator)
-        return reflect(observed, coupling, v @ coupling.moment, v, schedule(steps), terms.budget.until)
+        q, z = reflect(observed, coupling, v @ coupling.moment, v, schedule(steps), terms.budget.until)
+        given.learn(q)
+        return columns_near(observed.L.float(), q, z, tolerance=observed.tolerance)
 
     def apart(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
         nothing = uncoupled(known)
         rows = draw(observed, nothing.free, count // 2, generator)
         q, v = balanced(observed, nothing.free, count - count // 2, generator)
         starts = torch.cat([rows, q]), torch.cat([rows, v])
-        return reflect(observed, nothing, *starts, schedule(steps, coupled=False), terms.budget.until)
+        return reflect(observed, nothing, *starts, schedule(steps, coupled=False), terms.budget.until)[0]
 
     return collect(observed, (coupled, apart), LENGTHS, terms, name="layer", goal=goal)
 
@@ -138,12 +134,12 @@ def reflect(
     v: Float[Tensor, "k b"],
     stages: Sequence[Stage],
     until: float = math.inf,
-) -> Float[Tensor, "j b"]:
+) -> tuple[Float[Tensor, "j b"], Float[Tensor, "j m"]]:
     """Relaxed reflections from starts q, v towards columns whose v lies in the span of `coupling.free`, in float32.
 
     x = (g, z) is reflected at the coupled signs and projected on the linear spaces, where q and v are drawn together:
     x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step. Of k starts
-    those come back that no stage dropped. Steps end when the clock (`time.monotonic`) shows `until`.
+    those come back, as q and z, that no stage dropped. Steps end when the clock (`time.monotonic`) shows `until`.
     """
     L, (m, b) = observed.L.float(), observed.L.shape
     basis, triangle = torch.linalg.qr(observed.B @ coupling.free)  # z = B free w = basis c with c = triangle w
@@ -154,8 +150,8 @@ def reflect(
         step = coupling.step(triangle, stage.coupling, stage.ridge, stage.parting).float()
         half = stage.relaxation / 2
         for _ in range(stage.steps):
-            inactive = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)) < 0
-            rg, rz = torch.where(inactive, -g, g), torch.where(inactive, z, z.abs())
+            active = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)).sign_()  # -1 where inactive, and z < 0 there
+            rg, rz = g * active, z.abs() * active
             both = torch.cat([rg @ L, rz @ C], 1) @ step
             q, c = unit_rows(both[:, :b]), unit_rows(both[:, b:])
             # P_B x is the mean of x and its reflection
@@ -163,8 +159,8 @@ def reflect(
             z.mul_(1 - half).sub_(rz, alpha=half).addmm_(c, C.mT, alpha=2 * half * math.sqrt(m))
             if time.monotonic() > until:
                 break
-        g = torch.where(inactive, 0, g)
+        g = torch.where(active < 0, 0, g)
         near = torch.linalg.vector_norm(g @ L, dim=1) / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-30)
         best = near.argsort(descending=True)[: math.ceil(stage.kept * len(g))]
-        g, z = g[best], z[best]
-    return unit_rows(g @ L)
+        g, z, c = g[best], z[best], c[best]
+    return unit_rows(g @ L), math.sqrt(m) * c @ C.mT

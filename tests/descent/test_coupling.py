@@ -7,7 +7,7 @@ import torch
 from problems import make
 
 from spear.descent import coupling
-from spear.descent.coupling import Coupling, duals, marchenko_pastur, prior, signed
+from spear.descent.coupling import Coupling, Prior, duals, marchenko_pastur, signed
 from spear.directions import complement, unit_rows
 
 SEEDS = range(5)
@@ -88,7 +88,7 @@ def test_the_linear_step_solves_the_least_squares_problem(k, ridge, parting, kno
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_prior_is_exact_when_every_column_is_known_and_fresh_when_none_is(seed):
     problem = make(8, 90, 40, seed=seed)
-    given = prior(problem.observed)
+    given = Prior(problem.observed)
     fresh, full = given(problem.q[:0]), given(problem.q)
     torch.testing.assert_close(full.moment, problem.q.mT @ problem.q)
     torch.testing.assert_close(torch.linalg.eigvalsh(fresh.moment).flip(0), marchenko_pastur(8, 8 / 90))
@@ -102,7 +102,7 @@ def test_the_prior_is_exact_when_every_column_is_known_and_fresh_when_none_is(se
 def test_signs_tell_the_v_of_known_columns(known, seed):
     """The v found are duals of the known q, and nearer to the true v than q itself; nothing but q is given."""
     problem = make(12, 150, 60, seed=seed)
-    fresh = prior(problem.observed)(problem.q[:0]).moment
+    fresh = Prior(problem.observed)(problem.q[:0]).moment
     v, doubt = duals(problem.observed, problem.q[:known], fresh)
     near = (v * partners(problem)[:known]).sum(1).abs()
     assert (near > 0.9).all()
@@ -115,7 +115,7 @@ def test_signs_tell_the_v_of_known_columns(known, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_signs_and_the_order_of_known_columns_do_not_matter(seed):
     problem = make(10, 120, 50, seed=seed)
-    given, known = prior(problem.observed), problem.q[:5]
+    given, known = Prior(problem.observed), problem.q[:5]
     turned = known[torch.tensor([3, 1, 4, 0, 2])] * torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0])[:, None]
     one, other = given(known), given(turned)
     torch.testing.assert_close(one.away, other.away, rtol=1e-6, atol=1e-8)
@@ -142,18 +142,18 @@ def test_the_mean_under_signs_is_that_of_the_samples_that_have_them(seed):
 def test_columns_whose_signs_fit_no_v_are_left_out():
     """Directions that are no columns of Q: their masks belong to no sample."""
     problem = make(10, 120, 50)
-    fresh = prior(problem.observed)(problem.q[:0]).moment
+    fresh = Prior(problem.observed)(problem.q[:0]).moment
     v, doubt = duals(problem.observed, unit_rows(normal(4, 10)), fresh)
     assert not v.any()
     assert torch.isinf(doubt).all()
-    assert not prior(problem.observed)(unit_rows(normal(4, 10))).away.any()
+    assert not Prior(problem.observed)(unit_rows(normal(4, 10))).away.any()
 
 
 def test_far_out_signs_leave_numbers():
     """An offset that contradicts the signs by far: the answer stays finite or is left out, never NaN in the step."""
     problem = make(10, 120, 50)
     mixed = unit_rows(problem.q[:5] + 1e-7 * problem.q[5:])
-    given = prior(problem.observed)(mixed)
+    given = Prior(problem.observed)(mixed)
     assert given.away.isfinite().all()
     step = given.step(torch.linalg.qr(problem.observed.B @ given.free)[1], 0.5, 0.1, 0.1)
     assert step.isfinite().all()

@@ -1,5 +1,7 @@
 """One layer's columns by descent: `spear.descent.layer`, and through the front door."""
 
+import math
+
 import pytest
 import torch
 from problems import batch, make
@@ -7,7 +9,8 @@ from torch import nn
 
 from spear import data, models
 from spear.descent import columns, layer
-from spear.descent.coupling import prior
+from spear.descent.coupling import Prior, uncoupled
+from spear.descent.sharpening import sharpen
 from spear.federated import SharedUpdate, gradient
 from spear.inversion import attack
 from spear.metrics import evaluate, truth
@@ -25,9 +28,11 @@ def test_a_column_is_a_fixed_point():
     problem = make(8, 150, 60)
     V = torch.linalg.inv(problem.q).mT
     sign = torch.sign(V.mT @ problem.observed.d)
-    nothing = prior(problem.observed)(problem.q[:0])
-    found = layer.reflect(problem.observed, nothing, problem.q, V * sign[:, None], layer.schedule(50))
-    assert len(found) == 8
+    nothing = Prior(problem.observed)(problem.q[:0])
+    found, z = layer.reflect(problem.observed, nothing, problem.q, V * sign[:, None], layer.schedule(50))
+    assert len(found) == len(z) == 8
+    torch.testing.assert_close(z.square().mean(1), torch.ones(8))
+    found = sharpen(problem.observed.L.float(), found, z)[0]
     assert ((found.double() @ problem.q.mT).abs().amax(1) > 0.98).float().mean() > 0.7
 
 
@@ -35,24 +40,22 @@ def test_a_column_is_a_fixed_point():
 @pytest.mark.parametrize("seed", range(3))
 def test_all_starts_at_once_are_each_start_alone(seed, steps):
     problem = make(10, 120, 60, seed=seed)
-    starts, coupling = problem.observed.L[:6], prior(problem.observed)(problem.q[:2])
+    starts, coupling = problem.observed.L[:6], Prior(problem.observed)(problem.q[:2])
     stages = layer.schedule(steps)
-    together = layer.reflect(problem.observed, coupling, starts, starts, stages)
-    alone = torch.cat([layer.reflect(problem.observed, coupling, q, q, stages) for q in starts.split(1)])
-    assert len(together) == (6 if steps <= layer.LENGTHS.shortest else 2)  # a long search halves them, twice
+    together = layer.reflect(problem.observed, coupling, starts, starts, stages)[0]
+    alone = torch.cat([layer.reflect(problem.observed, coupling, q, q, stages)[0] for q in starts.split(1)])
+    assert len(together) == 6
     assert ((together @ alone.mT).amax(1) > 0.99).all()
 
 
 def test_stages_count_their_steps_and_drop_starts():
     problem = make(8, 60, 40)
-    long, short = 70, layer.LENGTHS.shortest
-    (_, *early, last), each = layer.schedule(long), 2 * (2 * 60 * 16 + 16**2)
-    steps = [stage.steps for stage in early]
-    assert layer.operations(problem.observed, 16, short) == each * 16 * (short + sum(steps) + last.steps)
-    halved = 16 * (long + steps[0]) + 8 * steps[1] + 4 * last.steps
-    assert layer.operations(problem.observed, 16, long) == each * halved
-    apart = layer.schedule(long, coupled=False)
+    assert layer.operations(problem.observed, 16, 70) == 2 * (2 * 60 * 16 + 16**2) * 16 * 70
+    apart = layer.schedule(70, coupled=False)
     assert all((stage.coupling, stage.ridge, stage.parting) == (0, 0, 0) for stage in apart)
+    starts = problem.observed.L[:8]
+    left, _ = layer.reflect(problem.observed, uncoupled(problem.q[:0]), starts, starts, apart)
+    assert len(left) == math.ceil(math.prod(stage.kept for stage in apart) * 8) < 8
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -60,9 +63,10 @@ def test_known_columns_are_not_found_again(seed):
     """The parting weight: q keeps away from known columns, though their v are known by their signs only."""
     problem = make(40, 300, 120, seed=seed)
     known = problem.q[:20]
-    coupling = prior(problem.observed)(known)
+    coupling = Prior(problem.observed)(known)
     v = columns.draw(problem.observed, coupling.free, 32, torch.Generator().manual_seed(seed))
-    q = layer.reflect(problem.observed, coupling, v @ coupling.moment, v, layer.schedule(60)).double()
+    q, z = layer.reflect(problem.observed, coupling, v @ coupling.moment, v, layer.schedule(60))
+    q = sharpen(problem.observed.L.float(), q, z)[0].double()
     assert float(((q @ problem.q[20:].mT).abs().amax(1) > 0.98).double().mean()) > 0.5
     assert not ((q @ known.mT).abs() > 0.98).any()
 
