@@ -115,7 +115,7 @@ class TokenSearch:
 
     def _by_zeros(self, count: int) -> Float[Tensor, "j n1"]:
         below, above = self.left
-        problem = Projections.onto(self.view.lift, below.rows, above.rows[:, : len(self.view.lift)])
+        problem = Projections.onto(self.view.lift @ below.rows.T, below.rows, above.rows[:, : len(self.view.lift)])
         c, _ = problem.settle(problem.climb(problem.starts(count, self.generator), self.limits), self.limits)
         found = problem.extended(c)
         if not self.view.anchored[0]:

@@ -231,7 +231,7 @@ class PhaseSearch:
         """Where starts end that search the layer below as well; what they say of its masks is kept."""
         low, top = self.factors_below, self.problem.last
         if low.rank < self.whole.rank:
-            below = self.problem.affine(top - 1) @ unit_rows(low.R).T
+            below = self.problem.lift(top - 1, unit_rows(low.R))
             return FewInputs.of(self.spaces, below, free).search(start, s, options).above
         pair = TwoLayers.of(self.spaces, self.problem.weights[top], low.L, free).search(start, s, options)
         self.hints = (unit_rows(pair.target), pair.target_below != 0)

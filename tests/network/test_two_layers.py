@@ -12,8 +12,9 @@ from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.problem import Targets, passes
 from spear.network.spaces import Foretold
 from spear.network.two_layers import BELOW, RELAXATION, FewInputs, Pair, TwoLayers
-from spear.network.whole_batch import open_spaces
+from spear.network.whole_batch import distinct_samples, open_spaces
 from spear.published.lowrank import decompose
+from spear.reconstruction import Terms
 
 
 class Scene:
@@ -154,3 +155,11 @@ def test_with_few_inputs_more_starts_arrive_than_by_one_layer(seed):
     arrived, few = (int(((unit_rows(end) @ unit_rows(true.target).T).amax(1) > 0.98).sum()) for end in (both, alone))
     assert arrived > 2 * few
     assert arrived > 10
+
+
+@pytest.mark.parametrize("inputs", [40, 150])
+def test_a_batch_of_half_the_width_comes_back_whole_with_fewer_inputs_and_with_more(inputs):
+    made = case((inputs, 200, 200, 10), 100)
+    result = distinct_samples(made.problem, Terms())
+    assert result.certified.all()
+    assert len(result.inputs) == 100
