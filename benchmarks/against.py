@@ -163,6 +163,14 @@ def summary(case: Case, runs: dict[str, list[dict]]) -> dict[str, object]:
     return row
 
 
+def _record(table: Path, row: dict[str, object], order: list[str]) -> None:
+    """Put a row into the table, in place of an earlier one of its case; rows stand in the order of the cases."""
+    before = pd.read_csv(table, dtype=str).to_dict("records") if table.is_file() else []
+    rows = [*(other for other in before if other["case"] != row["case"]), row]
+    rows.sort(key=lambda entry: order.index(entry["case"]))
+    pd.DataFrame(rows).to_csv(table, index=False, lineterminator="\n")
+
+
 def main() -> None:
     by_name = {case.name: case for case in CASES}
     if sys.argv[1:2] == ["--one"]:
@@ -177,17 +185,16 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     chosen = options.cases or [case.name for case in CASES if options.long or not case.long]
-    rows = []
     with worktree(options.revision) as before:
         for name in chosen:
             runs: dict[str, list[dict]] = {"before": [], "now": []}
             for seed in range(options.seeds):
                 for which, package in {"before": before, "now": HERE}.items():
                     runs[which].append(in_process(by_name[name], seed, options.limit, package))
-            rows.append(summary(by_name[name], runs))
-            print(" | ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            row = summary(by_name[name], runs)
+            print(" | ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             if options.csv is not None:
-                pd.DataFrame(rows).to_csv(options.csv, index=False, lineterminator="\n")
+                _record(options.csv, row, list(by_name))
 
 
 if __name__ == "__main__":
