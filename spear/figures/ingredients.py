@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from spear import paths
 from spear.data import known
 from spear.figures.imports import Package
 from spear.figures.notebook import code_cells
@@ -23,7 +24,8 @@ class Ingredients:
     """Code cells without outputs, modules of the package that they reach, parameters, versions, and data.
 
     Cells and modules are told by digests. `parameters` are those that override the notebook's, `data` the data sets at
-    hand that parameters or cells name, each by a digest. Nothing in it depends on the machine or the day.
+    hand that parameters or cells name, and the tables of benchmarks that cells name, each by a digest. Nothing in it
+    depends on the machine or the day.
     """
 
     cells: list[str]
@@ -54,7 +56,7 @@ def of(run: Run) -> Ingredients:
         run.parameters,
         {name: _digest_of_module(package.files[name]) for name in package.reached(code)},
         {"python": ".".join(platform.python_version_tuple()[:2])} | {name: version(name) for name in VERSIONS},
-        {name: _digest_of_data(place) for name in _named(run, code) if (place := known.place(name))},
+        {name: _digest_of_data(place) for name in _named(run, code) if (place := known.place(name))} | _tables(code),
     )
 
 
@@ -75,6 +77,12 @@ def _digest_of_data(place: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     sizes = {str(path.relative_to(place)): path.stat().st_size for path in place.rglob("*") if path.is_file()}
     return digest(json.dumps(sizes, sort_keys=True).encode())
+
+
+def _tables(code: str) -> dict[str, str]:
+    """The tables of benchmarks that code names, as a string of its own."""
+    places = sorted((paths.root() / "benchmarks").glob("*.csv"))
+    return {f"benchmarks/{place.name}": digest(place.read_bytes()) for place in places if f'"{place.name}"' in code}
 
 
 def _named(run: Run, code: str) -> list[str]:

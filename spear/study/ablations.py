@@ -21,11 +21,9 @@ from spear.federated import clients
 from spear.federated.update import SharedUpdate
 from spear.metrics import evaluation
 from spear.metrics.truth import Shape, layer_truth, shape_of
-from spear.published import theory
 from spear.study.clients import Client, network
 
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.05), "adam": partial(torch.optim.Adam, lr=1e-3)}  # common rates
-HOPELESS = 5.0  # expected over allowed proposals, from which on sampling is not tried
 TRAINING_BATCH = 16  # samples a step, well under half a pool
 NETWORK = ("dataset", "width", "depth", "activation", "optimizer")  # cells alike in these share a network
 
@@ -78,8 +76,8 @@ class CellResult:
     """What came back of one batch, and at what cost.
 
     `error` is the largest relative error of a returned sample (NaN where none is), `psnr` the mean over the batch in dB
-    (0 for a sample that is missing), `rank` the batch size that the server saw, and `reason` the attack's own, the
-    message with which it refused, or why it was not tried.
+    (0 for a sample that is missing), `rank` the batch size that the server saw, and `reason` the attack's own, or the
+    message with which it refused.
     """
 
     recall: float
@@ -199,8 +197,7 @@ def train(
 def measure(cell: Cell, sender: Client, *, limits: Limits = Limits()) -> tuple[CellResult, Shape]:
     """Attack a client's update as the cell says, and compare with the true inputs of the layer.
 
-    The shape is that of the attacked layer; the network method begins with the last hidden one. Sampling that is
-    expected to need `HOPELESS` times the proposals it may test is not tried, and counts as nothing.
+    The shape is that of the attacked layer; the network method begins with the last hidden one.
     """
     model, inputs, labels, update = sender
     truth = inputs if cell.layer == "fc1" else layer_truth(model, cell.layer, inputs, labels)[0].mT
@@ -208,21 +205,17 @@ def measure(cell: Cell, sender: Client, *, limits: Limits = Limits()) -> tuple[C
     X, G = layer_truth(model, begun, inputs, labels)
     shape = shape_of(G, X)
     budget = limits.starts if cell.method == "network" else limits.proposals
-    if cell.method == "sampling" and budget is not None and cell.batch < cell.width:
-        expected = theory.expected_proposals(theory.half_rates(cell.width, cell.batch))
-        if expected > HOPELESS * budget:
-            return _nothing(f"not tried: about {expected:.0e} proposals are expected, {budget:,} allowed"), shape
     layer = None if cell.layer == "fc1" else cell.layer
     options = {"method": cell.method, "layer": layer, "max_proposals": budget, "time_limit": limits.seconds}
     try:
         result = inversion.attack(model, update, **options)
     except ValueError as error:
-        return _nothing(f"refused: {error}"), shape
+        return _refused(error), shape
     report = evaluation.evaluate(result, truth if cell.sent == "float64" else truth.float(), labels)
     return _outcome(result, report), shape
 
 
-def _nothing(reason: str) -> CellResult:
+def _refused(error: ValueError) -> CellResult:
     return CellResult(
         recall=0.0,
         precision=1.0,
@@ -233,7 +226,7 @@ def _nothing(reason: str) -> CellResult:
         seconds=0.0,
         proposals=0,
         rank=0,
-        reason=reason,
+        reason=f"refused: {error}",
     )
 
 

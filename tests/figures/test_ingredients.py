@@ -96,6 +96,17 @@ def test_cells_parameters_versions_and_data_matter(
     ]
 
 
+def test_a_table_of_benchmarks_matters_where_it_is_named(project: Project, change: Callable[..., list[str]]) -> None:
+    tables = project.folder / "benchmarks"
+    tables.mkdir()
+    (tables / "speed.csv").write_text("seconds\n1\n")
+    assert change(lambda: (tables / "other.csv").write_text("seconds\n1\n")) == []
+    _edit(project, lambda notebook: notebook.cells[2].update(source=f'{BODY}\n"speed.csv"'))
+    before = json.loads(json.dumps(asdict(ingredients.of(project.load()[0]))))
+    (tables / "speed.csv").write_text("seconds\n2\n")
+    assert list(ingredients.of(project.load()[0]).changes(before)) == ["data: benchmarks/speed.csv"]
+
+
 def test_the_record_gives_back_what_was_recorded(project: Project, package: Path) -> None:
     project.add("04_tiny", writes={})
     (run,) = project.load()

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import spear
 from spear import data, federated, metrics, models
 from spear.metrics import truth
-from spear.published import theory
 from spear.study import ablations
 from spear.study.ablations import Cell, Limits
 
@@ -132,17 +131,6 @@ def test_bad_cells():
         Cell(labels="sorted")
     with pytest.raises(ValueError, match="a pool of 8 has 4 samples for a batch of 5: enlarge the pool"):
         ablations.run([Cell("digits", batch=5)], batches=1, pool=8)
-
-
-def test_sampling_that_the_theory_gives_no_hope_is_not_tried():
-    cells = ablations.grid(Cell("digits", width=40, depth=3), batch=[3, 14], method=["sampling", "network"])
-    frame = ablations.run(cells, batches=1, limits=Limits(proposals=1_000, starts=100))
-    expected = [theory.expected_proposals(theory.half_rates(40, b)) for b in (3, 14)]
-    assert expected[0] < ablations.HOPELESS * 1_000 < expected[1]
-    by = frame.set_index(["method", "batch"]).reason.str.startswith("not tried: ")
-    assert by.to_dict() == {(c.method, c.batch): c == cells[2] for c in cells}
-    hopeless = frame.set_index(["method", "batch"]).loc[("sampling", 14)]
-    assert (hopeless.recall, hopeless.complete, hopeless.proposals) == (0, False, 0)
 
 
 def test_a_batch_out_of_time_counts_with_what_came_back():
