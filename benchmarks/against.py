@@ -154,10 +154,10 @@ def summary(case: Case, runs: dict[str, list[dict]]) -> dict[str, object]:
     row: dict[str, object] = {"case": case.name, "seeds": len(runs["now"])}
     for which, rows in runs.items():
         for kind in ("cpu", "wall"):
-            row[f"{which}, {kind} s"] = f"{statistics.median(run[kind] for run in rows):.3g}"
-        row[f"{which}, whole"] = sum(run["whole"] for run in rows)
-        row[f"{which}, certified"] = sum(run["certified"] == case.batch for run in rows)
-        row[f"{which}, GiB"] = f"{max(run['GiB'] for run in rows):.3g}"
+            row[f"{which} {kind} s"] = f"{statistics.median(run[kind] for run in rows):.3g}"
+        row[f"{which} whole"] = sum(run["whole"] for run in rows)
+        row[f"{which} certified"] = sum(run["certified"] == case.batch for run in rows)
+        row[f"{which} GiB"] = f"{max(run['GiB'] for run in rows):.3g}"
     pairs = zip(runs["before"], runs["now"], strict=True)
     row["times faster"] = f"{statistics.median(old['cpu'] / new['cpu'] for old, new in pairs):.3g}"
     return row
