@@ -57,14 +57,15 @@ def send(model: nn.Module, how: str) -> SharedUpdate:
     return defences.pruned_random(update, 0.6, generator=generator) if how == "pruning" else update
 
 
-def method_for(how: str) -> str:
-    return "auto" if how in BY_DISCLOSURE else how
+def path(how: str) -> dict[str, str]:
+    """The options of an attack that takes this path: a block that no tokens enter is found by name."""
+    return {"method": "auto" if how in BY_DISCLOSURE else how} | ({"layer": "fc1"} if how == "block" else {})
 
 
 @pytest.mark.parametrize("how", [*(m for m in METHODS if m != "auto"), *BY_DISCLOSURE])
 def test_every_path_tells_progress_and_says_which_method_it_was(how):
     seen, model = [], chain()
-    result = spear.attack(model, send(model, how), method=method_for(how), progress=seen.append)
+    result = spear.attack(model, send(model, how), **path(how), progress=seen.append)
     assert len(result.inputs) == BATCH, result.reason
     assert result.method == how
     assert {state.method for state in seen} <= {how}
@@ -77,7 +78,7 @@ def test_every_path_tells_progress_and_says_which_method_it_was(how):
 @pytest.mark.parametrize("how", [*(m for m in METHODS if m not in ("auto", "network")), *BY_DISCLOSURE])
 def test_every_path_keeps_its_budget_and_names_the_limit(how, limit):
     model = chain()
-    result = spear.attack(model, send(model, how), method=method_for(how), **limit)
+    result = spear.attack(model, send(model, how), **path(how), **limit)
     assert not result.complete
     assert not result.certified.any()
     words = "the time limit of 0 s was reached" if "time_limit" in limit else "the budget of 0 proposals was spent"

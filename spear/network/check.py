@@ -43,7 +43,7 @@ def check(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) 
     basis, triangle = torch.linalg.qr(run.deltas[0].T)
     first = rest_of(problem, 0, run, basis)
     others = [rest_of(problem, k, run) for k in range(1, len(run.inputs))]
-    layers = [rest.size / rest.whole for rest in (first, *others)]
+    layers = [rest.size / rest.whole if rest.whole else math.inf for rest in (first, *others)]
     step = torch.linalg.solve_triangular(triangle, first.inside, upper=True)
     eye = torch.eye(len(triangle), dtype=inputs.dtype, device=inputs.device)
     inverse = torch.linalg.solve_triangular(triangle, eye, upper=True)  # its rows are as long as the pseudo-inverse's

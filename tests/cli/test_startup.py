@@ -55,7 +55,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPEAR_DATA", str(tmp_path))
     monkeypatch.delenv("SPEAR_FIGURES", raising=False)
     (run,) = load(tmp_path / "notebooks" / "runs.yaml", "quick")
-    schedule.publish(run, tmp_path, ingredients.of(run))
+    schedule.publish(run, tmp_path, ingredients.of(run), 1.0)
     return tmp_path
 
 
