@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spear.models.streaming import pieces
 from spear.network.problem import NetworkView, Passes
 
 
@@ -27,9 +28,12 @@ def rest_of(problem: NetworkView, k: int, run: Passes, basis: Float[Tensor, "m b
     """What the passes of a batch leave of layer k's gradient."""
     J, deltas, inputs = problem.gradient(k), run.deltas[k], problem.extend(k, run.inputs[k])
     basis = deltas.new_empty(len(deltas.mT), 0) if basis is None else basis
-    sizes, inside = [], basis.new_zeros(basis.shape[1], J.shape[1])
-    for part, block in J:
+    parts = list(pieces(*J.weight.shape))
+    inside = basis.new_zeros(basis.shape[1], J.shape[1])
+    sizes = basis.new_empty(len(parts), 4)  # first: results between blocks would scatter the heap
+    for place, (part, block) in enumerate(J):
         left = torch.addmm(block, deltas[:, part].mT, inputs, alpha=-1)
         inside.addmm_(basis[part].mT, left)
-        sizes.append(torch.stack([torch.linalg.vector_norm(x) for x in (left, block, left[:, -1], block[:, -1])]))
-    return Rest(*torch.stack(sizes).norm(dim=0).tolist(), inside)
+        for column, x in enumerate((left, block, left[:, -1], block[:, -1])):
+            torch.linalg.vector_norm(x, out=sizes[place, column])
+    return Rest(*sizes.norm(dim=0).tolist(), inside)
