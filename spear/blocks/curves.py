@@ -16,11 +16,12 @@ from torch import Tensor
 from spear.blocks.view import BlockView
 from spear.directions import TINY
 from spear.network.factors import Factors
+from spear.network.side_by_side import SideBySide
 from spear.network.spaces import project
 
 
 @dataclass(frozen=True)
-class TokenPoints:
+class TokenPoints(SideBySide):
     """Starts w with what they imply: `bend` is the derivative of u by z, entry by entry, `size` |u|, `unit` u at length
     1, `rest` its part off span(V)."""
 
@@ -36,14 +37,6 @@ class TokenPoints:
     def sine(self) -> Float[Tensor, " k"]:
         """Of u to span(V)."""
         return self.rest.norm(dim=1)
-
-    def __getitem__(self, index: Tensor) -> "TokenPoints":
-        return TokenPoints(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
-
-    def where(self, better: Tensor, other: "TokenPoints") -> "TokenPoints":
-        """These, or the others where those are better."""
-        pick = lambda a, b: torch.where(better.reshape(-1, *[1] * (a.ndim - 1)), b, a)  # noqa: E731
-        return TokenPoints(*(pick(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from spear.directions import TINY, apart, unit_rows
 from spear.network.curves.fit import Effort, finish, fit
 from spear.network.factors import Factors, wedderburn
 from spear.network.projection import Limits, Projections
+from spear.network.side_by_side import SideBySide
 from spear.network.spaces import sine
 
 FEWEST, MOST = 16, 256  # starts of a round
@@ -32,7 +33,7 @@ PART = 2**23  # entries of matrices that are held at once
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(SideBySide):
     """Tokens found: [x; 1], g, d and [a; 1] of each, so that the gradients are sums of g [x; 1]ᵀ and d [a; 1]ᵀ; the
     larger sine of g and [a; 1] to their spaces, and how far the two weights differ, relative to them."""
 
@@ -43,15 +44,8 @@ class Tokens:
     sine: Float[Tensor, " f"]
     apart: Float[Tensor, " f"]
 
-    def __getitem__(self, index: Tensor) -> "Tokens":
-        return Tokens(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
-
     def __len__(self) -> int:
         return len(self.extended)
-
-    def join(self, other: "Tokens") -> "Tokens":
-        """These, then the others."""
-        return Tokens(*(torch.cat([getattr(x, n) for x in (self, other)]) for n in self.__dataclass_fields__))
 
 
 class TokenSearch:
@@ -78,7 +72,7 @@ class TokenSearch:
         new = self._new(self._found())
         self.idle = 0 if len(new) else self.idle + 1
         if len(new):
-            self.known = self.known.join(new)
+            self.known = Tokens.joined([self.known, new])
             if self.missing:
                 pairs = (self.known.g, self.known.extended), (self.known.d, self.known.read)
                 self.left = tuple(f.without(*pair) for f, pair in zip(self.whole, pairs, strict=True))

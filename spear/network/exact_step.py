@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from spear.directions import TINY, first_of_each, unit_rows
 from spear.network.phase_retrieval import Iterate, Reflections, retrieve_phases
+from spear.network.side_by_side import SideBySide
 from spear.network.spaces import Solved, Spaces, misfit
 
 STAGES, STEPS = 10, 50  # near misses go on with a better h, essential past b/m = 0.4; steps of each stage
@@ -19,7 +20,7 @@ RIDGE = 500  # roundings of the mean diagonal: keeps the Gram matrix of a mask w
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(SideBySide):
     """Outcome of the exact step for each mask: t, d, the sine to span(U) and the next larger one.
 
     `mask` is what t itself implies, `settled` whether that was the mask it came from. `lever` is |t / S|, by which
@@ -41,9 +42,6 @@ class Exact:
     def replaced(self, index: Int[Tensor, " j"], other: "Exact") -> "Exact":
         """The same with the masks `index` as in `other`."""
         return Exact(*(getattr(self, f.name).index_copy(0, index, getattr(other, f.name)) for f in fields(self)))
-
-    def __getitem__(self, index: Int[Tensor, " j"]) -> "Exact":
-        return Exact(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
 def solve_mask(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) -> Exact:

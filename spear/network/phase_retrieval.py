@@ -9,42 +9,22 @@ is guessed. Vectors are rows: u, h, v are (starts, m), t (samples, b), d (sample
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from spear.directions import TINY, unit_rows
+from spear.network.side_by_side import Group, SideBySide
 from spear.network.spaces import Levels, misfit, project, quick
 
 EVERY = 5  # steps after which starts are looked at
 
 
-Group = TypeVar("Group")  # starts side by side, of one kind or another
-
-
 @dataclass(frozen=True)
-class Together:
-    """Starts side by side: every field has a row for each."""
-
-    def __getitem__(self: Group, index: Int[Tensor, " j"] | Bool[Tensor, " k"]) -> Group:
-        return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    def to(self: Group, dtype: torch.dtype) -> Group:
-        """The same in another precision."""
-        return type(self)(*(getattr(self, f.name).to(dtype) for f in fields(self)))
-
-    @classmethod
-    def joined(cls: type[Group], parts: Sequence[Group]) -> Group:
-        """All starts of the parts."""
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
-
-
-@dataclass(frozen=True)
-class Iterate(Together):
+class Iterate(SideBySide):
     """A batch of starts: u towards span(U), h the guessed back-propagated vector, v the pre-activations' partner."""
 
     u: Float[Tensor, "k m"]

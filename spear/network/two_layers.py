@@ -17,7 +17,8 @@ from torch import Tensor
 
 from spear.directions import TINY, unit_rows
 from spear.models.streaming import product_back
-from spear.network.phase_retrieval import Iterate, Reflections, Together, advance
+from spear.network.phase_retrieval import Iterate, Reflections, advance
+from spear.network.side_by_side import SideBySide
 from spear.network.spaces import Spaces, misfit, project, quick
 
 BELOW = 2.0  # weight of what g says of a mask beside what y says
@@ -25,7 +26,7 @@ RELAXATION = 0.7  # of a step
 
 
 @dataclass(frozen=True)
-class Pair(Together):
+class Pair(SideBySide):
     """A batch of starts: `vectors` [u; h'], `below` g, `samples` [z; y], h; and the last `target`s of u and of g.
 
     With few inputs (`FewInputs`), `vectors` is u, `below` z', and `target_below` y.

@@ -20,6 +20,7 @@ from spear.federated.losses import activate_along
 from spear.network.curves.normal import Normal, Normalised, Taken, respond
 from spear.network.factors import subtract, wedderburn
 from spear.network.problem import NetworkView
+from spear.network.side_by_side import SideBySide
 from spear.network.spaces import project
 from spear.published.lowrank import LowRank
 
@@ -235,7 +236,7 @@ def _along(at: "Points", x: Float[Tensor, "k m"]) -> Float[Tensor, "k 1"]:
 
 
 @dataclass(frozen=True)
-class Points:
+class Points(SideBySide):
     """Starts w with what they imply: `bend` is the derivative of delta by z for this h, h ∘ phi''(z), `unit` delta at
     length 1, `rest` its part off span(U), `place` where a normalisation of the sample is."""
 
@@ -255,14 +256,3 @@ class Points:
     def sine(self) -> Float[Tensor, " k"]:
         """Of delta to span(U)."""
         return self.rest.norm(dim=1)
-
-    def __getitem__(self, index: Tensor) -> "Points":
-        parts = (getattr(self, f.name) for f in fields(self))
-        return Points(*(None if part is None else part[index] for part in parts))
-
-    def where(self, better: Tensor, other: "Points") -> "Points":
-        """These, or the others where those are better."""
-        pick = lambda a, b: torch.where(better.reshape(-1, *[1] * (a.ndim - 1)), b, a)  # noqa: E731
-        names = [f.name for f in fields(self) if f.name != "place"]
-        place = self.place and self.place.where(better, other.place)
-        return Points(*(pick(getattr(self, name), getattr(other, name)) for name in names), place)

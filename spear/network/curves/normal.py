@@ -1,11 +1,13 @@
 """What a normalisation adds to a sample's curve: of the sample itself, or what the rest of its batch takes from it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from spear.network.side_by_side import SideBySide
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,9 @@ class Normal:
 
 
 @dataclass(frozen=True)
-class Normalised:
+class Normalised(SideBySide):
     """Where a normalisation is: x̂, its `deviation`, and the gradient by y `above` it."""
 
     normal: Float[Tensor, "k m"]
     deviation: Float[Tensor, "k 1"]
     above: Float[Tensor, "k m"]
-
-    def __getitem__(self, index: Tensor) -> "Normalised":
-        return Normalised(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    def where(self, better: Tensor, other: "Normalised") -> "Normalised":
-        """These, or the others where those are better."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return Normalised(*(torch.where(better[:, None], b, a) for a, b in pairs))
