@@ -8,13 +8,11 @@ nothing: its images are what comes back where its first block determines them. S
 sets that are not there are skipped; `--csv` writes one row a case and seed, as benchmarks/blocks.csv.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import pandas as pd
+import seeded
 import torch
 from torch import Tensor, nn
 
@@ -188,24 +186,5 @@ def _row(
     return Row(name, seed, returned, len(truth), exact, float(off.max()), certified, right, seconds, found.reason)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--limit", type=float, default=600.0)
-    parser.add_argument("--csv", type=Path)
-    options = parser.parse_args()
-    rows = []
-    for name, seed in [(name, seed) for name in options.cases for seed in options.seeds]:
-        try:
-            rows.append(measure(name, CASES[name], seed, options.limit))
-        except FileNotFoundError as error:
-            print(f"{name}: skipped, {error}")
-            continue
-        print(asdict(rows[-1]), flush=True)
-        if options.csv is not None:
-            pd.DataFrame([asdict(row) for row in rows]).to_csv(options.csv, index=False, float_format="%.3g")
-
-
 if __name__ == "__main__":
-    main()
+    seeded.run(measure, CASES, limit=600.0, about=__doc__)

@@ -7,13 +7,11 @@ those of the processor. Features are compared with those of the batch, images wi
 there are skipped; `--csv` writes one row a case and seed, as benchmarks/fronts.csv.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import pandas as pd
+import seeded
 import torch
 from torch import Tensor, nn
 
@@ -135,24 +133,5 @@ def _row(
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--limit", type=float, default=1800.0)
-    parser.add_argument("--csv", type=Path)
-    options = parser.parse_args()
-    rows = []
-    for name, seed in [(name, seed) for name in options.cases for seed in options.seeds]:
-        try:
-            rows.append(measure(name, CASES[name], seed, options.limit))
-        except FileNotFoundError as error:
-            print(f"{name}: skipped, {error}")
-            continue
-        print(asdict(rows[-1]), flush=True)
-        if options.csv is not None:
-            pd.DataFrame([asdict(row) for row in rows]).to_csv(options.csv, index=False, float_format="%.3g")
-
-
 if __name__ == "__main__":
-    main()
+    seeded.run(measure, CASES, limit=1800.0, about=__doc__)
