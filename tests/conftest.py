@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The same examples each time, so that what passes once passes again; --hypothesis-profile=default looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # the tests are many and small; pytest-xdist uses the other cores
 

@@ -22,6 +22,8 @@ from spear.figures import schedule
 from spear.figures.table import Run, load
 from spear.published.algorithm import Sampling
 
+SECONDS = 120  # for a worker to be there, also again
+
 BODY = """\
 import os, pathlib, time
 import PIL.Image
@@ -38,13 +40,13 @@ def client():
     """A client of two workers, each a process of two threads, which is started again when it dies."""
     options = {"n_workers": 2, "threads_per_worker": 2, "host": "127.0.0.1", "dashboard_address": ":0"}
     with LocalCluster(**options) as local, Client(local) as client:
-        client.wait_for_workers(2)
+        client.wait_for_workers(2, timeout=SECONDS)
         yield client
 
 
 @pytest.fixture
 def address(client: Client) -> str:
-    client.wait_for_workers(2)
+    client.wait_for_workers(2, timeout=SECONDS)
     return client.scheduler_info()["address"]
 
 

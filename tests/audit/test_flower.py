@@ -113,9 +113,18 @@ def deployment(tmp_path: Path) -> Iterator[dict[str, str]]:
         for number, command in enumerate(commands):
             output = stack.enter_context((tmp_path / f"{number}.log").open("w"))
             process = subprocess.Popen(command.split(), env=environment, stdout=output, stderr=subprocess.STDOUT)
-            stack.enter_context(process)
-            stack.callback(process.terminate)
+            stack.callback(end, process)
         yield environment
+
+
+def end(process: subprocess.Popen) -> None:
+    """Asked first, then made to."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def test_a_deployment_on_loopback(client, deployment: dict[str, str], tmp_path: Path) -> None:
