@@ -82,11 +82,22 @@ def _section(run: Run, folder: Path) -> str:
     parts, told = [f"\n## [{run.label}]({os.path.relpath(run.notebook, folder)})\n{_time(run)}"], None
     for stem, made in drawn.items():
         place = os.path.relpath(run.folder / stem, folder)
-        parts.append(
-            f"\n![{stem}]({place}.png)\n\n{run.captions[stem]}\n\n[numbers]({place}.csv){_facts(made, told)}\n"
-        )
+        caption = f"{run.captions[stem]}{_at_full_size(run, stem, folder, made)}"
+        parts.append(f"\n![{stem}]({place}.png)\n\n{caption}\n\n[numbers]({place}.csv){_facts(made, told)}\n")
         told = made.parameters if made else told
     return "".join(parts)
+
+
+def _at_full_size(run: Run, stem: str, folder: Path, made: Origin | None) -> str:
+    """That a figure of profile quick is the small version, and where it is at full size, for which data set."""
+    paper = run.folder / "paper"
+    places = [place for place in (paper / f"{stem}.png", *sorted(paper.glob(f"*/{stem}.png"))) if place.is_file()]
+    drawn = [origin(place) for place in places]
+    if run.variant or any(made and full and made.parameters == full.parameters for full in drawn):
+        return ""
+    names = ["full size" if place.parent == paper else f"full size, {place.parent.name}" for place in places]
+    links = [f"[{name}]({os.path.relpath(place, folder)})" for name, place in zip(names, places, strict=True)]
+    return f" *Small version*: {', '.join(links)}." if links else " *Small version.*"
 
 
 def _time(run: Run) -> str:

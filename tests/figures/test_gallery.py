@@ -67,7 +67,7 @@ def test_the_page_shows_what_is_there_in_the_tables_order(tmp_path: Path, figure
     page = gallery.render(table, figures)
     assert re.findall(r"^## (.*)", page, re.M) == [f"[{name}](../notebooks/{name}.ipynb)" for name in ("01_b", "00_a")]
     first, second = page.split("## ")[1:]
-    assert "![01_b-x](01_b-x.png)\n\nCaption of 01_b.\n\n[numbers](01_b-x.csv); drawn by hand" in first
+    assert "![01_b-x](01_b-x.png)\n\nCaption of 01_b. *Small version.*\n\n[numbers](01_b-x.csv); drawn by hand" in first
     assert "[numbers](00_a-x.csv) of 2026-01-31; profile quick; data: photos; parameters: `dataset = " in second
     assert '`dataset = "photos", sizes = [1, 2], rate = 1e-09`' in second
 
@@ -84,6 +84,18 @@ def test_a_page_shows_each_data_set_of_a_run_and_what_it_took(tmp_path: Path, fi
     )
     assert "[numbers](mnist/08_a-x.csv)" in first
     assert second.startswith("[08_a](../../08_a.ipynb)\n\n![08_a-x](08_a-x.png)")
+
+
+def test_a_small_version_leads_to_the_figure_at_full_size(tmp_path: Path, figures: Path) -> None:
+    run = Run("00_a", tmp_path / "00_a.ipynb", "quick", {}, {"00_a-x": "Caption."})
+    (figures / "00_a-x.png").write_bytes(gallery.stamped(_png(), ORIGIN))
+    large = gallery.stamped(_png(), replace(ORIGIN, profile="paper", parameters={"sizes": [400]}))
+    for place in ("paper", "paper/mnist"):
+        (figures / place / "00_a-x.png").write_bytes(large)
+    links = "[full size](paper/00_a-x.png), [full size, mnist](paper/mnist/00_a-x.png)"
+    assert f"\n\nCaption. *Small version*: {links}.\n\n" in gallery.render([run], figures)
+    (figures / "paper" / "00_a-x.png").write_bytes(gallery.stamped(_png(), replace(ORIGIN, profile="paper")))
+    assert "\n\nCaption.\n\n" in gallery.render([run], figures)
 
 
 def test_parameters_are_told_again_only_where_they_change(tmp_path: Path, figures: Path) -> None:
