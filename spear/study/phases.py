@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 
 SHARE = "share recovered"
+LAST = 0.05  # a cell of which no larger share came back is the last of its width
 
 
 def diagram(
@@ -22,8 +23,8 @@ def diagram(
     """A row for each width m and batch size b = share m, up to `most`: these, their ratio, the seeds, and the measures.
 
     `attempt(b, m, seed)` attacks one batch and returns its measures, `"share recovered"` among them, of which a cell
-    has the mean; of the others it has the median. A larger batch is harder, so a cell in which nothing came back is the
-    last that is tried of its width: those above count as nothing, with 0 under `seeds` and no other measures.
+    has the mean; of the others it has the median. A larger batch is harder, so a cell of which at most `LAST` came back is
+    the last that is tried of its width: those above count as nothing, with 0 under `seeds` and no other measures.
     """
     rows = []
     for m in widths:
@@ -33,6 +34,6 @@ def diagram(
                 break
             tried = pd.DataFrame([] if hopeless else [attempt(b, m, seed) for seed in seeds])
             measures = dict(tried.median()) | {SHARE: tried[SHARE].mean() if len(tried) else 0.0}
-            hopeless = measures[SHARE] == 0
+            hopeless = measures[SHARE] <= LAST
             rows.append({"width": m, "batch": b, "batch/width": b / m, "seeds": len(tried), **measures})
     return pd.DataFrame(rows)

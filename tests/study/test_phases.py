@@ -20,16 +20,18 @@ def test_a_cell_is_the_mean_share_and_the_median_of_all_else():
     assert table["seconds"].tolist() == table["batch"].tolist()
 
 
-def test_above_a_cell_where_nothing_came_back_nothing_is_tried():
+@pytest.mark.parametrize("left", [0, phases.LAST])
+def test_above_a_cell_where_next_to_nothing_came_back_nothing_is_tried(left):
     tried = []
 
     def attempt(batch, width, seed):
         tried.append((width, batch))
-        return wall(batch, width, seed)
+        found = wall(batch, width, seed)
+        return found | {"share recovered": max(left, found["share recovered"])}
 
     table = phases.diagram(attempt, widths=[10, 20], shares=[0.4, 0.6, 0.7, 0.8], seeds=[0, 2])
     assert tried == [(10, 4)] * 2 + [(10, 6)] * 2 + [(20, 8)] * 2 + [(20, 12)] * 2
-    assert table["share recovered"].tolist() == [1, 0, 0, 0] * 2
+    assert table["share recovered"].tolist() == [1, left, 0, 0] * 2
     assert table["seeds"].tolist() == [2, 2, 0, 0] * 2
     assert [math.isnan(s) for s in table["seconds"]] == [False, False, True, True] * 2
 
