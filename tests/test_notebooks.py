@@ -90,6 +90,18 @@ def test_checked_outputs_hold_no_times_or_long_numbers(path: Path) -> None:
 
 
 @every_notebook
+def test_it_shows_its_figures_at_full_size(path: Path) -> None:
+    text = "\n".join(cell.source for cell in _cells(path, "markdown"))
+    small, full = (table.load(FOLDER / "runs.yaml", profile) for profile in ("quick", "paper"))
+    small = {run.name: run for run in small}
+    for run in (run for run in full if run.notebook == path):
+        place = Path("..", "figures", run.variant)
+        for stem in run.captions if run.parameters != small[run.name].parameters else ():
+            there = (path.parent / place / f"{stem}.png").is_file()
+            assert (f"]({place / stem}.png)" in text) == there, f"{place / stem}.png"
+
+
+@every_notebook
 def test_it_reads_as_a_chapter(path: Path) -> None:
     text = "\n".join(cell.source for cell in _cells(path, "markdown"))
     first, last = (_cells(path, "markdown")[i].source for i in (0, -1))

@@ -40,7 +40,7 @@ model = network()
 tensors, _ = spear.models.tensors.read_tensors(sys.argv[1])
 model.load_state_dict(tensors, assign=True)
 start, done, seen = own(), threading.Event(), []
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 options = {"method": sys.argv[3], "layer": sys.argv[4] or None}
 result = spear.attack(model, spear.SharedUpdate.load(sys.argv[2]), **options)
