@@ -23,8 +23,8 @@ def diagram(
     """A row for each width m and batch size b = share m, up to `most`: these, their ratio, the seeds, and the measures.
 
     `attempt(b, m, seed)` attacks one batch and returns its measures, `"share recovered"` among them, of which a cell
-    has the mean; of the others it has the median. A larger batch is harder, so a cell of which at most `LAST` came back is
-    the last that is tried of its width: those above count as nothing, with 0 under `seeds` and no other measures.
+    has the mean; of the others it has the median. A larger batch is harder, so a cell of which at most `LAST` came back
+    is the last that is tried of its width: those above count as nothing, with 0 under `seeds` and no other measures.
     """
     rows = []
     for m in widths:
