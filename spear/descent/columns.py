@@ -141,6 +141,7 @@ def draw(
 def settle(observed: Observed, ends: Float[Tensor, "k b"], least: int) -> tuple[Float[Tensor, "j b"], int]:
     """The columns that search results lead to, polished and tested, and the number of results that led to one."""
     L, tolerance = observed.L, observed.tolerance
+    ends = ends[torch.linalg.vector_norm(ends, dim=1) > 0]  # known columns may leave nothing of a start
     first, group = groups(ends.to(L.dtype))
     q, exact = polish(L, first, tolerance=tolerance)
     exact &= filtering.sparsity_filter(L, q, least, tolerance=tolerance)
