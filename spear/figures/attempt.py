@@ -113,11 +113,12 @@ def _wait(process: subprocess.Popen, stop: Path) -> int:
                 continue
     finally:
         if process.poll() is None:
-            _end(process)
+            end(process)
     return -1
 
 
-def _end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
+    """End a process: asked first, then made to."""
     process.terminate()
     try:
         process.wait(5)

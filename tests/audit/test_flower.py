@@ -18,6 +18,7 @@ from spear import inversion, metrics
 from spear.audit.flower import MonitoredStrategy
 from spear.audit.monitor import Finding, Monitor
 from spear.federated import SharedUpdate
+from spear.figures import attempt
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'spear[flower]'")
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
@@ -113,18 +114,8 @@ def deployment(tmp_path: Path) -> Iterator[dict[str, str]]:
         for number, command in enumerate(commands):
             output = stack.enter_context((tmp_path / f"{number}.log").open("w"))
             process = subprocess.Popen(command.split(), env=environment, stdout=output, stderr=subprocess.STDOUT)
-            stack.callback(end, process)
+            stack.callback(attempt.end, process)
         yield environment
-
-
-def end(process: subprocess.Popen) -> None:
-    """Asked first, then made to."""
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def test_a_deployment_on_loopback(client, deployment: dict[str, str], tmp_path: Path) -> None:
