@@ -24,8 +24,8 @@ class Ingredients:
     """Code cells without outputs, modules of the package that they reach, parameters, versions, and data.
 
     Cells and modules are told by digests. `parameters` are those that override the notebook's, `data` the data sets at
-    hand that parameters or cells name, and the tables of benchmarks that cells name, each by a digest. Nothing in it
-    depends on the machine or the day.
+    hand that parameters or cells name, and the tables that cells name, of benchmarks or figures, each by a digest.
+    Nothing in it depends on the machine or the day.
     """
 
     cells: list[str]
@@ -80,9 +80,10 @@ def _digest_of_data(place: Path) -> str:
 
 
 def _tables(code: str) -> dict[str, str]:
-    """The tables of benchmarks that code names, as a string of its own."""
-    places = sorted((paths.root() / "benchmarks").glob("*.csv"))
-    return {f"benchmarks/{place.name}": digest(place.read_bytes()) for place in places if f'"{place.name}"' in code}
+    """The tables that code names, each as a string of its own: of benchmarks, or by the place under the root."""
+    named = {f"{folder}{name}" for name in re.findall(r'"([\w./-]+\.csv)"', code) for folder in ("benchmarks/", "")}
+    places = {name: paths.root() / name for name in sorted(named)}
+    return {name: digest(place.read_bytes()) for name, place in places.items() if place.is_file()}
 
 
 def _named(run: Run, code: str) -> list[str]:

@@ -107,6 +107,15 @@ def test_a_table_of_benchmarks_matters_where_it_is_named(project: Project, chang
     assert list(ingredients.of(project.load()[0]).changes(before)) == ["data: benchmarks/speed.csv"]
 
 
+def test_so_does_the_table_of_another_figure(project: Project, change: Callable[..., list[str]]) -> None:
+    table = project.folder / "figures" / "paper" / "other.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("share\n1\n")
+    assert change(lambda: table.write_text("share\n0\n")) == []
+    _edit(project, lambda notebook: notebook.cells[2].update(source=f'{BODY}\n"figures/paper/other.csv"'))
+    assert change(lambda: table.write_text("share\n1\n")) == ["data: figures/paper/other.csv"]
+
+
 def test_the_record_gives_back_what_was_recorded(project: Project, package: Path) -> None:
     project.add("04_tiny", writes={})
     (run,) = project.load()
