@@ -18,6 +18,7 @@ from spear.audit.protection import Tested
 from spear.audit.sample import Sample, choose, input_shape, outputs
 from spear.audit.simulation import Comparison, Options, Reach
 from spear.federated.clients import gradient
+from spear.federated.naming import check_there, unwrapped
 from spear.federated.update import SharedUpdate, check_told
 from spear.models import tracing
 from spear.models.fronts import cut
@@ -143,6 +144,8 @@ def audit(
     check_number("seed", seed, 0, whole=True)
     check_told({"input_shape": input_shape})
     started, say = time.monotonic(), progress or (lambda words: None)
+    model = unwrapped(model)
+    check_there(model)
     shape = input_shape or (update.input_shape if update else None)
     layers = assess(model, shape)
     target = _target(layers, layer)
@@ -156,6 +159,8 @@ def audit(
     front = layer is None and cut(model, shape) is not None  # of the features that enter the layer, the samples too
     result = replace(options, layer=None if front else options.layer, time_limit=time_limit).attack(model, attacked)
     entered = result.features_of or (None if front and len(result.inputs) else options.layer)
+    if options.layer is None and entered:  # the gradient of the first layer is not sent
+        options = replace(options, layer=entered)
     count = count or (result.rank if update else simulated)
     truth = None if update else simulation.entering(model, entered, sample.inputs[:count])
     return Audit(
@@ -303,7 +308,7 @@ def _defences(
     if sample is None:
         return ()
     own = sample
-    if result.complete and options.layer is None:
+    if result.complete and options.layer is None and result.labels is not None:
         inputs = result.inputs.reshape(-1, *sample.inputs.shape[1:]).to(sample.inputs)
         own = Sample(inputs, result.labels, "the recovered batch", sample.picture)
     count = min(count, len(own.labels))

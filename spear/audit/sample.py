@@ -10,6 +10,7 @@ from torch import Generator, Tensor, fx, nn
 
 from spear.data import catalog, packs
 from spear.data.known import BUILT_IN
+from spear.federated.losses import logits_of
 from spear.models import expansion, tracing
 from spear.models.graphs import evaluating
 
@@ -38,13 +39,16 @@ def input_shape(model: nn.Module, hint: tuple[int, ...] | None = None) -> tuple[
     """
     vectors = [layer.path.shape for layer in tracing.linear_layers(model, hint) if layer.from_data]
     shapes = [hint] if hint is not None else [*(catalog.shape(name) for name in BUILT_IN), *vectors]
+    why = ""
     for shape in shapes:
-        if outputs(model, shape):
+        found, why = _tried(model, shape)
+        if found:
             return shape
     if (given := tracing.count_inputs(model, hint)) != 1:
         raise ValueError(f"the model takes {given} inputs: no client of it is simulated; give an update")
     tried = ", ".join(map(str, shapes))
-    raise ValueError(f"the model gives no logits for samples of shape {tried}: say which shape one sample has")
+    hinted = f" ({why})" if hint is not None else ": say which shape one sample has"
+    raise ValueError(f"the model gives no logits for samples of shape {tried}{hinted}")
 
 
 def outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
@@ -52,15 +56,22 @@ def outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
     Raises `ValueError` for a model from a file that expands the sample beyond measure.
     """
+    return _tried(model, shape)[0]
+
+
+def _tried(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, str]:
+    """The same, and why there are none."""
     if isinstance(model, fx.GraphModule) and not expansion.computes(model, (2, *shape)):
-        return 0
+        return 0, "it computes nothing from two of them"
     like = next(model.parameters())
     try:
         with torch.no_grad(), evaluating(model):
-            logits = model(torch.zeros(2, *shape, dtype=like.dtype, device=like.device))
-    except Exception:  # the model's own code may raise anything
-        return 0
-    return logits.shape[1] if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == 2 else 0
+            logits = logits_of(model(torch.zeros(2, *shape, dtype=like.dtype, device=like.device)))
+    except Exception as error:  # the model's own code may raise anything
+        return 0, f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}"
+    if logits.ndim != 2 or len(logits) != 2:
+        return 0, f"of two samples it makes a tensor of shape {tuple(logits.shape)}"
+    return logits.shape[1], ""
 
 
 def choose(source: str | None, shape: tuple[int, ...], classes: int, *, most: int, seed: int = 0) -> Sample:

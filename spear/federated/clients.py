@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
+from spear.federated.losses import logits_of
 from spear.federated.update import SharedUpdate, check_told
 
 
@@ -32,8 +33,10 @@ def gradient(
     the batch's statistics; its running statistics after the step are the update's `buffers`. The model is left
     unchanged, its `.grad` fields and buffers included.
 
-    Raises `ValueError` for an unknown reduction or loss, for inputs and labels of unequal length, and for a label that
-    the model has no output for.
+    A model may return its logits among other things, by that name (`spear.federated.losses.logits_of`).
+
+    Raises `ValueError` for an unknown reduction or loss, for inputs and labels of unequal length, for a label that the
+    model has no output for, and for several outputs of which none is called logits.
     """
     check_told({"loss": loss, "reduction": reduction})
     if len(inputs) != len(labels):
@@ -43,7 +46,7 @@ def gradient(
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
     names, parameters = tuple(trained), tuple(trained.values())
     with _kept_buffers(model) as buffers:
-        logits = model(inputs)
+        logits = logits_of(model(inputs))
         most = 2 if logits.shape[1] == 1 and loss != "cross_entropy" else logits.shape[1]
         if int(labels.min()) < 0 or int(labels.max()) >= most:
             span = f"{int(labels.min())} to {int(labels.max())}"

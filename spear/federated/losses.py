@@ -1,8 +1,27 @@
 """The losses that a client may have: what each compares with a label, and its slope. Both sides know them."""
 
+from collections.abc import Mapping, Sequence
+
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+def logits_of(output: object) -> Float[Tensor, "b c"]:
+    """The logits in what a model returns: the tensor, the one called `logits`, or the only one.
+
+    Raises `ValueError` where which of several they are is not known.
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    if isinstance(named.get("logits"), Tensor):
+        return named["logits"]
+    parts = output if isinstance(output, Sequence) else named.values()
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) != 1:
+        raise ValueError(f"the model returns {len(tensors)} tensors, none of them called logits: a loss reads one")
+    return tensors[0]
 
 
 def activate(loss: str, outputs: Float[Tensor, "*s c"]) -> Float[Tensor, "*s c"]:

@@ -34,6 +34,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(children[name]) if known and name in WRAPPERS and not others else model
 
 
+def check_there(model: nn.Module) -> None:
+    """Raises `ValueError` for parameters or buffers without a shape yet, of lazy layers, or without values."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{name} of the model has no shape yet: run a lazy layer on a batch first")
+        if tensor.is_meta:
+            raise ValueError(f"{name} of the model has no values: it is on the device meta")
+
+
 def match(model: nn.Module, tensors: Mapping[str, Tensor]) -> Match:
     """Find the parameters' tensors by name, by name without what wrappers put before it, or by shape and order.
 

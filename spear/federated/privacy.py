@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from spear.federated.clients import gradient
+from spear.federated.losses import logits_of
 from spear.federated.update import SharedUpdate
 
 DELTA = 1e-5  # chance at which the promise of epsilon may fail: the custom for some thousand samples
@@ -50,7 +51,8 @@ def private(
         generator=generator,
     )
     # Inputs that require a gradient keep torch from warning about Opacus' backward hooks.
-    F.cross_entropy(local(inputs.detach().clone().requires_grad_()), labels, reduction="sum").backward()
+    logits = logits_of(local(inputs.detach().clone().requires_grad_()))
+    F.cross_entropy(logits, labels, reduction="sum").backward()
     optimizer.pre_step()
     found = {n: p.grad.detach() for n, p in local._module.named_parameters() if p.grad is not None}
     noise = noise_multiplier * clip / len(inputs)

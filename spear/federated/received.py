@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spear.federated.naming import check_there
 from spear.federated.update import Lazy, SharedUpdate, computed_in
 from spear.models.streaming import CHUNK
 from spear.reconstruction import Refusal
@@ -86,9 +87,8 @@ def _refuse_unknown(name: str, g: Tensor) -> None:
 
 def check_weights(model: nn.Module) -> None:
     """Raises `ValueError` for parameters or buffers that hold no finite numbers, or none at all."""
+    check_there(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(f"{name} of the model has no values: it is on the device meta")
         if not is_finite(tensor):
             raise ValueError(f"{name} of the model holds NaN or infinite values")
 

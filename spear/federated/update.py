@@ -277,6 +277,8 @@ def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
         value = whole()
     if value.is_complex():
         raise ValueError(f"the gradient of {name} holds complex numbers")
+    if value.layout is not torch.strided:  # sparse, as nn.Embedding(sparse=True) makes it
+        value = value.to_dense()
     return value.detach()
 
 
@@ -286,6 +288,7 @@ def under_names_of(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate
     Running statistics among them become its `buffers`; counters are left out. Raises `ValueError` as `naming` does, and
     for what belongs to nothing.
     """
+    naming.check_there(model)
     found, received = naming.match(model, update.gradients), update.gradients
     if found.others:
         raise ValueError(f"the update has a gradient for {min(found.others)!r}, which the model does not have")

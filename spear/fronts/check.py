@@ -3,7 +3,8 @@
 With ReLU's zeros and the places of maxima as they are, features, and the gradients of the front's parameters, are
 affine in the inputs: J x + c. Inputs that reproduce them are the only ones with this pattern where J has full column
 rank, and a wrong pattern would satisfy more equations than there are unknowns by chance. That there are more is asked
-of every part of the unknowns: the rank must stand when a random share of the equations (`SPARED`) is left out.
+of every part of the unknowns: the rank must stand when a random share of the equations (`SPARED`) is left out. An
+affine front has no pattern: full column rank is all.
 
 The rank is tested by a random right side u: (JᵀJ) w = u is solved to `SOLVED`, which u's share in a null space would
 not allow but with a probability of about SOLVED times the root of the number of unknowns; and |w| bounds the smallest
@@ -46,9 +47,10 @@ def determined(
 ) -> Determined:
     """How well the equations of a batch determine inputs that solve them, each by itself or all (`joint`) together."""
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    fine = Linearised(problem, inputs, joint).leave_out(SPARED, Generator().manual_seed(seed))
+    spared = 0.0 if problem.is_affine(float(inputs.abs().max())) else SPARED
+    fine = Linearised(problem, inputs, joint).leave_out(spared, Generator().manual_seed(seed))
     rough = Linearised(problem.to(torch.float32), inputs.float(), joint)
-    rough.leave_out(SPARED, Generator().manual_seed(seed))
+    rough.leave_out(spared, Generator().manual_seed(seed))
     u = torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs.device)
     w, off = refined(fine, rough, u, joint=joint, enough=SOLVED, rounds=ROUNDS, inner=INNER, until=until)
     axes = None if joint else tuple(range(1, u.ndim))

@@ -89,9 +89,11 @@ class Linearised:
 
 
 def _gradients(problem: FrontProblem, z: Float[Tensor, "k n"], create_graph: bool = False) -> tuple[Tensor, ...]:
-    """The gradients of the front's parameters, from features that are differentiable."""
+    """The gradients of the front's parameters, from features that are differentiable; none where it has none."""
     parameters = dict(problem.front.named_parameters())
     wanted = [parameters[name] for name in problem.gradients]
+    if not wanted:
+        return ()
     slopes = torch.where(problem.positive, problem.slopes, 0)
     return torch.autograd.grad((z * slopes).sum(), wanted, create_graph=create_graph, materialize_grads=True)
 

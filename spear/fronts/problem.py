@@ -51,6 +51,14 @@ class FrontProblem:
         """Equations that the gradients of the front's parameters make, of all samples together."""
         return 0 if self.slopes is None else sum(g.numel() for g in self.gradients.values())
 
+    def is_affine(self, size: float) -> bool:
+        """Whether the front is affine, as padding and average pools are: tried on random inputs of about that size."""
+        generator = torch.Generator().manual_seed(0)
+        x, y = size * torch.randn(2, TRIES, *self.shape, generator=generator, dtype=torch.float64).to(self.features)
+        with torch.no_grad():
+            apart = self.front(x + y) + self.front(torch.zeros_like(x)) - self.front(x) - self.front(y)
+            return bool(apart.abs().max() <= 1e-9 * self.front(x).abs().max())
+
     def features_of(self, inputs: Float[Tensor, "k *shape"]) -> Float[Tensor, "k n"]:
         """The features of inputs."""
         with torch.no_grad():

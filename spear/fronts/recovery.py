@@ -84,8 +84,10 @@ def _judged(
         doubt = "features and gradients do not determine every input where a share of the equations is left out"
     certified = found.certified & (bound <= found.limit) & (not doubt)
     complete = found.complete and bool(certified.all())
-    reason = f"{found.reason}; each input from its features, and every gradient of what computes these"
-    reason = f"{reason}: {doubt}" if doubt else f"{reason} is reproduced to {rest.parameters:.0e}"
+    reason = f"{found.reason}; each input from its features"
+    if doubt or rest.gradients:
+        reason += ", and every gradient of what computes these"
+        reason += f": {doubt}" if doubt else f" is reproduced to {rest.parameters:.0e}"
     return replace(
         found,
         inputs=inputs,
@@ -122,9 +124,12 @@ def _open(cut: Cut, model: nn.Module, update: SharedUpdate, found: Reconstructio
         return None, "they are not exact"
     features, received = found.inputs.double(), check_gradients(model, update)
     front, head = (_double(part, features) for part in (cut.front, cut.head))
-    front, floored = without_last_relu(front, update.input_shape)
-    with torch.no_grad():
-        size = front(features.new_zeros(1, *update.input_shape)).numel()
+    try:
+        front, floored = without_last_relu(front, update.input_shape)
+        with torch.no_grad():
+            size = front(features.new_zeros(1, *update.input_shape)).numel()
+    except (RuntimeError, TypeError) as error:
+        return None, f"what computes them does not take real numbers: {str(error).splitlines()[0]}"
     if size != features.shape[1]:
         return None, f"a sample makes {size // features.shape[1]} such rows, and which belong together is not known"
     gradients = {name: g.to(features) for name, g in cut.of_front(received).items()}

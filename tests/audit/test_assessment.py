@@ -1,6 +1,8 @@
 """The audit: what it says of layers, and of an update, holds; mistakes are named."""
 
+import copy
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,6 +61,59 @@ def test_a_convolution_before_the_layer() -> None:
     assert (found.layer, found.outcome.exact, found.sample) == ("1", 3, "digits")
     network = next(reach for reach in found.reaches if reach.method == "network")
     assert (network.largest, network.failed) == (0, 1)
+
+
+class Answering(nn.Module):
+    """A model that returns its logits by name, as those of transformers do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.model(x)}
+
+
+class Doubled(Answering):
+    """A twin whose outputs count for nothing: no labels come back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.twin = copy.deepcopy(model).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x) + 0 * self.twin(x)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model.fc1.requires_grad_(False)
+    return model
+
+
+KINDS = {"logits by name": Answering, "no labels": Doubled, "frozen": frozen, "compiled": torch.compile}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_other_people(model: nn.Module, kind: str) -> None:
+    options = {"count": 3, "input_shape": SHAPE, **QUICK, "time_limit": 60}
+    found = assessment.audit(KINDS[kind](copy.deepcopy(model)), **options)
+    assert (found.outcome.exact, found.status) == (3, 1)
+    assert found.layer == ("fc2" if kind == "frozen" else None)
+    assert all(tested.outcome is not None for tested in found.defences if tested.name != "local training")
+    json.loads(report.to_json(found))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(WIDTH), nn.ReLU(), nn.LazyLinear(CLASSES)), "no shape yet"),
+        (lambda: models.fcnn(SHAPE, WIDTH, 3, CLASSES).to("meta"), "has no values"),
+        (lambda: nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.Linear(64, 9), nn.ReLU()), "scalar types"),
+    ],
+)
+def test_models_without_numbers(made: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        assessment.audit(made(), input_shape=(8,), **QUICK)
 
 
 def test_nothing_recovered_is_status_0(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The client's gradient, and the file that carries it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +142,39 @@ def test_arrays_of_another_framework():
     arrays["w"][0, 0] = 9
     assert update.gradients["w"].dtype == torch.float64
     assert update.gradients["w"][0, 0] == 0
+
+
+def test_sparse_gradients_are_those_that_they_stand_for():
+    model = nn.Sequential(nn.Embedding(20, 3, sparse=True), nn.Flatten(), nn.Linear(12, 4)).double()
+    F.cross_entropy(model(torch.tensor([[1, 2, 2, 7], [0, 1, 1, 1]])), torch.tensor([0, 3])).backward()
+    sent = SharedUpdate({name: p.grad for name, p in model.named_parameters()}).gradients["0.weight"]
+    assert torch.equal(sent, model[0].weight.grad.to_dense())
+    assert sent.abs().sum(1).nonzero().flatten().tolist() == [0, 1, 2, 7]
+
+
+def _answers(logits):
+    other = logits[:, :1] + 1
+    return {
+        "by name": {"loss": None, "logits": logits, "hidden": other},
+        "as an attribute": SimpleNamespace(logits=logits, hidden=other),
+        "the only one": (logits, None),
+    }
+
+
+@pytest.mark.parametrize("kind", ["by name", "as an attribute", "the only one"])
+def test_logits_among_other_outputs(kind):
+    model, x, y = nn.Linear(6, 4).double(), torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    expected = gradient(model, x, y).gradients
+    model.register_forward_hook(lambda _module, _inputs, logits: _answers(logits)[kind])
+    found = gradient(model, x, y).gradients
+    assert all(torch.equal(found[name], g) for name, g in expected.items())
+
+
+def test_several_outputs_without_a_name():
+    model, y = nn.Linear(6, 4).double(), torch.tensor([0, 1])
+    model.register_forward_hook(lambda _module, _inputs, logits: (logits, 2 * logits))
+    with pytest.raises(ValueError, match="returns 2 tensors, none of them called logits"):
+        gradient(model, torch.randn(2, 6, dtype=torch.float64), y)
 
 
 def test_not_an_update():

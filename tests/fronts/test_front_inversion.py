@@ -147,6 +147,46 @@ def test_too_few_equations(seed: int) -> None:
     assert float(apart(result.inputs, model[0](x).detach()).max()) < 1e-9
 
 
+def padded() -> nn.Module:
+    return nn.Sequential(nn.ZeroPad2d(1), nn.Flatten())
+
+
+def averages() -> nn.Module:
+    """More of them than entries, and no weights."""
+    return nn.Sequential(nn.AvgPool2d(2, stride=1, padding=1), nn.Flatten())
+
+
+@pytest.mark.parametrize("front", [padded, averages])
+def test_affine_fronts_need_no_more_equations_than_unknowns(front: Callable[[], nn.Module]) -> None:
+    model, (x, y) = with_head(front, 0), batch(3)
+    result = spear.attack(model, federated.gradient(model, x, y), seed=0)
+    assert result.complete
+    assert not result.features_of
+    assert apart(result.inputs, x).max() < 1e-6
+
+
+def cut_off() -> nn.Module:
+    return nn.Sequential(nn.Hardtanh(-50, 50), nn.Flatten())
+
+
+@pytest.mark.parametrize(("front", "size", "affine"), [(padded, 1.0, True), (cut_off, 1.0, True), (cut_off, 40.0, False)])
+def test_what_is_affine_is_tried_at_the_size_of_the_inputs(front: Callable, size: float, affine: bool) -> None:
+    assert problem_of(with_head(front, 0), *batch(0)).is_affine(size) == affine
+
+
+def test_indices_are_no_real_numbers() -> None:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(20, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    model = nn.Sequential(nn.Embedding(30, 5), nn.Flatten(), *head).double()
+    words, names = torch.randint(30, (3, 4)), [name for name, _ in model.named_parameters()]
+    loss = F.cross_entropy(model(words), torch.tensor([0, 1, 2]))
+    gradients = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    result = spear.attack(model, SharedUpdate(gradients, count=3, input_shape=(4,)), seed=0)
+    assert (result.features_of, result.complete) == ("2", False)
+    assert "does not take real numbers" in result.reason
+    assert apart(result.inputs, model[:2](words).detach()).max() < 1e-6
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_no_feature_sees_is_not_certified(seed: int) -> None:
     model, (x, y) = with_head(blind, seed), batch(seed)
