@@ -169,7 +169,9 @@ def cut_off() -> nn.Module:
     return nn.Sequential(nn.Hardtanh(-50, 50), nn.Flatten())
 
 
-@pytest.mark.parametrize(("front", "size", "affine"), [(padded, 1.0, True), (cut_off, 1.0, True), (cut_off, 40.0, False)])
+@pytest.mark.parametrize(
+    ("front", "size", "affine"), [(padded, 1.0, True), (cut_off, 1.0, True), (cut_off, 40.0, False)]
+)
 def test_what_is_affine_is_tried_at_the_size_of_the_inputs(front: Callable, size: float, affine: bool) -> None:
     assert problem_of(with_head(front, 0), *batch(0)).is_affine(size) == affine
 
