@@ -10,9 +10,10 @@ from network_problems import case
 from problems import batch, make
 
 from spear import attack, inversion, models
-from spear.deployments import completion
+from spear.deployments import completion, local_training
 from spear.deployments.likelihood import refine
 from spear.deployments.opening import open_noisy
+from spear.deployments.simulation import Training
 from spear.descent import layer
 from spear.descent.coupling import uncoupled
 from spear.federated import defences, gradient
@@ -141,3 +142,21 @@ def test_a_completion_that_is_late_is_not_exact(monkeypatch):
     late = completion.complete(J, kept, until=PAST, generator=_generator())
     assert not late.exact
     assert len(calls) <= 2
+
+
+@pytest.mark.parametrize(("until", "rounds"), [(PAST, 1), (float("inf"), local_training.ROUNDS)])
+def test_retraced_training_that_is_late_is_simulated_once(monkeypatch, until, rounds):
+    made = case((50, 90, 90, 10), 8)
+    samples = local_training.Samples(
+        made.inputs, torch.zeros(8, dtype=torch.long), (torch.arange(4), torch.arange(4, 8))
+    )
+    fits = []
+
+    def compare(problem, training, trial, labels, order):
+        fits.append(1e6 - len(fits))
+        return local_training.Comparison((1.0,), fits[-1], torch.ones(8).double()), trial
+
+    monkeypatch.setattr(local_training, "_compare", compare)
+    training = Training(8, (4, 4), 0.1, 0.0)
+    best = local_training._refined(made.problem, training, samples, list(samples.members), until)
+    assert (len(fits), best[1].misfit) == (rounds, min(fits))

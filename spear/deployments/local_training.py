@@ -7,6 +7,7 @@ verify them. In single precision the rounding of the weights is noise of known s
 error, no certificate. Vectors are rows.
 """
 
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,20 +91,24 @@ def recover(problem: NetworkView, training: Training, terms: Terms) -> Reconstru
 
 def _verified(retraced: "Retraced", samples: Samples, starts: int) -> Reconstruction:
     """The samples, corrected by what the simulated training leaves over; in the first epoch's order, or another."""
-    problem, training = retraced.problem, retraced.training
-    best = _refined(problem, training, samples, list(samples.members) * training.epochs)
-    if best[1].misfit > FITS and len(samples.members) > 1 and training.epochs > 1:
-        other = _refined(problem, training, samples, _membership(problem, training, samples))
+    problem, training, until = retraced.problem, retraced.training, retraced.terms.budget.until
+    best = _refined(problem, training, samples, list(samples.members) * training.epochs, until)
+    several = len(samples.members) > 1 and training.epochs > 1
+    if best[1].misfit > FITS and several and time.monotonic() < until:
+        other = _refined(problem, training, samples, _membership(problem, training, samples), until)
         best = min(best, other, key=lambda pair: pair[1].misfit)
     return retraced.verified(replace(samples, inputs=best[0]), best[1], starts)
 
 
 def _refined(
-    problem: NetworkView, training: Training, samples: Samples, order: list[Int[Tensor, " _k"]]
+    problem: NetworkView, training: Training, samples: Samples, order: list[Int[Tensor, " _k"]], until: float
 ) -> tuple[Float[Tensor, "s n"], "Comparison"]:
-    """The inputs that explain the update best, of those that corrections lead to, with their evidence."""
+    """The inputs that explain the update best, of those that corrections lead to before the clock (`time.monotonic`)
+    shows `until`, with their evidence."""
     trial, best = samples.inputs, None
     for _ in range(ROUNDS):
+        if best is not None and time.monotonic() >= until:
+            break
         seen, corrected = _compare(problem, training, trial, samples.labels, order)
         better = best is None or seen.misfit < best[1].misfit
         if not better and best[1].misfit < FITS:
