@@ -111,12 +111,18 @@ def activation_coordinates(
         zeros = activations[:, inactive]
         s = particular
         if free.shape[1] and zeros.shape[1] >= free.shape[1] + SPARE_ROWS:
-            fit = torch.linalg.lstsq(zeros.T @ free, (zeros.T @ particular)[:, None], driver="gels").solution[:, 0]
-            s = particular - free @ fit
+            s = particular - free @ _least_squares(zeros.T @ free, zeros.T @ particular)
         y = s @ activations
         sure.append(((s @ zeros).norm() < tolerances.accept * y.norm()) & (y[active].min() > 0))
         answers.append(s)
     return torch.stack(sure), torch.stack(answers)
+
+
+def _least_squares(A: Float[Tensor, "r k"], b: Float[Tensor, " r"]) -> Float[Tensor, " k"]:
+    try:
+        return torch.linalg.lstsq(A, b[:, None], driver="gels").solution[:, 0]
+    except torch.linalg.LinAlgError:  # of less than full rank: samples that are alike
+        return torch.linalg.pinv(A) @ b
 
 
 def softmax_coordinates(

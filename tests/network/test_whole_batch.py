@@ -4,7 +4,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from network_problems import Case, assert_labels, case, errors
 
@@ -213,6 +213,7 @@ def test_crowded_batches_empty_sample_by_sample(seed):
     loss=st.sampled_from(["cross_entropy", "cross_entropy", "binary_cross_entropy", "squared_error"]),
     scale=st.sampled_from([1.0, 1.0, 30.0]),
 )
+@example([21, 37, 48], 16, 4, 3, 8472, "common mean", "", False, 1, "cross_entropy", 1.0)
 def test_no_false_certificate_on_tiny_problems(
     sizes, inputs, classes, batch, seed, alike, spoiled, known, starts, loss, scale
 ):
