@@ -68,7 +68,8 @@ def _tried(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, str]:
         with torch.no_grad(), evaluating(model):
             logits = logits_of(model(torch.zeros(2, *shape, dtype=like.dtype, device=like.device)))
     except Exception as error:  # the model's own code may raise anything
-        return 0, f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}"
+        first = str(error).strip().partition("\n")[0]
+        return 0, f"{type(error).__name__}: {first[:200]}"
     if logits.ndim != 2 or len(logits) != 2:
         return 0, f"of two samples it makes a tensor of shape {tuple(logits.shape)}"
     return logits.shape[1], ""

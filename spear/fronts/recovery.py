@@ -129,7 +129,8 @@ def _open(cut: Cut, model: nn.Module, update: SharedUpdate, found: Reconstructio
         with torch.no_grad():
             size = front(features.new_zeros(1, *update.input_shape)).numel()
     except (RuntimeError, TypeError) as error:
-        return None, f"what computes them does not take real numbers: {str(error).splitlines()[0]}"
+        first = str(error).partition("\n")[0]
+        return None, f"what computes them does not take real numbers: {first}"
     if size != features.shape[1]:
         return None, f"a sample makes {size // features.shape[1]} such rows, and which belong together is not known"
     gradients = {name: g.to(features) for name, g in cut.of_front(received).items()}
