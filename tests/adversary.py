@@ -304,7 +304,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         inputs=draw(st.integers(3, 30)),
         width=draw(st.integers(24, 60)),
         depth=draw(st.integers(2, 4)),
-        classes=draw(st.sampled_from([1, 2, 2, 3, 5, 10])),
+        classes=draw(st.sampled_from([1, 2, 2, 3, 5, 10, 40])),
         batch=draw(st.one_of(plain, st.sampled_from(sorted(BATCHES)))),
         network=draw(st.one_of(plain, plain, st.sampled_from(sorted(NETWORKS)))),
         loss=draw(st.one_of(plain, plain, st.sampled_from(["squared_error", "binary_cross_entropy", *sorted(LOSSES)]))),

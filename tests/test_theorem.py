@@ -17,8 +17,9 @@ from spear.certificate import (
     spread_of_zeros,
 )
 from spear.network import whole_batch
-from spear.network.error_bounds import family, input_bounds, least_slopes, spreads
+from spear.network.error_bounds import entry_noise, family, input_bounds, joint_spreads, least_slopes, spreads
 from spear.network.problem import Targets, passes
+from spear.network.rest import rest_of
 from spear.reconstruction import Budget, Terms
 
 DTYPE = torch.float64
@@ -79,8 +80,51 @@ def targets(made):
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sizes", [(30, 40, 40, 10), (30, 40, 40, 40, 60), (30, 50, 20)])
+def test_the_joint_spread_is_that_of_all_layers_conditions_side_by_side(sizes, seed):
+    """Against a textbook version: one least-squares problem a sample, each layer's equations over its noise."""
+    made = case(sizes, 15, seed=seed)
+    problem, run = made.problem, passes(made.problem, made.inputs, targets(made))
+    noise = [entry_noise(problem, k, rest_of(problem, k, run))[0] for k in range(len(run.deltas))]
+    columns = [inverse_columns(problem.extend(k, x)) for k, x in enumerate(run.inputs)]
+    for i, found in enumerate(joint_spreads(problem, run)):
+        zero_sum = torch.cat([torch.ones(1, sizes[-1], dtype=DTYPE), run.deltas[-1][i : i + 1]])
+        B, equations = torch.linalg.svd(zero_sum)[2][2:].T, []  # what d may be beside the sample's own
+        for k in reversed(range(len(run.deltas))):
+            B = B if k > problem.last else run.slopes[k][i][:, None] * (problem.weights[k + 1].T @ B)
+            if len(run.deltas[k]) <= sizes[k + 1]:
+                beside = B - run.deltas[k].T @ torch.linalg.lstsq(run.deltas[k].T, B).solution
+                equations.append(beside / (noise[k] * columns[k][i]))
+        g = run.deltas[0][i] / run.deltas[0][i].norm()
+        moved = (B - torch.outer(g, g @ B)) @ torch.linalg.pinv(torch.cat(equations), rtol=1e-9)
+        expected = (1 + (moved / (noise[0] * columns[0][i])).pow(2).sum()).sqrt()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_classes_need_all_layers(seed):
+    """The first layer alone does not tell 24 samples in 40 units with 60 classes; all together do."""
+    made = case((30, 40, 40, 60), 24, seed=seed)
+    run = passes(made.problem, made.inputs, targets(made))
+    alone, joint = spreads(made.problem, run, 0), joint_spreads(made.problem, run)
+    assert alone.isinf().any()
+    assert joint.isfinite().all()
+    assert (joint <= alone).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_layers_together_do_not_tell_two_samples_of_one_region(seed):
+    made = case((30, 40, 40, 60), 12, seed=seed)
+    x, y = made.inputs.clone(), made.labels.clone()
+    x[1], y[1] = x[0] * (1 + 1e-6), y[0] + 1 - 2 * (y[0] == 59)
+    made = case((30, 40, 40, 60), inputs=x, labels=y, seed=seed)
+    joint = joint_spreads(made.problem, passes(made.problem, x, targets(made)))
+    assert joint[:2].isinf().all()
+
+
 @pytest.mark.parametrize("exponent", [-13, -11, -9])
-@pytest.mark.parametrize("sizes", [(30, 60, 60, 10), (30, 60, 2), (6, 60, 60, 10)])
+@pytest.mark.parametrize("sizes", [(30, 60, 60, 10), (30, 60, 2), (6, 60, 60, 10), (30, 24, 24, 60)])
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_moves_no_input_beyond_its_bound(sizes, exponent, seed):
     """Noise of the size that is left; six inputs for eight samples are told by the second layer alone."""

@@ -2,20 +2,30 @@
 
 Each layer alone may determine the batch: its F_i follow from the masks and the weights above it, or from the masks
 alone. The first layer gives the inputs themselves, a deeper one its own inputs, and the weights below lead back.
+
+Where none does, as with hundreds of classes and a batch of half the width, all together may. Let B_l take dLoss/dlogits
+of sample i to its ∂L/∂z at layer l, in its linear region, and P_l project on span(G'_l). Every batch that gives all
+gradients has (1 - P_l) B_l d = 0 in each layer of which G'_l X'_l has rank b, the output layer (B = 1) among them: its
+∂L/∂z at the first layer is in F_i = {B_1 d : (1 - P_l) B_l d = 0 for all l > 1}, and the theorem holds as it stands.
+Noise N_l moves d by e, the solution of (1 - P_l) B_l e = (1 - P_l) N_l x⁺ for all l, by least squares, each layer by
+the size of its noise.
 """
 
-import math
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spear.certificate import input_errors, norms, spread_of_family, spread_of_zeros
+from spear.certificate import NO_ANGLE, input_errors, inverse_columns, norms, spread_of_family, spread_of_zeros
+from spear.directions import unit_rows
 from spear.federated.losses import activate_along
 from spear.models.streaming import product
 from spear.network.curved_bounds import Levers, curved_bounds
 from spear.network.problem import NetworkView, Passes, Targets
-from spear.network.rest import rest_of
+from spear.network.rest import Rest, rest_of
+from spear.network.spaces import contrasts
 
 MOST_ENTRIES = 2**22  # of the families that are held at once
 
@@ -30,30 +40,39 @@ def input_bounds(
     if not all(activation.is_flat for activation in problem.activations):
         return curved_bounds(problem, run, targets, known)
     bound = run.inputs[0].new_full((len(targets),), torch.inf)
-    for k in range(problem.last + 1):
+    rules = [partial(spreads, problem, run, k) for k in range(problem.last + 1)]
+    for k, rule in [*enumerate(rules), (0, partial(joint_spreads, problem, run))]:
         if bool((bound <= problem.accuracy.recovered).all()):
             break
-        bound = torch.minimum(bound, layer_bounds(problem, run, targets, k))
+        bound = torch.minimum(bound, layer_bounds(problem, run, targets, k, rule))
     return bound
 
 
-def layer_bounds(problem: NetworkView, run: Passes, targets: Targets, k: int) -> Float[Tensor, " s"]:
-    """The bounds that layer k's gradient gives; infinite where it does not determine the batch."""
+def layer_bounds(
+    problem: NetworkView, run: Passes, targets: Targets, k: int, rule: Callable[[], Float[Tensor, " s"]]
+) -> Float[Tensor, " s"]:
+    """The bounds that layer k's gradient gives, its F_i spread by the `rule`; infinite where the batch is not told."""
     G, X, shape = run.deltas[k], problem.extend(k, run.inputs[k]), problem.gradient(k).shape
     if len(G) > min(shape) or not bool(G.isfinite().all() and X.isfinite().all()):
         return G.new_full((len(G),), torch.inf)
     basis, triangle = torch.linalg.qr(G.T)
-    rest, eps = rest_of(problem, k, run, basis), 2 * problem.precision
-    matrix, column = max(rest.size, eps * rest.whole), max(rest.last, eps * rest.whole_last)
-    entries = matrix / math.prod(shape) ** 0.5, column / shape[0] ** 0.5
+    rest = rest_of(problem, k, run, basis)
     lengths = None if problem.biases[k] is not None else softness(problem, run, targets)
-    error = input_errors(G, X, spreads(problem, run, k), entries=entries, lengths=lengths)
+    error = input_errors(G, X, rule(), entries=entry_noise(problem, k, rest), lengths=lengths)
     if k:
         error = error * norms(run.inputs[k]) / (norms(run.inputs[0]) * least_slopes(problem, run, k))
     else:
         step = torch.linalg.solve_triangular(triangle, rest.inside, upper=True)
         error = error + step.norm(dim=1) / norms(run.inputs[0])
     return error.nan_to_num(torch.inf, torch.inf)
+
+
+def entry_noise(problem: NetworkView, k: int, rest: Rest) -> tuple[float, float]:
+    """How far the entries of dL/dW of layer k may be off, and those of dL/dβ: by rounding, or by what is left."""
+    rows, columns = problem.gradient(k).shape
+    eps = 2 * problem.precision
+    matrix, column = max(rest.size, eps * rest.whole), max(rest.last, eps * rest.whole_last)
+    return matrix / (rows * columns) ** 0.5, column / rows**0.5
 
 
 def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
@@ -68,7 +87,8 @@ def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
     def by_zeros(index: Int[Tensor, " i"]) -> Float[Tensor, " i"]:
         return spread_of_zeros(basis, G[index], inactive[index])
 
-    first, second = (by_zeros, by_layers) if len(G) < problem.outputs else (by_layers, by_zeros)
+    chain = sum(w.numel() for w in problem.weights[k + 1 :]) * problem.outputs + G.shape[1] * problem.outputs**2
+    first, second = (by_zeros, by_layers) if G.shape[1] * len(G) ** 2 < chain else (by_layers, by_zeros)
     spread = first(torch.arange(len(G), device=G.device))
     unknown = spread.isinf().nonzero()[:, 0]
     if len(unknown):
@@ -78,13 +98,81 @@ def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
 
 def family(problem: NetworkView, run: Passes, k: int, index: Int[Tensor, " s"]) -> Float[Tensor, "s r m"]:
     """The rows of (D_k W_{k+1}ᵀ ... W_outᵀ)ᵀ for the masks of the samples `index`: they span ∂L/∂z at layer k."""
-    rows = torch.eye(problem.outputs, dtype=run.deltas[k].dtype, device=index.device)
-    if problem.loss == "cross_entropy":
-        rows = rows[1:] - rows[:1]  # dLoss/dlogits sums to zero
-    rows = rows.expand(len(index), -1, -1)
+    *_, (_, rows) = chain(problem, run, k, index)
+    return rows
+
+
+def chain(
+    problem: NetworkView, run: Passes, k: int, index: Int[Tensor, " s"]
+) -> Iterator[tuple[int, Float[Tensor, "s r _m"]]]:
+    """The families of each hidden layer from the last down to k, with its number."""
+    rows = possible(problem, run).T.expand(len(index), -1, -1)
     for above in range(problem.last, k - 1, -1):
         rows = problem.back(above + 1, rows) * run.slopes[above][index][:, None, :]
-    return rows
+        yield above, rows
+
+
+def possible(problem: NetworkView, run: Passes) -> Float[Tensor, "outputs r"]:
+    """Orthonormal basis of the possible dLoss/dlogits."""
+    return contrasts(problem.outputs, problem.loss, run.deltas[0])
+
+
+def joint_spreads(problem: NetworkView, run: Passes) -> Float[Tensor, " s"]:
+    """Of each F_i that all layers leave of the first one's, as if that layer's noise alone moved it."""
+    samples = torch.arange(len(run.deltas[0]), device=run.deltas[0].device)
+    width = sum(delta.shape[1] for delta in run.deltas)
+    weights, bases = telling_layers(problem, run)
+    if 0 not in bases:
+        return run.deltas[0].new_full((len(samples),), torch.inf)
+    parts = samples.split(max(1, MOST_ENTRIES // (width * problem.outputs)))
+    return torch.cat([_joint_spread(problem, run, weights, bases, part) for part in parts])
+
+
+def telling_layers(
+    problem: NetworkView, run: Passes
+) -> tuple[dict[int, Float[Tensor, " s"]], dict[int, Float[Tensor, "_m b"]]]:
+    """Of each layer whose gradient has the rank of the batch: each sample's noise there, inverted; basis of span(G)."""
+    weights, bases = {}, {}
+    for k, G in enumerate(run.deltas):
+        row, column = inverse_columns(G), inverse_columns(problem.extend(k, run.inputs[k]))
+        if bool(row.isfinite().all() and column.isfinite().all()):
+            entry, _ = entry_noise(problem, k, rest_of(problem, k, run))
+            weights[k], bases[k] = 1 / (entry * column), torch.linalg.qr(G.T)[0]
+    return weights, bases
+
+
+def _joint_spread(
+    problem: NetworkView,
+    run: Passes,
+    weights: dict[int, Float[Tensor, " s"]],
+    bases: dict[int, Float[Tensor, "_m b"]],
+    index: Int[Tensor, " i"],
+) -> Float[Tensor, " i"]:
+    """With A = sum_l w_l² B_lᵀ (1 - P_l) B_l, w_l relative to the first layer's: sqrt(1 + tr(B_1 A⁻¹ B_1ᵀ)).
+
+    Of the trace, without what lies along the sample's own d and g_i.
+    """
+    Z, first, out = possible(problem, run), None, problem.last + 1
+    own = unit_rows(run.deltas[out][index] @ Z)
+    A = Z.new_zeros(len(index), Z.shape[1], Z.shape[1])
+    for k, rows in [(out, Z.T[None]), *chain(problem, run, 0, index)]:
+        if k in bases:
+            beside = rows @ bases[k]
+            gram = rows @ rows.mT - beside @ beside.mT
+            A += gram * (weights[k][index] / weights[0][index])[:, None, None] ** 2
+        first = rows
+    values, vectors = torch.linalg.eigh(A + _outer(own) * A.diagonal(dim1=1, dim2=2).sum(1)[:, None, None])
+    g = unit_rows(run.deltas[0][index])
+    moved = (vectors.mT - (vectors.mT @ own[:, :, None]) * own[:, None, :]) @ first
+    moved = (moved - (moved @ g[:, :, None]) * g[:, None, :]).pow(2).sum(2)
+    seen = values > NO_ANGLE * values[:, -1:]
+    hidden = moved > NO_ANGLE * first.pow(2).sum((1, 2))[:, None]
+    spread = (1 + torch.where(seen, moved / values, 0.0).sum(1)).sqrt()
+    return torch.where((hidden & ~seen).any(1), torch.inf, spread)
+
+
+def _outer(x: Float[Tensor, "s r"]) -> Float[Tensor, "s r r"]:
+    return x[:, :, None] * x[:, None, :]
 
 
 def least_slopes(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:

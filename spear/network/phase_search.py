@@ -36,8 +36,8 @@ class PhaseSearch:
     """A search in progress: the directions found, and how well each kind of search did last.
 
     `spaces` shrink when samples leave the problem; `solved` are the directions in it, `gone` those that left, in the
-    coordinates of the `whole` spaces. A search under way ends when `time.monotonic` shows `until`, what follows it when
-    it shows `latest`.
+    coordinates of the `whole` spaces. While `restricted`, every class keeps one h. A search under way ends when
+    `time.monotonic` shows `until`, what follows it when it shows `latest`.
     """
 
     until = latest = math.inf
@@ -93,6 +93,15 @@ class PhaseSearch:
             self.drawn = replace(self.drawn, prior=mean_probabilities(self.solved, self.drawn.prior))
         if self.stacked and self.left and len(self.solved) and self.crowded:
             self._dismiss()
+
+    def release(self) -> None:
+        """Let h differ from sample to sample: of what one h a class has found, what the exact step accepts stays."""
+        found, self.solved, self.restricted, self.idle = self.solved, Solved.none(self.spaces), False, 0
+        self.drawn = Starts(self.problem, self.generator, prior_outputs(self.problem))
+        if len(found):
+            exact = exact_step.solve_mask(self.spaces, found.mask)
+            self.solved = self.join(exact.solved(exact_step.accepted(exact, self.tolerances)))
+        self.policy, self.masks_below = Policy.at_first(crowded=self.crowded), self._unknown(len(self.solved))
 
     @property
     def stacked(self) -> bool:

@@ -43,7 +43,8 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
         return curves.distinct_samples(problem.widened, terms)
     low = problem.factors(problem.last)
     spaces = open_spaces(problem, low.L, low.R)
-    restricted = many_classes.too_many(problem, spaces, MARGIN)
+    needed = many_classes.too_many(problem, spaces, MARGIN)
+    restricted = needed or many_classes.worth_a_try(problem)
     run = PhaseSearch(problem, spaces, low.noise, terms.generator(), restricted=restricted)
     run.until, run.latest = terms.budget.until, terms.budget.latest
     try:
@@ -52,25 +53,37 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
         if not problem.is_relu:
             raise
         return conclude_partly(problem, run, _reached(run, low), str(refusal), terms)
-    _search(problem, run, terms)
-    reached = _reached(run, low)
-    result = nothing(problem, str(reached), reached)
-    if len(run.found):
-        solved = many_classes.sharpen(problem, spaces, run.found) if restricted and not run.left else run.found
-        whole = conclude(problem, spaces, solved, reached, terms.budget.latest)
-        result = _more(whole, result) if run.left else whole
+    result = _searched(problem, run, low, terms, for_good=needed or not restricted)
+    if restricted and not needed and len(result.inputs) < low.rank and not terms.budget.spent(run.starts):
+        run.release()
+        result = _searched(problem, run, low, terms)
+    reached = result.reached
     if len(result.inputs) < max(reached.found, 1) and problem.is_relu:
         # Mixtures of samples whose masks resemble each other pass for samples: begin at the other end too.
         result = _more(conclude_partly(problem, run, reached, str(reached), terms), result)
     return result
 
 
-def _search(problem: NetworkView, run: PhaseSearch, terms: Terms) -> None:
+def _searched(problem: NetworkView, run: PhaseSearch, low: LowRank, terms: Terms, *, for_good: bool = True) -> Judged:
+    """What a search leads to; one that is not `for_good` is given up where every class having one h yields little."""
+    _search(problem, run, terms, for_good=for_good)
+    reached = _reached(run, low)
+    found, none = run.found, nothing(problem, str(reached), reached)
+    if not len(found) or (run.left and not for_good):
+        return none
+    solved = many_classes.sharpen(problem, run.whole, found) if run.restricted and not run.left else found
+    whole = conclude(problem, run.whole, solved, reached, terms.budget.latest)
+    return _more(whole, none) if run.left else whole
+
+
+def _search(problem: NetworkView, run: PhaseSearch, terms: Terms, *, for_good: bool) -> None:
     """Rounds until all directions are found, the budget is spent or they find no more."""
     while run.left:
         run.round()
         terms.report("network", run.whole.rank - run.left, run.whole.rank, run.starts)
         if terms.budget.spent(run.starts) or run.idle >= IDLE or (run.idle == 2 and blurred(problem, run)):
+            break
+        if not for_good and many_classes.fruitless(run.idle, run.whole.rank - run.left, run.starts):
             break
 
 
@@ -94,7 +107,16 @@ def open_spaces(problem: NetworkView, L: Float[Tensor, "m b"], R: Float[Tensor, 
     rows = R / singular[:, None]
     lift = problem.lift(problem.last, rows)
     levels = Levels.of(problem.activations[problem.last], len(L))
-    return Spaces(L, singular, rows, lift, problem.weights[-1], contrasts(problem.outputs, problem.loss, L), levels)
+    return Spaces(L, singular, rows, lift, problem.weights[-1], possible_errors(problem, len(R)), levels)
+
+
+def possible_errors(problem: NetworkView, rank: int) -> Float[Tensor, "outputs free"]:
+    """Orthonormal basis of the possible d: of the samples' own where the output layer's gradient has their rank."""
+    every = contrasts(problem.outputs, problem.loss, problem.weights[-1])
+    if every.shape[1] <= rank:
+        return every
+    own = problem.factors(problem.last + 1)
+    return own.L if own.rank == rank else every
 
 
 def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from network_problems import Case, assert_labels, case, errors
+from network_problems import Case, assert_labels, case, errors, logits
 
 from spear.network import whole_batch
 from spear.network.problem import NetworkView
@@ -23,6 +23,10 @@ def assert_whole(made: Case, found: Judged, limit: float = 1e-6) -> None:
     assert errors(found.inputs, made.inputs).max() < limit, found.reason
     assert_certified(made, found)
     assert_labels(made, found, limit)
+
+
+def outputs(made: Case) -> torch.Tensor:
+    return logits(list(zip(made.problem.weights, made.problem.biases, strict=True)), made.inputs)
 
 
 def assert_certified(made: Case, found: Judged) -> None:
@@ -63,6 +67,35 @@ def test_reduction_and_unknown_batch_size(reduction, known):
 def test_few_and_many_classes(classes):
     made = case((60, 160, 160, classes), 20)
     assert_whole(made, solve(made))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("sizes", "batch"), [((60, 100, 100, 200), 50), ((90, 160, 160, 100), 70), ((60, 300, 300, 60), 40)]
+)
+def test_batches_of_many_classes(sizes, batch, seed):
+    """More unknowns than units for the exact step, as many, and fewer."""
+    made = case(sizes, batch, seed=seed)
+    assert_whole(made, solve(made))
+
+
+def test_where_the_class_does_not_tell_h_the_search_lets_it_move():
+    """A head of large weights: each sample's softmax is its own."""
+    made = case((60, 300, 300, 40), 20, head=40)
+    p = outputs(made).softmax(1)
+    assert float((p - p.mean(0)).norm(dim=1).median()) > 0.3
+    assert_whole(made, solve(made))
+
+
+@pytest.mark.parametrize(("classes", "narrow"), [(10, False), (60, True)])
+def test_the_possible_errors_hold_every_sample_s_own(classes, narrow):
+    made = case((30, 80, 80, classes), 20)
+    space = whole_batch.possible_errors(made.problem, 20)
+    p = outputs(made).softmax(1)
+    d = p - torch.nn.functional.one_hot(made.labels, classes)
+    assert space.shape[1] == (20 if narrow else classes - 1)
+    assert torch.allclose(d @ space @ space.T, d, atol=1e-9)
+    assert torch.allclose(space.T @ space, torch.eye(space.shape[1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("known", [True, False])
