@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from spear import directions
 from spear.directions import TINY, distinct, unit_rows
 from spear.models.activations import Activation
+from spear.network.problem import NetworkView
 
 LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
@@ -137,6 +138,15 @@ def contrasts(outputs: int, loss: str, like: Tensor) -> Float[Tensor, "outputs f
     """Orthonormal basis of the possible d: under cross-entropy p - e_c sums to zero, else every vector is one."""
     eye = torch.eye(outputs, dtype=like.dtype, device=like.device)
     return torch.linalg.qr(eye - 1 / outputs)[0][:, : outputs - 1] if loss == "cross_entropy" else eye
+
+
+def possible_errors(problem: NetworkView, rank: int) -> Float[Tensor, "outputs free"]:
+    """Orthonormal basis of the possible d: of the samples' own where the output layer's gradient has their rank."""
+    every = contrasts(problem.outputs, problem.loss, problem.weights[-1])
+    if every.shape[1] <= rank:
+        return every
+    own = problem.factors(problem.last + 1)
+    return own.L if own.rank == rank else every
 
 
 @dataclass(frozen=True)

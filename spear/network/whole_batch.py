@@ -16,7 +16,7 @@ from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Judged, Reached, nothing
-from spear.network.spaces import Levels, Solved, Spaces, contrasts
+from spear.network.spaces import Levels, Solved, Spaces, possible_errors
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
@@ -108,15 +108,6 @@ def open_spaces(problem: NetworkView, L: Float[Tensor, "m b"], R: Float[Tensor, 
     lift = problem.lift(problem.last, rows)
     levels = Levels.of(problem.activations[problem.last], len(L))
     return Spaces(L, singular, rows, lift, problem.weights[-1], possible_errors(problem, len(R)), levels)
-
-
-def possible_errors(problem: NetworkView, rank: int) -> Float[Tensor, "outputs free"]:
-    """Orthonormal basis of the possible d: of the samples' own where the output layer's gradient has their rank."""
-    every = contrasts(problem.outputs, problem.loss, problem.weights[-1])
-    if every.shape[1] <= rank:
-        return every
-    own = problem.factors(problem.last + 1)
-    return own.L if own.rank == rank else every
 
 
 def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:

@@ -6,8 +6,9 @@ the columns of
 
     M_i = [ (σ/γ) U,  c ∘ P,  -D_i ∘ W_outᵀ Z ]
 
-be independent (Z: the possible ∂L/∂logits), and at each layer below those of [(σ/γ) U, c ∘ P]. Then no other batch of b
-samples with these activation patterns gives the update, but for one image added to every input.
+be independent (Z: the possible ∂L/∂logits, `replay.possible_errors`), and at each layer below those of
+[(σ/γ) U, c ∘ P]. Then no other batch of b samples with these activation patterns gives the update, but for one image
+added to every input.
 
 *Proof.* Any such batch has G 1 = 0 and G X̄ = ∂L/∂W of rank b - 1, so its columns of G lie in span U and its centred
 inputs in the rows' span: (t_i, s_i, d_i) solves M_i (t, s, d) = -a, which has one solution. That gives G of the last
@@ -26,9 +27,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spear.certificate import SAFETY, norms, rms
-from spear.network.spaces import contrasts
 from spear.normalisation.problem import NormalisedView
-from spear.normalisation.replay import Run
+from spear.normalisation.replay import Run, possible_errors
 from spear.normalisation.spaces import open_spaces
 from spear.normalisation.statistics import Deviation
 from spear.published.lowrank import LowRank
@@ -47,14 +47,16 @@ def difference_bounds(
     `misfit` is the relative residual of the worst gradient.
     """
     network, size = view.network, len(own.inputs[0])
-    eps, above = max(2 * network.precision, misfit), own.inputs[0].new_zeros(())
+    eps = max(2 * network.precision, misfit)
+    errors, off = possible_errors(network, own, eps)
+    above = off.amax() / abs(network.unit(size))
     for k in range(network.last, -1, -1):
         low = lows[k]
         if low.rank != size - 1:
             return torch.full_like(own.inputs[0][:, 0], torch.inf)
         layer = _System.of(view, own, k, low, deviations[k], eps, above)
         if k == network.last:
-            heads = network.weights[k + 1].mT @ contrasts(network.outputs, network.loss, own.inputs[0])
+            heads = network.weights[k + 1].mT @ errors
             t, s = layer.with_heads(heads, own.active[k])
         else:
             through = network.weights[k + 1].mT @ lows[k + 1].L / (1 - view.drops[k])

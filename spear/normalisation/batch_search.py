@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from spear.network.exact_step import different_masks
-from spear.network.spaces import contrasts
+from spear.network.spaces import possible_errors
 from spear.normalisation.exact_step import ExactStep, settle
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.reflections import Pieces, search
@@ -41,7 +41,7 @@ class BatchSearch:
         self.problem, self.spaces, self.accept, self.generator = problem, spaces, accept, generator
         live, last = spaces.live, problem.last + 1
         self.head = problem.weights[last][:, live] / (1 - self.drop)
-        self.contrasts = contrasts(problem.outputs, problem.loss, self.head)
+        self.contrasts = possible_errors(problem, spaces.batch)
         rest = problem.weights[last][:, ~live] @ norm.shift[~live].clamp_min(0)  # units without a gradient are constant
         self.bias = rest if problem.biases[last] is None else rest + problem.biases[last]
         self.prior = self._mean_outputs()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spear.network.curves.search import CurveSearch
 from spear.network.recovery import Judged, Reached, nothing, number
+from spear.network.spaces import possible_errors
 from spear.normalisation.batch_search import MARGIN, BatchSearch
 from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
@@ -140,7 +141,7 @@ def _check_reach(view: NormalisedView, low: LowRank) -> None:
         if drop and (view.afters[k] is not None or (curved and k == network.last)):
             beside = "batch normalisation" if view.afters[k] is not None else "an activation other than ReLU"
             raise Refusal(f"dropout beside {beside} behind layer {k + 1}: which units it took is not searched there")
-    unknowns = 2 * low.rank + MARGIN + network.outputs * (not curved)
+    unknowns = 2 * low.rank + MARGIN + (0 if curved else possible_errors(network, size).shape[1] + 1)
     narrow = min(len(w) for w in network.weights[:-1])
     if narrow < unknowns:
         raise Refusal(f"a batch of {size} behind a normalisation needs width {unknowns}; a layer has {narrow}")

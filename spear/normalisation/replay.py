@@ -7,8 +7,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spear.certificate import inverse_columns, rms
 from spear.directions import complement
-from spear.network.problem import Targets
+from spear.network.problem import NetworkView, Targets
+from spear.network.spaces import contrasts
 from spear.normalisation.problem import NormalisedView, denormalise, normalise
 
 CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
@@ -28,6 +30,21 @@ class Run:
     deltas: tuple[Float[Tensor, "b _out"], ...]
     active: tuple[Bool[Tensor, "b _m"], ...]
     behind: tuple[tuple[Float[Tensor, "b _m"], Float[Tensor, "b _m"]], ...]
+
+
+def possible_errors(
+    network: NetworkView, own: Run, eps: float
+) -> tuple[Float[Tensor, "outputs r"], Float[Tensor, " b"]]:
+    """Orthonormal basis of the possible ∂L/∂logits, and how far each sample's may be out of it, per entry.
+
+    That is the span of the batch's own where the output layer's gradient, E Y, has the rank of the batch: every batch
+    that gives it has that span. `eps` is the gradient's relative rounding.
+    """
+    every, E = contrasts(network.outputs, network.loss, own.deltas[-1]), own.deltas[-1]
+    away = inverse_columns(network.extend(network.last + 1, own.inputs[-1]))
+    if every.shape[1] <= len(E) or not bool((inverse_columns(E) + away).isfinite().all()):
+        return every, torch.zeros_like(away)
+    return torch.linalg.qr(E.mT)[0], eps * rms(network.weight_gradients[-1]) * away
 
 
 Kept = tuple[Bool[Tensor, "b _m"] | None, ...]  # what dropout kept in each hidden layer; None where there is none

@@ -2,8 +2,8 @@
 
 **Theorem.** Let a batch of b samples be found, [∂L/∂W | ∂L/∂β] of each hidden layer of rank b. At the last hidden layer
 let span[U, 1, A] (`sample_search`) and D_i ∘ γ ∘ W_outᵀ Z meet, for every sample i, in the line of g_i alone, and let
-the columns of [U, 1, A] be independent in every layer. Then no other batch of b samples with these activation patterns
-gives the update.
+the columns of [U, 1, A] be independent in every layer. Here Z spans the possible ∂L/∂logits
+(`replay.possible_errors`). Then no other batch of b samples with these activation patterns gives the update.
 
 *Proof.* Such a batch has its ∂L/∂z in span U and its [x; 1] in the rows' span, so its g_i lies in both spaces: it is a
 multiple of the one found, and so is its part U t_i. The rows x_i / σ_i follow from all t_i, up to a factor that their
@@ -20,9 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spear.certificate import SAFETY, norms, rms
-from spear.network.spaces import contrasts
 from spear.normalisation.problem import NormalisedView, normalise
-from spear.normalisation.replay import Run
+from spear.normalisation.replay import Run, possible_errors
 from spear.normalisation.sample_search import columns
 from spear.published.lowrank import LowRank
 
@@ -46,8 +45,9 @@ def sample_bounds(view: NormalisedView, own: Run, lows: Sequence[LowRank], misfi
             return unknown
         turned = (eps + moved) * g.norm(dim=1)
         if k == network.last:
-            heads = scale[:, None] * (network.weights[k + 1].mT @ contrasts(network.outputs, network.loss, g))
-            turned = turned / _sines(basis, heads, own.active[k], g)
+            errors, off = possible_errors(network, own, eps)
+            above = scale[:, None] * network.weights[k + 1].mT
+            turned = (turned + off * above.norm()) / _sines(basis, above @ errors, own.active[k], g)
         eye = torch.eye(len(triangle), dtype=g.dtype, device=g.device)
         inverse = torch.linalg.matrix_norm(torch.linalg.solve_triangular(triangle, eye, upper=True), 2)
         deviation = normalise(norm, network.apply(k, own.inputs[k]))[2]

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from spear.directions import complement, unit_rows, zero_entries
 from spear.network.exact_step import Tolerances, accepted, refine, solve_mask
 from spear.network.phase_retrieval import Iterate, Reflections, retrieve_phases
-from spear.network.spaces import Solved, Spaces, contrasts
+from spear.network.spaces import Solved, Spaces, possible_errors
 from spear.network.starts import FEW_CLASSES, FEW_LEFT, Starts, prior_outputs
 from spear.normalisation.problem import Norm, NormalisedView, normalise
 from spear.published.lowrank import LowRank
@@ -56,7 +56,7 @@ class SampleSearch:
         self.scale = view.scale(problem.last)
         self.columns = columns(view.top, low, problem.affine(problem.last))
         self.head = problem.weights[-1] * self.scale / (1 - view.drops[-1])
-        self.outputs = contrasts(problem.outputs, problem.loss, low.L)
+        self.outputs = possible_errors(problem, low.rank)
         self.whole = self._spaces(self.columns)
         self.heads = torch.linalg.qr(self.whole.head_space)[0].float()
         self.drawn = Starts(problem, generator, prior_outputs(problem))

@@ -11,6 +11,7 @@ from network_problems import Case, assert_labels, case, errors, logits
 from spear.network import whole_batch
 from spear.network.problem import NetworkView
 from spear.network.recovery import Judged
+from spear.network.spaces import possible_errors
 from spear.reconstruction import Budget, Terms
 
 
@@ -90,7 +91,7 @@ def test_where_the_class_does_not_tell_h_the_search_lets_it_move():
 @pytest.mark.parametrize(("classes", "narrow"), [(10, False), (60, True)])
 def test_the_possible_errors_hold_every_sample_s_own(classes, narrow):
     made = case((30, 80, 80, classes), 20)
-    space = whole_batch.possible_errors(made.problem, 20)
+    space = possible_errors(made.problem, 20)
     p = outputs(made).softmax(1)
     d = p - torch.nn.functional.one_hot(made.labels, classes)
     assert space.shape[1] == (20 if narrow else classes - 1)

@@ -16,10 +16,13 @@ from spear.reconstruction import Refusal
 
 DEEP = (60, 120, 120, 10)
 LOST = (200, 120, 10)
+MANY = (60, 120, 150)  # more classes than units
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("sizes", "b", "spread"), [((60, 120, 10), 12, 0.2), (DEEP, 10, 0.2), (LOST, 20, 0.0)])
+@pytest.mark.parametrize(
+    ("sizes", "b", "spread"), [((60, 120, 10), 12, 0.2), (DEEP, 10, 0.2), (LOST, 20, 0.0), (MANY, 12, 0.2)]
+)
 @pytest.mark.parametrize("source", ["buffers", "epsilon"])
 def test_the_whole_batch(sizes, b, spread, source, seed):
     case = sent(sizes, b, seed=seed, spread=spread)

@@ -19,7 +19,7 @@ NORMS = {"none": lambda m: nn.Identity(), "layer": nn.LayerNorm, "batch": nn.Bat
 
 @pytest.mark.parametrize(("drop", "seed"), [(0.1, 0), (0.5, 1)])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("sizes", [(60, 160, 5), (60, 160, 150, 10)])
+@pytest.mark.parametrize("sizes", [(60, 160, 5), (60, 160, 150, 10), (60, 160, 200)])
 def test_the_whole_batch(norm, drop, sizes, seed):
     case = sent(sizes, 8, NORMS[norm], seed=seed, drop=drop)
     result = spear.attack(case.model, case.update, method="network", time_limit=60)

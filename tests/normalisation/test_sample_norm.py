@@ -40,10 +40,10 @@ def back(result, case, error=1e-6):
     assert bool((evaluation.relative_error.sort().values < error).all())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("classes", "seed"), [(10, 0), (10, 1), (150, 0)])
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_whole_batch(norm, seed):
-    case = sent((200, 120, 10), 12, NORMS[norm], seed=seed, spread=0.2)
+def test_the_whole_batch(norm, classes, seed):
+    case = sent((200, 120, classes), 12, NORMS[norm], seed=seed, spread=0.2)
     back(spear.attack(case.model, case.update, method="network", time_limit=60), case)
 
 
