@@ -17,7 +17,15 @@ from spear.certificate import (
     spread_of_zeros,
 )
 from spear.network import whole_batch
-from spear.network.error_bounds import entry_noise, family, input_bounds, joint_spreads, least_slopes, spreads
+from spear.network.error_bounds import (
+    entry_noise,
+    family,
+    input_bounds,
+    joint_spreads,
+    least_singular,
+    least_slopes,
+    spreads,
+)
 from spear.network.problem import Targets, passes
 from spear.network.rest import rest_of
 from spear.reconstruction import Budget, Terms
@@ -152,7 +160,23 @@ def test_the_least_slope_is_that_of_the_linear_map_from_input_to_layer():
         torch.linalg.svdvals(torch.autograd.functional.jacobian(upward, x))[-1] * (1 if len(x) <= 30 else 0)
         for x in made.inputs
     ]
-    torch.testing.assert_close(least_slopes(made.problem, run, 2), torch.stack(expected))
+    torch.testing.assert_close(least_slopes(made.problem, run, 2), torch.stack(expected), rtol=0.02, atol=1e-12)
+
+
+@pytest.mark.parametrize("least", [1.0, 1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_least_singular_value_is_found_however_small(least, seed):
+    U, V = (torch.linalg.qr(torch.randn(n, 30, generator=generator(seed), dtype=DTYPE))[0] for n in (70, 30))
+    values = torch.linspace(1, 3, 30, dtype=DTYPE)
+    values[0] = least
+    found = float(least_singular(U * values @ V.T))
+    assert least * (1 - 1e-4) <= found <= 1.05 * least
+
+
+def test_a_singular_matrix_has_no_least_singular_value():
+    rows = torch.randn(40, 12, generator=generator(0), dtype=DTYPE)
+    rows[:, 5] = rows[:, 4] + rows[:, 3]
+    assert float(least_singular(rows)) == 0
 
 
 def test_dependent_samples_have_no_bound():
