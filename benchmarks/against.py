@@ -62,6 +62,7 @@ CASES = [
     Case("cifar10", 3, 400, 20),
     Case("cifar10", 3, 400, 180),
     Case("cifar10", 3, 400, 230, long=True),
+    *(Case("tinyimagenet", 3, 400, batch) for batch in (80, 200)),
     Case("mnist", 3, 1000, 256),
     Case("mnist", 3, 1000, 500, long=True),
     Case("mnist", 2, 1000, 400, long=True),

@@ -18,7 +18,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spear.certificate import NO_ANGLE, input_errors, inverse_columns, norms, spread_of_family, spread_of_zeros
+from spear.certificate import (
+    LOOSE,
+    NO_ANGLE,
+    input_errors,
+    inverse_columns,
+    norms,
+    spread_of_family,
+    spread_of_zeros,
+)
 from spear.directions import unit_rows
 from spear.federated.losses import activate_along
 from spear.models.streaming import product
@@ -60,7 +68,10 @@ def layer_bounds(
     basis, triangle = torch.linalg.qr(G.T)
     rest = rest_of(problem, k, run, basis)
     lengths = None if problem.biases[k] is not None else softness(problem, run, targets)
-    error = input_errors(G, X, rule(), entries=entry_noise(problem, k, rest), lengths=lengths)
+    bounds = partial(input_errors, G, X, entries=entry_noise(problem, k, rest), lengths=lengths)
+    if bool((bounds(torch.ones_like(G[:, 0])) > LOOSE).all()):  # whatever the F_i are
+        return G.new_full((len(G),), torch.inf)
+    error = bounds(rule())
     if k:
         error = error * norms(run.inputs[k]) / (norms(run.inputs[0]) * least_slopes(problem, run, k))
     else:
@@ -89,8 +100,8 @@ def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
     def by_zeros(index: Int[Tensor, " i"]) -> Float[Tensor, " i"]:
         return spread_of_zeros(basis, G[index], inactive[index])
 
-    chain = sum(w.numel() for w in problem.weights[k + 1 :]) * problem.outputs + G.shape[1] * problem.outputs**2
-    first, second = (by_zeros, by_layers) if G.shape[1] * len(G) ** 2 < chain else (by_layers, by_zeros)
+    led = sum(w.numel() for w in problem.weights[k + 1 :]) * problem.outputs + G.shape[1] * problem.outputs**2
+    first, second = (by_zeros, by_layers) if G.shape[1] * len(G) ** 2 < led else (by_layers, by_zeros)
     spread = first(torch.arange(len(G), device=G.device))
     unknown = spread.isinf().nonzero()[:, 0]
     if len(unknown):
