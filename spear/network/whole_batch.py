@@ -54,7 +54,7 @@ def distinct_samples(problem: NetworkView, terms: Terms) -> Judged:
             raise
         return conclude_partly(problem, run, _reached(run, low), str(refusal), terms)
     result = _searched(problem, run, low, terms, for_good=needed or not restricted)
-    if restricted and not needed and len(result.inputs) < low.rank and not terms.budget.spent(run.starts):
+    if restricted and not needed and len(result.inputs) < low.rank:
         run.release()
         result = _searched(problem, run, low, terms)
     reached = result.reached
@@ -78,10 +78,10 @@ def _searched(problem: NetworkView, run: PhaseSearch, low: LowRank, terms: Terms
 
 def _search(problem: NetworkView, run: PhaseSearch, terms: Terms, *, for_good: bool) -> None:
     """Rounds until all directions are found, the budget is spent or they find no more."""
-    while run.left:
+    while run.left and not (run.starts and terms.budget.spent(run.starts)):
         run.round()
         terms.report("network", run.whole.rank - run.left, run.whole.rank, run.starts)
-        if terms.budget.spent(run.starts) or run.idle >= IDLE or (run.idle == 2 and blurred(problem, run)):
+        if run.idle >= IDLE or (run.idle == 2 and blurred(problem, run)):
             break
         if not for_good and many_classes.fruitless(run.idle, run.whole.rank - run.left, run.starts):
             break
