@@ -68,7 +68,9 @@ def _exact_once(spaces: Spaces, mask: Bool[Tensor, "k m"]) -> Exact:
     u, h = t @ spaces.basis.T, d @ heads.T
     masked = h * slopes
     new = spaces.active(spaces.without_itself(u, masked), h)
-    sine = (masked - u).norm(dim=1) / masked.norm(dim=1).clamp_min(TINY)  # the eigenvalue is known to rounding only
+    size = masked.norm(dim=1)  # 0 where no unit is active: that fits everything
+    off = (masked - u).norm(dim=1) / size.clamp_min(TINY)  # the eigenvalue is known to rounding only
+    sine = torch.where(size > 0, off, 1.0)
     d = d @ spaces.contrasts.T
     norm = t.norm(dim=1, keepdim=True).clamp_min(TINY) * _sign(d)[:, None]
     second = values[:, 1].clamp_min(0).sqrt() if values.shape[1] > 1 else torch.ones_like(sine)

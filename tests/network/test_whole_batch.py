@@ -88,6 +88,15 @@ def test_where_the_class_does_not_tell_h_the_search_lets_it_move():
     assert_whole(made, solve(made))
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(60, 40, 10), (60, 200, 7), (60, 80, 80, 50)])
+def test_the_smallest_batches(sizes, batch, seed):
+    """So few that d has no direction to spare: no active unit at all would fit as well."""
+    made = case(sizes, batch, seed=seed)
+    assert_whole(made, solve(made))
+
+
 @pytest.mark.parametrize(("classes", "narrow"), [(10, False), (60, True)])
 def test_the_possible_errors_hold_every_sample_s_own(classes, narrow):
     made = case((30, 80, 80, classes), 20)
