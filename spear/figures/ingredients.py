@@ -1,5 +1,6 @@
 """What a run is made of: a change in any of it makes its figures due."""
 
+import ast
 import hashlib
 import json
 import platform
@@ -23,7 +24,7 @@ NAMED = 4  # changes of one kind that are told by name
 class Ingredients:
     """Code cells without outputs, modules of the package that they reach, parameters, versions, and data.
 
-    Cells and modules are told by digests. `parameters` are those that override the notebook's, `data` the data sets at
+    Cells and modules are told by digests, modules without comments and docstrings. `parameters` are those that override the notebook's, `data` the data sets at
     hand that parameters or cells name, and the tables that cells name, of benchmarks or figures, each by a digest.
     Nothing in it depends on the machine or the day.
     """
@@ -66,8 +67,22 @@ def digest(content: bytes) -> str:
 
 
 def _digest_of_module(module: Path) -> str:
-    """Of its source, and of files of the same name beside it, such as a template."""
-    return digest(b"".join(path.read_bytes() for path in sorted(module.parent.glob(f"{module.stem}.*"))))
+    """Of its code, and of files of the same name beside it, such as a template."""
+    beside = sorted(path for path in module.parent.glob(f"{module.stem}.*") if path != module)
+    return digest(b"".join([_code(module.read_text(encoding="utf-8")), *(path.read_bytes() for path in beside)]))
+
+
+def _code(source: str) -> bytes:
+    """What of a module's source runs, comments, docstrings and layout aside; all of it where it cannot be parsed."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return source.encode()
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
 
 
 def _digest_of_data(place: Path) -> str:

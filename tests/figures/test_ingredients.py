@@ -67,8 +67,18 @@ def test_nothing_else_matters(project: Project, package: Path, change: Callable[
     assert change(lambda: project.set(0)) == []
 
 
+def test_words_in_the_package_do_not_matter_and_code_does(package: Path, change: Callable[..., list[str]]) -> None:
+    module = package / "paths.py"
+    assert change(lambda: module.write_text('"""What it is."""\n\nroot = None  # why\n')) == []
+    module.write_text('def root():\n    """Where."""\n    return "here"\n')
+    assert change(lambda: module.write_text('def root():\n    """There."""\n    return "here"\n')) == []
+    assert change(lambda: module.write_text('def root():\n    """There."""\n    return "there"\n')) != []
+    assert change(lambda: module.write_text('def root():\n    "a" + "string"\n    return "there"\n')) != []
+    assert change(lambda: module.write_text("not code")) == ["modules: spear.paths"]
+
+
 def test_code_that_the_notebook_reaches_matters(package: Path, change: Callable[..., list[str]]) -> None:
-    assert change(lambda: (package / "published" / "sampling.py").write_text(MODULES["published/sampling"] + "\n")) == [
+    assert change(lambda: (package / "published" / "sampling.py").write_text(MODULES["published/sampling"] + "\nb = 2")) == [
         "modules: spear.published.sampling"
     ]
     assert change(lambda: (package / "paths.py").write_text("root = 1")) == ["modules: spear.paths"]

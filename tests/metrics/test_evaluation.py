@@ -96,8 +96,10 @@ def test_labels():
     assert evaluate(reconstruction(guess, torch.tensor([6, 1])), truth).label_accuracy == 0
 
 
-def test_nothing_recovered():
-    result = evaluate(reconstruction(torch.zeros(0, 5, dtype=torch.float64)), normal(3, 5), torch.arange(3))
+@pytest.mark.parametrize("size", [0, 5, 400])
+def test_nothing_recovered(size):
+    """Whatever nothing there is of: images, or features of another size."""
+    result = evaluate(reconstruction(torch.zeros(0, size, dtype=torch.float64)), normal(3, 5), torch.arange(3))
     assert (result.recall, result.precision, result.label_accuracy) == (0, 1, 0)
     assert torch.isinf(result.relative_error).all()
     assert (result.psnr == 0).all()
