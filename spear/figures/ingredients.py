@@ -24,8 +24,9 @@ NAMED = 4  # changes of one kind that are told by name
 class Ingredients:
     """Code cells without outputs, modules of the package that they reach, parameters, versions, and data.
 
-    Cells and modules are told by digests, modules without comments and docstrings. `parameters` are those that override the notebook's, `data` the data sets at
-    hand that parameters or cells name, and the tables that cells name, of benchmarks or figures, each by a digest.
+    Cells and modules are told by digests, modules without comments and docstrings. `parameters` are those that override
+    the notebook's, `data` the data sets at hand that parameters or cells name, and the tables that cells name, of
+    benchmarks or figures, each by a digest.
     Nothing in it depends on the machine or the day.
     """
 
