@@ -3,7 +3,7 @@
 Samples are rows: activations (s, n), back-propagated vectors (s, m).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -245,12 +245,19 @@ class Targets:
 
 def passes(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) -> Passes:
     """Every layer's inputs and back-propagated vectors, for the loss of the samples with their labels."""
+    return next(passes_of(problem, inputs, [targets]))
+
+
+def passes_of(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Iterable[Targets]) -> Iterator[Passes]:
+    """`passes` for each of several targets, with one forward pass."""
     states, z = _states(problem, inputs)
     slopes = [activation.slope(own) for activation, own in zip(problem.activations, z[:-1], strict=True)]
-    deltas = [targets.errors(problem.activate(z[-1]))]
-    for k in range(problem.last, -1, -1):
-        deltas.insert(0, problem.back(k + 1, deltas[0]) * slopes[k])
-    return Passes(tuple(states), tuple(deltas), tuple(z[:-1]), tuple(slopes))
+    activated = problem.activate(z[-1])
+    for one in targets:
+        deltas = [one.errors(activated)]
+        for k in range(problem.last, -1, -1):
+            deltas.insert(0, problem.back(k + 1, deltas[0]) * slopes[k])
+        yield Passes(tuple(states), tuple(deltas), tuple(z[:-1]), tuple(slopes))
 
 
 def open_network(

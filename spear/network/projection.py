@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from spear.directions import TINY, distinct, unit_rows
 from spear.network.factors import Factors
-from spear.network.problem import NetworkView, Targets, passes
+from spear.network.problem import NetworkView, Targets, passes_of
 from spear.network.spaces import sine
 
 STEP, MOMENTUM = 5.0, 0.95  # a step of 5.5 diverges, 4 is clearly slower
@@ -180,7 +181,6 @@ def class_sines(
 
 def each_class(problem: NetworkView, inputs: Float[Tensor, "s n"], layer: int = 0) -> Iterator[Float[Tensor, "s m"]]:
     """The samples' back-propagated vectors at a layer, class by class."""
-    for k in range(problem.classes):
-        counts = torch.zeros(len(inputs), problem.classes, dtype=inputs.dtype, device=inputs.device)
-        counts[:, k] = 1
-        yield passes(problem, inputs, Targets(counts, 1.0, 0.0)).deltas[layer]
+    labels = F.one_hot(torch.arange(problem.classes, device=inputs.device)).to(inputs)
+    each = (Targets(label.expand(len(inputs), -1), 1.0, 0.0) for label in labels)
+    return (run.deltas[layer] for run in passes_of(problem, inputs, each))

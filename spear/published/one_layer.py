@@ -32,6 +32,7 @@ LABELLED = 0.1  # relative distance of a sample's own gradient to that of its la
 FITTING = 1e-6  # the same, up to which a label does: what else does not fit is no matter of the loss
 CANCEL = "a column of G whose samples' weights cancel has no input of its own"
 HOPELESS = 1e17  # proposals, were all drawn uniformly, that no budget pays for: years of sampling
+BEYOND = 1e30  # times a budget of proposals that nothing makes up for, neither walks nor a network of few active units
 
 
 @runtime_checkable
@@ -93,6 +94,8 @@ def _check_reach(view: LayerView, method: Method, budget: Budget) -> None:
         expected = theory.expected_proposals(theory.half_rates(m, b))
         needed = f"needs about {expected:.0e} uniform proposals at width {m}"
         raise Refusal(f"a batch of {b} {needed}: set a budget to try all the same")
+    if method.name == "sampling" and budget.proposals and b - 1 > math.log2(BEYOND * budget.proposals):
+        raise Refusal(f"a batch of {b} needs about 2^{b - 1} proposals: {budget.proposals:,} are far from enough")
 
 
 def hopeless(view: LayerView, budget: Budget, most: float) -> bool:

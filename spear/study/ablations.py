@@ -23,7 +23,10 @@ from spear.metrics import evaluation
 from spear.metrics.truth import Shape, layer_truth, shape_of
 from spear.study.clients import Client, network
 
-OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.05), "adam": partial(torch.optim.Adam, lr=1e-3)}  # common rates
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.05),
+    "adam": partial(torch.optim.Adam, lr=1e-3, fused=True),
+}  # common rates
 TRAINING_BATCH = 16  # samples a step, well under half a pool
 NETWORK = ("dataset", "width", "depth", "activation", "optimizer")  # cells alike in these share a network
 
