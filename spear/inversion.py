@@ -322,6 +322,8 @@ class Request:
         exact = whole_batch.recover(network, self.terms)
         if len(exact.inputs) or rounded or not plain_relu:
             return exact if found is None else larger(found, exact)
+        if self.terms.budget.spent(0):
+            return exact
         if pruning.is_pruned(network):
             return pruning.recover(network.widened, self.terms)
         opening = open_noisy(network.widened, told)

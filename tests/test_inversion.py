@@ -49,6 +49,17 @@ def test_reductions_and_precisions(reduction, dtype, seed):
     assert evaluation.recall == evaluation.precision == evaluation.label_accuracy == 1
 
 
+@pytest.mark.parametrize(
+    ("b", "said"), [(40, "the budget of 10 proposals was spent"), (150, "2^149 proposals: 10 are far")]
+)
+def test_a_budget_that_is_far_from_enough_is_not_spent(b, said):
+    problem = make(b, 200, 200)
+    result = attack(problem.model, problem.update, max_proposals=10)
+    assert said in result.reason
+    assert result.stats.proposals > 0 or b > 40
+    assert not len(result.inputs)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_results_depend_on_the_seed_of_the_search_only_by_order(seed):
     problem = make(9, 120, 60)

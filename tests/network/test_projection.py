@@ -154,3 +154,16 @@ def test_a_sample_found_by_the_output_side_is_subtracted_first():
     )
     assert len(found.inputs) == 24
     assert errors(made.inputs, found.inputs).max() < 1e-9
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_each_class_is_a_pass_of_its_own(classes, layer):
+    made = case((30, 60, 60, classes), 5, seed=classes)
+    each = list(projection.each_class(made.problem, made.inputs, layer))
+    assert len(each) == classes
+    for label, found in enumerate(each):
+        counts = torch.zeros(5, classes, dtype=torch.float64)
+        counts[:, label] = 1
+        own = passes(made.problem, made.inputs, Targets(counts, 1.0, 0.0)).deltas[layer]
+        assert torch.equal(found, own)
