@@ -1,6 +1,7 @@
 """What a run is made of: a change in any of it makes its figures due."""
 
 import ast
+import functools
 import hashlib
 import json
 import platform
@@ -73,6 +74,7 @@ def _digest_of_module(module: Path) -> str:
     return digest(b"".join([_code(module.read_text(encoding="utf-8")), *(path.read_bytes() for path in beside)]))
 
 
+@functools.cache
 def _code(source: str) -> bytes:
     """What of a module's source runs, comments, docstrings and layout aside; all of it where it cannot be parsed."""
     try:
