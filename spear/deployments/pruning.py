@@ -28,7 +28,7 @@ SAME = 1 - 1e-6  # cosine of two solutions that are one
 GAP = 1e2  # times the sine of a solution: that of the next one for its mask
 ALONE = 1e-2  # of the next class's sine: that of a label that no other class explains
 SPARE = 8  # hidden units beyond the unknowns
-DENSE = 0.9  # share of nonzero entries in live rows and columns from which none is thought to be missing
+DENSE = 0.97  # share of nonzero entries in the fuller rows and columns from which none is thought to be missing
 IDLE = 12  # rounds of starts in a row that found nothing new
 WHOLE = "every entry that arrived is the sum of the recovered samples' own"
 
@@ -39,10 +39,19 @@ def kept_entries(problem: NetworkView) -> tuple[Bool[Tensor, "_m _n"], ...]:
 
 
 def is_pruned(problem: NetworkView) -> bool:
-    """Whether entries are missing from the first gradient: zeros in rows and columns that are not zero altogether."""
-    arrived = problem.augmented(0) != 0
+    """Whether entries are missing from the first two gradients: zeros even where rows and columns hold fewest of them.
+
+    Of a whole gradient those units and inputs that many samples share have none. Others do: one-hot columns, black
+    pixels, units that one sample activates.
+    """
+    return all(_fullest(problem.augmented(k) != 0) < DENSE for k in range(2))
+
+
+def _fullest(arrived: Bool[Tensor, "m n"]) -> float:
+    """The share of entries in the fuller half of the live rows and columns."""
     live = arrived[arrived.any(1)][:, arrived.any(0)]
-    return bool(live.numel()) and float(live.double().mean()) < DENSE
+    rows, columns = (live.sum(1 - dim).argsort(descending=True)[: (live.shape[dim] + 1) // 2] for dim in (0, 1))
+    return float(live[rows][:, columns].double().mean()) if live.numel() else 1.0
 
 
 @dataclass(frozen=True)

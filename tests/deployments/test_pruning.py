@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import batch, permuted_neurons
 
 from spear import attack, data, metrics, models
-from spear.deployments.pruning import recover
+from spear.deployments.pruning import is_pruned, recover
 from spear.federated import SharedUpdate, defences, gradient, privacy
 from spear.network.problem import open_network
 from spear.reconstruction import Budget, Terms
@@ -160,3 +160,17 @@ def test_an_empty_budget_says_so():
     assert found.reason == "found 0 of 5 samples in 0 starts"
     none = recover(open_network(model, sent), Terms(Budget(seconds=0.0)))
     assert "gave no completion that the others confirm" in none.reason
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_columns_that_few_samples_fill_are_not_taken_for_pruned(seed):
+    """One-hot columns of a table: the first gradient is zero where no sample of that category activates a unit."""
+    generator = _generator(seed)
+    inputs = torch.nn.functional.one_hot(torch.randint(8, (16, 6), generator=generator)).flatten(1).double()
+    model = models.fcnn((48,), 80, 3, 2, seed=seed, dtype=torch.float64)
+    update = gradient(model, inputs, torch.randint(2, (16,), generator=generator))
+    first = update.gradients["fc1.weight"]
+    assert float((first[:, first.any(0)] != 0).double().mean()) < 0.9
+    assert not is_pruned(open_network(model, update))
+    assert is_pruned(open_network(model, defences.pruned_random(update, 0.3, generator=generator)))
+    assert is_pruned(open_network(model, defences.pruned_top_k(update, 0.3)))
