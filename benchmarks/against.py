@@ -66,7 +66,9 @@ CASES = [
     Case("mnist", 3, 1000, 256),
     Case("mnist", 3, 1000, 500, long=True),
     Case("mnist", 2, 1000, 400, long=True),
-    Case("mnist", 3, 2048, 1000, long=True),
+    *(Case("mnist", 3, 2048, batch, long=True) for batch in (1000, 1200)),
+    Case("cifar10", 3, 2048, 1000, long=True),
+    Case("mnist", 3, 8192, 2000, long=True),
     *(
         Case(dataset, 2, 1000, batch, spread=0.5, normalize=False, long=True)
         for dataset in ("cifar10", "mnist")

@@ -6,18 +6,16 @@ products with it and its transpose, both by autograd.
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from spear.conjugate_gradients import conjugate_gradients, dot_each
 from spear.fronts.problem import FrontProblem
 
 RIDGE = 1e-4  # of the mean curvature, taken off again by corrections: single precision stands no less
-CONVERGED = 1e-6  # squared relative residual of conjugate gradients in single precision
-FINE = 1e-24  # the same in double
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def refined(
 ) -> tuple[Float[Tensor, "k *shape"], Float[Tensor, " _n"]]:
     """(JᵀJ)⁻¹ right, and its relative residual: solved in the precision of `rough`, corrected in that of `fine`, or all
     in that of `fine` where the former leads nowhere."""
-    dot = _dot_together if joint else _dot_each
+    dot = _dot_together if joint else dot_each
     wide = lambda kept: kept.reshape(-1, *[1] * (right.ndim - 1))  # noqa: E731
     ridge = RIDGE * rough.curvature()
     w, left, size = torch.zeros_like(right), right, dot(right, right).clamp_min(1e-300)
@@ -146,8 +144,8 @@ def refined(
             lambda v, by=rough: by.transposed(by.times(v)) + ridge * v,
             (left / unit).to(rough.x.dtype),
             inner,
-            dot,
-            until,
+            dot=dot,
+            until=until,
         )[0]
         trial = w + unit * step.to(w)
         rest = right - fine.transposed(fine.times(trial))
@@ -162,34 +160,5 @@ def refined(
     return w, off
 
 
-def _dot_each(a: Tensor, b: Tensor) -> Float[Tensor, " k"]:
-    return (a * b).flatten(1).sum(1)
-
-
 def _dot_together(a: Tensor, b: Tensor) -> Float[Tensor, " 1"]:
     return (a * b).sum().reshape(1)
-
-
-def conjugate_gradients(
-    A: Callable[[Tensor], Tensor],
-    b: Tensor,
-    steps: int,
-    dot: Callable[[Tensor, Tensor], Tensor],
-    until: float = math.inf,
-    enough: float | None = None,
-) -> tuple[Tensor, Float[Tensor, " _n"]]:
-    """A⁻¹ b for a positive A, by at most so many steps, and the squared residual relative to b."""
-    wide = lambda s: s.reshape(-1, *[1] * (b.ndim - 1))  # noqa: E731
-    enough = enough or (CONVERGED if b.dtype == torch.float32 else FINE)
-    tiny = torch.finfo(b.dtype).tiny
-    x, r, p = torch.zeros_like(b), b, b
-    first = size = dot(r, r).clamp_min(tiny)
-    for _ in range(steps):
-        if bool((size <= enough * first).all()) or time.monotonic() >= until:
-            break
-        Ap = A(p)
-        along = size / dot(p, Ap).clamp_min(tiny)
-        x, r = x + wide(along) * p, r - wide(along) * Ap
-        new = dot(r, r).clamp_min(tiny)
-        p, size = r + wide(new / size) * p, new
-    return x, size / first

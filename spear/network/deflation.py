@@ -1,9 +1,9 @@
 """One sample alone, by the layer below: what lets a solved sample leave the problem before the others are found.
 
 Once delta_i of the last hidden layer is known, h of the layer below, W_lᵀ delta_i, is known exactly and is this
-sample's alone: phase retrieval finds its mask there at batch sizes far beyond those where the first one works. The mask
-is that of the sample's activations y_i, whose zeros determine it. Subtracting delta_i [y_i; 1]ᵀ leaves the same problem
-with one sample less, on both sides.
+sample's alone: its mask there is found at batch sizes far beyond those where the first one is. The mask is that of the
+sample's activations y_i, whose zeros determine it; where inputs are fewer than samples, their few coordinates do, too.
+Subtracting delta_i [y_i; 1]ᵀ leaves the same problem with one sample less, on both sides.
 """
 
 import math
@@ -11,79 +11,76 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
-from spear.directions import TINY, unit_rows
-from spear.network import phase_retrieval
+from spear.conjugate_gradients import conjugate_gradients
+from spear.directions import TINY
+from spear.network.alone import Alone
 from spear.network.exact_step import Tolerances
 from spear.network.factors import subtract
-from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.problem import NetworkView
-from spear.network.spaces import Solved, Spaces, complement, project
+from spear.network.spaces import Solved, Spaces, complement, dual, leverages, project, without_itself
 
 SPARE_ROWS = 10  # equations beyond the unknowns: a solution that fits these too is no accident
-STEPS = 200  # of each start: h is exact here, so what has not arrived by then is stuck
-NEAR = 1e-7  # squared sine at which a start has arrived
-SETTLING = 4  # renewals of a mask: those that do not settle by then cycle
+MOST_ENTRIES = 2**23  # of the Gram matrices that are held at once
+REFINEMENTS = 6  # of normal equations in single precision
+RESOLVED = 1e-3  # of the diagonal of a factor in single precision: less is rounding
+CLEAR = 0.95  # share of the units that are taken where y = ReLU(z') is searched for: hardly one in a hundred is wrong
+EASY = 0.6  # unknowns for each equation up to which conjugate gradients are the faster way
+STEPS = 200  # of conjugate gradients, in a round
+ROUNDS = (1, 1, 4)  # of conjugate gradients: while masks are still renewed, and at last
+SETTLING = 20  # renewals of a mask, of which 10 are enough at half the width: those that do not settle cycle
 SAFETY = 10  # times the error that the residual itself shows
 CERTAIN = 1e-6  # relative error of s, and least singular value of its equations, relative to the largest
 
 
-def vectors_below(problem: NetworkView, solved: Solved) -> Float[Tensor, "f m"]:
+def vectors_below(problem: NetworkView, spaces: Spaces, solved: Solved) -> Float[Tensor, "f m"]:
     """The solved samples' back-propagated vectors before the layer below's mask, to the scale of their t."""
-    top = problem.last
-    return problem.back(top, (solved.d @ problem.weights[top + 1]) * solved.mask)
+    return problem.back(problem.last, spaces.scaled(solved.mask, solved.d @ spaces.head))
 
 
 def masks_below(
-    h: Float[Tensor, "f m"],
-    guess: Bool[Tensor, "f m"],
-    basis: Float[Tensor, "m b"],
+    spaces: Spaces,
+    solved: Solved,
+    h: Float[Tensor, "f m1"],
+    guess: Bool[Tensor, "f m1"],
+    basis: Float[Tensor, "m1 b1"],
     tolerances: Tolerances,
-    *,
-    starts: int = 2,
-    generator: Generator,
-    until: float = math.inf,
-) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m"]]:
-    """Which samples' masks are found, and these masks: D ∘ h in the span of `basis`, h known exactly.
+) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m1"]]:
+    """Which samples' masks are found, and these masks: D' ∘ h' in the span of `basis`, h' known exactly.
 
-    Those that the guess is already are taken; of the others, phase retrieval starts from the guess, then `starts` times
-    at random. Its steps end when the clock shows `until`.
+    Those on which a guess settles are taken; the others are searched for by `Alone`.
     """
     found, masks = torch.zeros(len(h), dtype=torch.bool, device=h.device), guess.clone()
 
-    def keep(sample: Int[Tensor, " k"], mask: Bool[Tensor, "k m"]) -> None:
+    def keep(sample: Int[Tensor, " k"], mask: Bool[Tensor, "k m1"]) -> None:
         good, settled = _settled(h[sample], mask, basis, tolerances)
         found[sample[good]], masks[sample[good]] = True, settled
 
     keep(guess.any(1).nonzero()[:, 0], guess[guess.any(1)])
-    for times, guessed in ((1, True), (starts, False)):
-        sample = (~found & guess.any(1) if guessed else ~found).nonzero()[:, 0].repeat(times)
-        if len(sample):
-            noise = torch.randn(len(sample), h.shape[1], generator=generator, dtype=torch.float64).to(h)
-            first = guess[sample] if guessed else noise > 0
-            keep(sample, _retrieved(unit_rows(h)[sample], first, basis, until))
+    if not found.all():
+        rest = (~found).nonzero()[:, 0]
+        keep(rest, Alone.of(spaces, solved, rest, len(basis)).masks(h[rest], basis))
     return found.nonzero()[:, 0], masks[found]
 
 
-def _retrieved(
-    h: Float[Tensor, "k m"], mask: Bool[Tensor, "k m"], basis: Float[Tensor, "m b"], until: float
-) -> Bool[Tensor, "k m"]:
-    """Where phase retrieval from these masks ends."""
-    start = Iterate(h * mask, h, h, h).to(torch.float32)
-    return phase_retrieval.retrieve_phases(start, basis.float(), Reflections(STEPS, near=NEAR, until=until)).target != 0
-
-
 def _settled(
-    h: Float[Tensor, "k m"], mask: Bool[Tensor, "k m"], basis: Float[Tensor, "m b"], tolerances: Tolerances
-) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m"]]:
-    """Which masks settle on one whose D ∘ h fits to rounding, and that mask."""
+    h: Float[Tensor, "k m1"], mask: Bool[Tensor, "k m1"], basis: Float[Tensor, "m1 b1"], tolerances: Tolerances
+) -> tuple[Int[Tensor, " g"], Bool[Tensor, "g m1"]]:
+    """Which masks settle on one whose D' ∘ h' fits to rounding, and that mask.
+
+    Each unit is renewed by what the others say of it: in a crowded span it follows what was wanted of it.
+    """
+    leverage = leverages(basis)
     for _ in range(SETTLING):
-        u = project(mask * h, basis)
-        before, mask = mask, (2 * u - h) * h > 0
+        wanted = mask * h
+        told = without_itself(project(wanted, basis), wanted, leverage)
+        before, mask = mask, (2 * told - h) * h > 0
+        if bool((before == mask).all()):
+            break
     inside = mask * h
     sine = (inside - project(inside, basis)).norm(dim=1) / inside.norm(dim=1).clamp_min(TINY)
-    good = ((before == mask).all(1) & mask.any(1) & (sine < tolerances.accept)).nonzero()[:, 0]
+    good = (mask.any(1) & (sine < tolerances.accept)).nonzero()[:, 0]
     return good, mask[good]
 
 
@@ -102,27 +99,102 @@ def activation_coordinates(
     """
     if not len(index):
         return index.bool(), solved.t[:0]
-    scaled = solved.t / spaces.singular
-    dual = torch.linalg.pinv(scaled).T[index]
-    free = complement(spaces, solved)
-    answers, sure, host = [], [], mask.cpu()  # one copy: which entries are zero is asked sample by sample
-    for particular, row in zip(dual, host, strict=True):
-        active, inactive = (which.nonzero()[:, 0].to(mask.device) for which in (row, ~row))
-        zeros = activations[:, inactive]
-        s = particular
-        if free.shape[1] and zeros.shape[1] >= free.shape[1] + SPARE_ROWS:
-            s = particular - free @ _least_squares(zeros.T @ free, zeros.T @ particular)
-        y = s @ activations
-        sure.append(((s @ zeros).norm() < tolerances.accept * y.norm()) & (y[active].min() > 0))
-        answers.append(s)
-    return torch.stack(sure), torch.stack(answers)
+    free, particular = complement(spaces, solved), dual(spaces, solved)[index]
+    enough = ~mask if not free.shape[1] else (~mask).sum(1, keepdim=True) >= free.shape[1] + SPARE_ROWS
+    frame, triangle = torch.linalg.qr(activations.T @ free)
+    rows, known = ~mask & enough, particular @ activations
+    if frame.shape[1] > EASY * int(rows.sum(1).amin()):
+        step, resolved = zeroed(frame, rows, known)
+    else:
+        step = -_combined(frame, frame.shape[1], rows, rows, known, ROUNDS[-1])
+        resolved = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    s = particular - torch.linalg.solve_triangular(triangle, step.T, upper=True).T @ free.T
+    y = s @ activations
+    zero = torch.where(mask, 0.0, y).norm(dim=1) < tolerances.accept * y.norm(dim=1)
+    return resolved & zero & (torch.where(mask, y, torch.inf).amin(1) > 0), s
 
 
-def _least_squares(A: Float[Tensor, "r k"], b: Float[Tensor, " r"]) -> Float[Tensor, " k"]:
-    try:
-        return torch.linalg.lstsq(A, b[:, None], driver="gels").solution[:, 0]
-    except torch.linalg.LinAlgError:  # of less than full rank: samples that are alike
-        return torch.linalg.pinv(A) @ b
+def zeroed(
+    frame: Float[Tensor, "n r"], rows: Bool[Tensor, "k n"], wanted: Float[Tensor, "k n"]
+) -> tuple[Float[Tensor, "k r"], Bool[Tensor, " k"]]:
+    """For each set of rows the a for which frame a is nearest to what is wanted there, and whether they determine it.
+
+    `frame` has orthonormal columns. Normal equations in single precision, corrected in full; rows whose factor has a
+    diagonal that is rounding do not determine a.
+    """
+    single, answers, resolved = frame.float(), [], []
+    for part in torch.arange(len(rows)).split(max(1, MOST_ENTRIES // max(1, frame.shape[1] ** 2))):
+        own = rows[part.to(rows.device)]
+        each = [one.nonzero()[:, 0].to(own.device) for one in own.cpu()]  # one copy: which rows is asked one by one
+        grams = [kept.T @ kept for kept in (single[one] for one in each)]
+        factor, failed = torch.linalg.cholesky_ex(torch.stack(grams))
+        a = frame.new_zeros(len(own), frame.shape[1])
+        for _ in range(REFINEMENTS):
+            rest = torch.where(own, wanted[part.to(rows.device)] - a @ frame.T, 0.0)
+            a = a + torch.cholesky_solve((rest @ frame).float()[:, :, None], factor)[:, :, 0].to(a)
+        answers.append(a)
+        resolved.append((failed == 0) & (factor.diagonal(dim1=1, dim2=2) > RESOLVED).all(1))
+    return torch.cat(answers), torch.cat(resolved)
+
+
+def coordinates_by_inputs(
+    spaces: Spaces,
+    solved: Solved,
+    image: Float[Tensor, "m1 r1"],
+    tolerances: Tolerances,
+    until: float = math.inf,
+) -> tuple[Bool[Tensor, " f"], Float[Tensor, "f b"]]:
+    """s of the `solved` samples where y = ReLU(z'), z' in the span of the orthonormal `image`, fixes it; which it does.
+
+    Least squares in both, y = z' where active and y = 0 where not, without the units where that is in doubt.
+    """
+    units, (free, particular) = len(image), (complement(spaces, solved), dual(spaces, solved))
+    if not len(solved) or free.shape[1] + image.shape[1] + SPARE_ROWS > CLEAR * units:
+        return torch.zeros(len(solved), dtype=torch.bool, device=image.device), particular
+    every = torch.arange(len(solved), device=image.device)
+    mask, middle = Alone.of(spaces, solved, every, units).masks_by_inputs(image)
+    y, known = spaces.rows[:, :units].T, particular @ spaces.rows[:, :units]
+    frame, triangle = torch.linalg.qr(y @ free)
+    columns = torch.cat([frame, -image], 1)
+    for rounds in ROUNDS:
+        doubtful = middle.abs().argsort(1)[:, : int((1 - CLEAR) * units)]
+        clear = torch.ones_like(mask).scatter(1, doubtful, False)
+        step = _combined(columns, frame.shape[1], clear, clear & mask, known, rounds, until)
+        own, below = known + step[:, : frame.shape[1]] @ frame.T, step[:, frame.shape[1] :] @ image.T
+        middle = (own + below) / 2
+        mask = middle > 0
+    fits = (own - below.clamp_min(0)).norm(dim=1) < tolerances.accept * own.norm(dim=1)
+    s = particular + torch.linalg.solve_triangular(triangle, step[:, : frame.shape[1]].T, upper=True).T @ free.T
+    return fits, s
+
+
+def _combined(
+    columns: Float[Tensor, "n both"],
+    first: int,
+    clear: Bool[Tensor, "k n"],
+    active: Bool[Tensor, "k n"],
+    known: Float[Tensor, "k n"],
+    rounds: int,
+    until: float = math.inf,
+) -> Float[Tensor, "k both"]:
+    """The x for which `known` and the first columns, and on `active` rows the others too, add to 0 on `clear` rows.
+
+    By least squares: each round of conjugate gradients in single precision adds three digits.
+    """
+
+    def forward(x: Float[Tensor, "k both"], columns: Float[Tensor, "n both"]) -> Float[Tensor, "k n"]:
+        return clear * (x[:, :first] @ columns[:, :first].T) + active * (x[:, first:] @ columns[:, first:].T)
+
+    def back(rest: Float[Tensor, "k n"], columns: Float[Tensor, "n both"]) -> Float[Tensor, "k both"]:
+        return torch.cat([(clear * rest) @ columns[:, :first], (active * rest) @ columns[:, first:]], 1)
+
+    x, single = known.new_zeros(len(known), columns.shape[1]), columns.float()
+    for _ in range(rounds):
+        rest = back(-(clear * known) - forward(x, columns), columns)
+        unit = rest.norm(dim=1, keepdim=True).clamp_min(TINY)
+        wanted = (rest / unit).float()
+        x = x + unit * conjugate_gradients(lambda v: back(forward(v, single), single), wanted, STEPS, until=until)[0]
+    return x
 
 
 def softmax_coordinates(
@@ -133,8 +205,7 @@ def softmax_coordinates(
     For the classes other than the label, log d is the logit up to a constant, and the logits are linear in s where the
     mask is known: C - 2 equations, for as many unknowns as samples are missing.
     """
-    free, scaled = complement(spaces, solved), solved.t / spaces.singular
-    s = torch.linalg.pinv(scaled).T
+    free, s = complement(spaces, solved), dual(spaces, solved)
     if problem.loss != "cross_entropy" or problem.biases[0] is None or not 0 < free.shape[1] < problem.outputs - 3:
         return torch.zeros(len(s), dtype=torch.bool, device=s.device), s
     other = (solved.d > 0).to(s)

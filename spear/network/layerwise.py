@@ -20,6 +20,7 @@ PositiveRule = Callable[[Tensor], Tensor]
 ROUNDS = 4  # of softmax and activations, of masks and projections: each shrinks the error by orders, or never will
 SETTLED = 1e-13  # a relative change that is rounding
 ROUNDING = 1e-15  # of the largest activation: no zero is known better
+WIDE = 1e3  # ratio of neighbours between zeros and activations: larger than between zeros, or between activations
 ABOVE = 4  # times the most negative entry: where zeros scatter evenly, one in many batches lies beyond
 
 
@@ -137,9 +138,25 @@ def above_gap(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
 
     For weak samples, whose zeros carry a trace of other samples' activations, all of one sign.
     """
+    ranked, ratios = _ratios(y)
+    return y > ranked.gather(1, ratios.argmax(1, keepdim=True))
+
+
+def above_first_gap(y: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
+    """Which are positive: above the first wide gap, where one activation is smaller than the others by as much again.
+
+    Of millions of activations in a large batch one will be.
+    """
+    ranked, ratios = _ratios(y)
+    wide = ratios > WIDE
+    first = torch.where(wide.any(1), wide.int().argmax(1), ratios.argmax(1))
+    return y > ranked.gather(1, first[:, None])
+
+
+def _ratios(y: Float[Tensor, "s m"]) -> tuple[Float[Tensor, "s m"], Float[Tensor, "s less"]]:
+    """Each sample's entries in order, what is noise raised to it, and how many times larger than one the next is."""
     ranked = y.clamp_min(_scatter(y).clamp_min(1e-300)).sort(dim=1)[0]
-    below = (ranked[:, 1:] / ranked[:, :-1]).argmax(1, keepdim=True)
-    return y > ranked.gather(1, below)
+    return ranked, ranked[:, 1:] / ranked[:, :-1]
 
 
 def down(

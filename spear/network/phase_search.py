@@ -23,7 +23,7 @@ from spear.network.two_layers import FewInputs, TwoLayers
 from spear.published.lowrank import LowRank
 
 HARD = 0.36  # rank over width from which samples leave the problem one by one, and entries of h are evened out
-VERY_HARD, TRIES = 0.5, (2, 6)  # past it fewer starts arrive at the layer below, too: tries of each sample there
+LONG_WAY = 512  # samples left from which most starts would end at solved ones: these had better leave, too
 CLOSER = 10  # times nearer a start must come to a crowded span to have arrived: it is near to everything
 BLUR = 20  # times the gradient's noise, over the last singular value: how far two solutions of one sample may differ
 MOST_BLURRED = 1e-5  # of the cosine, however large the noise: two samples are seldom that near
@@ -72,6 +72,17 @@ class PhaseSearch:
         here = Solved(unit_rows(self.solved.t @ back), self.solved.d, self.solved.mask)
         return self.gone.join(here, room=self.whole.rank)
 
+    @property
+    def sharp(self) -> Solved:
+        """The same, each solved for anew from its mask: of what samples that left were off by, nothing is in them."""
+        found = self.found
+        if not len(self.gone):
+            return found
+        exact = exact_step.solve_mask(self.whole, found.mask)
+        good = exact_step.accepted(exact, self.tolerances)[:, None]
+        pairs = ((exact.t, found.t), (exact.d, found.d), (exact.mask, found.mask))
+        return Solved(*(torch.where(good, *pair) for pair in pairs))
+
     def join(self, found: Solved) -> Solved:
         """The solved directions and those of `found` that differ from them by more than noise."""
         if self.restricted:
@@ -91,7 +102,8 @@ class PhaseSearch:
         self.idle = 0 if self.left < before else self.idle + 1
         if len(self.solved) >= TELLING and self.problem.loss == "cross_entropy" and not self.restricted:
             self.drawn = replace(self.drawn, prior=mean_probabilities(self.solved, self.drawn.prior))
-        if self.stacked and self.left and len(self.solved) and self.crowded:
+        far = self.crowded or (self.left > LONG_WAY and not self.restricted)
+        if self.stacked and self.left and len(self.solved) and far:
             self._dismiss()
 
     def release(self) -> None:
@@ -116,10 +128,7 @@ class PhaseSearch:
 
     def _dismiss(self) -> None:
         """Let the solved samples whose activations the layer below determines leave the problem."""
-        m, b = self.spaces.basis.shape
-        if self.factors_below.rank < self.whole.rank:  # its span does not hold the samples' own vectors
-            return
-        index, s = self.determined(starts=TRIES[b >= VERY_HARD * m])
+        index, s = self.determined()
         if not len(index):
             return
         back, leaving = self.spaces.basis.T @ self.whole.basis, self.solved[index]
@@ -149,11 +158,15 @@ class PhaseSearch:
         targets, masks = self.hints
         return masks[(t.to(self.low) @ self.low.T @ targets.T).abs().argmax(1)]
 
-    def determined(self, *, starts: int) -> tuple[Int[Tensor, " g"], Float[Tensor, "g b"]]:
+    def determined(self) -> tuple[Int[Tensor, " g"], Float[Tensor, "g b"]]:
         """Which of the `solved` have activations that the layer below determines, and their s."""
-        h = deflation.vectors_below(self.problem, self.solved)
-        options = {"starts": starts, "generator": self.generator, "until": self.latest}
-        index, mask = deflation.masks_below(h, self.masks_below, self.factors_below.L, self.tolerances, **options)
+        low, top = self.factors_below, self.problem.last
+        if low.rank < self.whole.rank:  # its span does not hold the samples' own vectors
+            image = torch.linalg.qr(self.problem.lift(top - 1, unit_rows(low.R)))[0]
+            sure, s = deflation.coordinates_by_inputs(self.spaces, self.solved, image, self.tolerances, self.latest)
+            return sure.nonzero()[:, 0], s[sure]
+        h = deflation.vectors_below(self.problem, self.spaces, self.solved)
+        index, mask = deflation.masks_below(self.spaces, self.solved, h, self.masks_below, low.L, self.tolerances)
         self.masks_below[index] = mask
         inputs = self.spaces.rows[:, : h.shape[1]]
         sure, s = deflation.activation_coordinates(self.spaces, self.solved, inputs, index, mask, self.tolerances)
@@ -163,7 +176,7 @@ class PhaseSearch:
         """All samples known one by one, while others are missing: their [y; 1] up to scale, and directions."""
         if not len(self.solved):
             return self.gone_rows, self.gone
-        index, s = self.determined(starts=TRIES[1])
+        index, s = self.determined()
         some = self.solved[index]
         both = (torch.cat(pair) for pair in ((self.gone.d, some.d), (self.gone.mask, some.mask)))
         t = torch.cat([self.gone.t, some.t @ (self.spaces.basis.T @ self.whole.basis)])
@@ -229,7 +242,7 @@ class PhaseSearch:
         if plan.paired:
             return self._pair(start, s, free, Reflections(plan.steps, near=near, until=self.until)), labels
         levels = None if self.spaces.levels is None else self.spaces.levels.to(torch.float32)
-        partner = torch.linalg.qr(self.spaces.lift @ free)[0].float() if plan.partnered else None
+        partner = torch.linalg.qr((self.spaces.lift @ free).float())[0] if plan.partnered else None
         head = self.heads if plan.free else None
         reflections = Reflections(plan.steps, partner, head=head, near=near, until=self.until)
         return phase_retrieval.retrieve_phases(start, self.low, replace(reflections, levels=levels)), labels

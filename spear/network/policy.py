@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from spear.network.starts import FEW_CLASSES, FEW_LEFT
 
 EASY, HARD_PRESSED = 0.3, 0.45  # rank over width: under the first most starts arrive, past the second few do
-STARTS = 128  # of a round
+STARTS, SHARE = 128, 0.25  # of a round: so many, or a share of the samples that are left
 FEWEST, PER_SAMPLE = 32, 1.5  # starts: at least, and at most for each sample that is left
 STEPS = (60, 100, 200)  # of a start, in an easy problem, another, a hard-pressed one
 PAIRED = (96, 150)  # starts of a round and steps where the layer below is searched as well
@@ -64,7 +64,7 @@ class Policy:
         free = not at.restricted and max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
         paired = at.paired and not free
         most, steps = PAIRED if paired else (STARTS, STEPS[(not easy) + pressed])
-        starts = int(min(most, max(FEWEST, PER_SAMPLE * at.left)))
+        starts = int(min(max(most, SHARE * at.left), max(FEWEST, PER_SAMPLE * at.left)))
         if at.left <= FEW_LEFT and at.classes <= FEW_CLASSES:
             starts = max(starts, 2 * at.classes)
         partnered = at.lowest or at.left < at.rank or at.idle > 0

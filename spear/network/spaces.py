@@ -36,6 +36,18 @@ def quick(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
     return basis.bfloat16() if large and able else basis
 
 
+def leverages(basis: Float[Tensor, "m b"]) -> Float[Tensor, " m"]:
+    """Of each entry on its own projection on the span of an orthonormal basis: b/m on average."""
+    return basis.pow(2).sum(1).clamp_max(MOST_LEVERAGE)
+
+
+def without_itself(
+    u: Float[Tensor, "k m"], wanted: Float[Tensor, "k m"], leverage: Float[Tensor, " m"]
+) -> Float[Tensor, "k m"]:
+    """What the other entries say of each, u being the projection of `wanted`: in a crowded span it follows that."""
+    return (u - leverage * wanted) / (1 - leverage)
+
+
 def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[Tensor, " k"]:
     """Squared sine between each target and span(U); 1 for a target that vanished."""
     energy = target.pow(2).sum(1)
@@ -121,12 +133,8 @@ class Spaces:
         return self.evidence(u, h) > 0
 
     def without_itself(self, u: Float[Tensor, "k m"], wanted: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
-        """What the other units say of each entry, u being the projection of `wanted` on span(U).
-
-        In a crowded span an entry follows what was wanted of it, right or wrong: its leverage is b/m on average.
-        """
-        leverage = self.basis.pow(2).sum(1).clamp_max(MOST_LEVERAGE)
-        return (u - leverage * wanted) / (1 - leverage)
+        """What the other units say of each entry, u being the projection of `wanted` on span(U)."""
+        return without_itself(u, wanted, leverages(self.basis))
 
     @property
     def head_space(self) -> Float[Tensor, "m free"]:
@@ -184,6 +192,11 @@ class Solved:
 def complement(spaces: Spaces, solved: Solved) -> Float[Tensor, "b r"]:
     """Orthonormal basis N of {s : ⟨s, t_i / S⟩ = 0 for every solved i}: where the other samples' s lie."""
     return directions.complement(solved.t / spaces.singular)
+
+
+def dual(spaces: Spaces, solved: Solved) -> Float[Tensor, "f b"]:
+    """Of each solved sample the shortest s with ⟨s, t_k / S⟩ = [k = i] for every solved k: it lacks what is free."""
+    return torch.linalg.pinv(solved.t / spaces.singular).T
 
 
 @dataclass(frozen=True)

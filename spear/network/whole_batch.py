@@ -11,7 +11,7 @@ from spear.directions import unit_rows
 from spear.network import many_classes
 from spear.network.check import judge
 from spear.network.curves import whole as curves
-from spear.network.layerwise import PositiveRule, above_gap, above_noise, activations, descend, solve
+from spear.network.layerwise import PositiveRule, above_first_gap, above_gap, above_noise, activations, descend, solve
 from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
@@ -68,7 +68,7 @@ def _searched(problem: NetworkView, run: PhaseSearch, low: LowRank, terms: Terms
     """What a search leads to; one that is not `for_good` is given up where every class having one h yields little."""
     _search(problem, run, terms, for_good=for_good)
     reached = _reached(run, low)
-    found, none = run.found, nothing(problem, str(reached), reached)
+    found, none = run.sharp, nothing(problem, str(reached), reached)
     if not len(found) or (run.left and not for_good):
         return none
     solved = many_classes.sharpen(problem, run.whole, found) if run.restricted and not run.left else found
@@ -158,6 +158,7 @@ def masks_by(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] 
     """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients."""
     yield above_gap, None
     if problem.last:
+        yield above_first_gap, None
         yield above_noise, None
         yield above_gap, [problem.factors(k).L for k in range(problem.last)]
 

@@ -6,7 +6,7 @@ from network_problems import case
 
 from spear.network.check import check
 from spear.network.labels import decode
-from spear.network.layerwise import above_gap, above_noise, descend, solve, without_mistakes
+from spear.network.layerwise import above_first_gap, above_gap, above_noise, descend, solve, without_mistakes
 from spear.network.problem import NetworkView, Targets, forward, passes
 
 
@@ -39,7 +39,7 @@ def test_check_measures_the_error_of_each_input():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("positive", [above_noise, above_gap])
+@pytest.mark.parametrize("positive", [above_noise, above_gap, above_first_gap])
 def test_descend_from_the_top_layers_vectors(bias, positive):
     made = case((30, 40, 50, 5), 7, bias=bias)
     run = passes(made.problem, made.inputs, truth(made))
@@ -91,12 +91,13 @@ def test_dependent_vectors_give_no_finite_answer_instead_of_a_wrong_one():
     assert not answer.isfinite().all() or answer.abs().max() > 1e12
 
 
-def test_both_rules_tell_activations_from_rounding():
+def test_each_rule_tells_activations_from_rounding():
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(5, 60, generator=generator, dtype=torch.float64).relu()
     y = truth + 1e-10 * torch.randn(5, 60, generator=generator, dtype=torch.float64)
     assert torch.equal(above_noise(y), truth > 0)
     assert torch.equal(above_gap(y), truth > 0)
+    assert torch.equal(above_first_gap(y), truth > 0)
     one_sided = truth + 1e-10 * torch.rand(5, 60, generator=generator, dtype=torch.float64)
     assert torch.equal(above_gap(one_sided), truth > 0)
 
@@ -111,3 +112,14 @@ def test_problem_names_what_does_not_fit():
         NetworkView(p.weights[:1], p.biases[:1], p.weight_gradients[:1], p.bias_gradients[:1])
     with pytest.raises(ValueError, match="layer 1: a bias needs its gradient"):
         NetworkView(p.weights, p.biases, p.weight_gradients, (None, *p.bias_gradients[1:]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_activation_that_is_tiny_among_others_is_above_the_first_gap(seed):
+    """In a batch of a thousand some activation is nearer to zero than to the next larger one."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(5, 60, generator=generator, dtype=torch.float64).relu()
+    truth[:, 0] = 1e-9
+    y = truth + 1e-14 * torch.randn(5, 60, generator=generator, dtype=torch.float64)
+    assert torch.equal(above_first_gap(y), truth > 0)
+    assert not torch.equal(above_gap(y), truth > 0)
