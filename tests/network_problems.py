@@ -63,14 +63,16 @@ def case(
     smoothing: float = 0.0,
     loss: str = "cross_entropy",
     head: int = 1,
+    lifted: float = 0.0,
 ) -> Case:
     """One batch's gradient by autograd, computed in `dtype`; `known` tells the attacker the batch size.
 
-    The output weights are `head` times what `init` says.
+    The output weights are `head` times what `init` says, the first biases `lifted` by so much.
     """
     generator = Generator().manual_seed(seed)
     layers = initialise(sizes, init, generator)
     layers[-1][0].mul_(head)
+    layers[0][1].add_(lifted)
     x = torch.randn(batch, sizes[0], generator=generator, dtype=DTYPE) if inputs is None else inputs
     y = torch.randint(max(sizes[-1], 2), (len(x),), generator=generator) if labels is None else labels
     live = [(w.to(dtype).requires_grad_(), c.to(dtype).requires_grad_() if bias else None) for w, c in layers]

@@ -141,31 +141,40 @@ def coordinates_by_inputs(
     spaces: Spaces,
     solved: Solved,
     image: Float[Tensor, "m1 r1"],
+    index: Int[Tensor, " g"],
     tolerances: Tolerances,
+    *,
+    mask: Bool[Tensor, "g m1"] | None = None,
     until: float = math.inf,
-) -> tuple[Bool[Tensor, " f"], Float[Tensor, "f b"]]:
-    """s of the `solved` samples where y = ReLU(z'), z' in the span of the orthonormal `image`, fixes it; which it does.
+) -> tuple[Bool[Tensor, " g"], Float[Tensor, "g b"]]:
+    """s of the samples `index` of `solved` where y = ReLU(z'), z' in the span of the orthonormal `image`, fixes it.
 
-    Least squares in both, y = z' where active and y = 0 where not, without the units where that is in doubt.
+    Also returns which it does. Least squares in both, y = z' where active and y = 0 where not; without a `mask`, one is
+    searched for by `Alone`, and the units where it is in doubt are left out.
     """
-    units, (free, particular) = len(image), (complement(spaces, solved), dual(spaces, solved))
-    if not len(solved) or free.shape[1] + image.shape[1] + SPARE_ROWS > CLEAR * units:
-        return torch.zeros(len(solved), dtype=torch.bool, device=image.device), particular
-    every = torch.arange(len(solved), device=image.device)
-    mask, middle = Alone.of(spaces, solved, every, units).masks_by_inputs(image)
+    units, (free, particular) = len(image), (complement(spaces, solved), dual(spaces, solved)[index])
+    enough = units if mask is not None else CLEAR * units
+    if not len(index) or free.shape[1] + image.shape[1] + SPARE_ROWS > enough:
+        return torch.zeros(len(index), dtype=torch.bool, device=image.device), particular
     y, known = spaces.rows[:, :units].T, particular @ spaces.rows[:, :units]
     frame, triangle = torch.linalg.qr(y @ free)
-    columns = torch.cat([frame, -image], 1)
-    for rounds in ROUNDS:
-        doubtful = middle.abs().argsort(1)[:, : int((1 - CLEAR) * units)]
-        clear = torch.ones_like(mask).scatter(1, doubtful, False)
-        step = _combined(columns, frame.shape[1], clear, clear & mask, known, rounds, until)
-        own, below = known + step[:, : frame.shape[1]] @ frame.T, step[:, frame.shape[1] :] @ image.T
-        middle = (own + below) / 2
-        mask = middle > 0
+    columns, first = torch.cat([frame, -image], 1), frame.shape[1]
+
+    def parts(mask: Tensor, clear: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+        step = _combined(columns, first, clear, clear & mask, known, rounds, until)
+        return step[:, :first], known + step[:, :first] @ frame.T, step[:, first:] @ image.T
+
+    if mask is not None:
+        step, own, below = parts(mask, torch.ones_like(mask), ROUNDS[-1])
+    else:
+        mask, middle = Alone.of(spaces, solved, index, units).masks_by_inputs(image)
+        for rounds in ROUNDS:
+            doubtful = middle.abs().argsort(1)[:, : int((1 - CLEAR) * units)]
+            step, own, below = parts(mask, torch.ones_like(mask).scatter(1, doubtful, False), rounds)
+            middle = (own + below) / 2
+            mask = middle > 0
     fits = (own - below.clamp_min(0)).norm(dim=1) < tolerances.accept * own.norm(dim=1)
-    s = particular + torch.linalg.solve_triangular(triangle, step[:, : frame.shape[1]].T, upper=True).T @ free.T
-    return fits, s
+    return fits, particular + torch.linalg.solve_triangular(triangle, step.T, upper=True).T @ free.T
 
 
 def _combined(

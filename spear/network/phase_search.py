@@ -160,17 +160,27 @@ class PhaseSearch:
 
     def determined(self) -> tuple[Int[Tensor, " g"], Float[Tensor, "g b"]]:
         """Which of the `solved` have activations that the layer below determines, and their s."""
-        low, top = self.factors_below, self.problem.last
+        low, every = self.factors_below, torch.arange(len(self.solved), device=self.solved.t.device)
         if low.rank < self.whole.rank:  # its span does not hold the samples' own vectors
-            image = torch.linalg.qr(self.problem.lift(top - 1, unit_rows(low.R)))[0]
-            sure, s = deflation.coordinates_by_inputs(self.spaces, self.solved, image, self.tolerances, self.latest)
-            return sure.nonzero()[:, 0], s[sure]
+            sure, s = deflation.coordinates_by_inputs(
+                self.spaces, self.solved, self.image_below, every, self.tolerances, until=self.latest
+            )
+            return every[sure], s[sure]
         h = deflation.vectors_below(self.problem, self.spaces, self.solved)
         index, mask = deflation.masks_below(self.spaces, self.solved, h, self.masks_below, low.L, self.tolerances)
         self.masks_below[index] = mask
         inputs = self.spaces.rows[:, : h.shape[1]]
         sure, s = deflation.activation_coordinates(self.spaces, self.solved, inputs, index, mask, self.tolerances)
+        left = (~sure).nonzero()[:, 0]  # too few zeros
+        sure[left], s[left] = deflation.coordinates_by_inputs(
+            self.spaces, self.solved, self.image_below, index[left], self.tolerances, mask=mask[left], until=self.latest
+        )
         return index[sure], s[sure]
+
+    @cached_property
+    def image_below(self) -> Float[Tensor, "m1 r1"]:
+        """Orthonormal basis of the possible pre-activations of the layer below."""
+        return torch.linalg.qr(self.problem.lift(self.problem.last - 1, unit_rows(self.factors_below.R)))[0]
 
     def singles(self) -> tuple[Float[Tensor, "g n1"], Solved]:
         """All samples known one by one, while others are missing: their [y; 1] up to scale, and directions."""

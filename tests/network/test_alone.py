@@ -95,14 +95,18 @@ def test_a_direction_that_is_none_has_no_mask_below():
 @pytest.mark.parametrize("seed", range(3))
 def test_few_inputs_determine_a_sample(known, seed):
     scene = Scene(FEW, seed, known)
-    sure, s = deflation.coordinates_by_inputs(scene.spaces, scene.solved, scene.image, Tolerances())
+    sure, s = deflation.coordinates_by_inputs(
+        scene.spaces, scene.solved, scene.image, torch.arange(known), Tolerances()
+    )
     assert sure.all()
     assert torch.allclose(scene.activations(s), scene.run.inputs[1][:known], atol=1e-7)
 
 
 def test_inputs_as_many_as_samples_determine_none():
     scene = Scene(MANY)
-    sure, s = deflation.coordinates_by_inputs(scene.spaces, scene.solved, scene.image, Tolerances())
+    sure, s = deflation.coordinates_by_inputs(
+        scene.spaces, scene.solved, scene.image, torch.arange(KNOWN), Tolerances()
+    )
     assert not sure.any()
     assert torch.equal(s, dual(scene.spaces, scene.solved))
 
@@ -111,14 +115,16 @@ def test_what_is_no_sample_is_not_determined_by_few_inputs():
     scene = Scene(FEW)
     t = torch.nn.functional.normalize(scene.solved.t + 0.3 * scene.solved.t.roll(1, 0))
     sure, _ = deflation.coordinates_by_inputs(
-        scene.spaces, Solved(t, scene.solved.d, scene.solved.mask), scene.image, Tolerances()
+        scene.spaces, Solved(t, scene.solved.d, scene.solved.mask), scene.image, torch.arange(KNOWN), Tolerances()
     )
     assert not sure.any()
 
 
 def test_a_clock_that_has_run_out_determines_nothing():
     scene = Scene(FEW)
-    sure, _ = deflation.coordinates_by_inputs(scene.spaces, scene.solved, scene.image, Tolerances(), until=0.0)
+    sure, _ = deflation.coordinates_by_inputs(
+        scene.spaces, scene.solved, scene.image, torch.arange(KNOWN), Tolerances(), until=0.0
+    )
     assert not sure.any()
 
 
@@ -178,3 +184,29 @@ def test_directions_are_sharp_whatever_those_were_off_by_that_left(inputs, seed)
     assert off.min() < 1 - 1e-13
     assert own.min() > 1 - 1e-13
     assert torch.equal((run.sharp.t @ every.t.T).abs().argmax(1).sort()[0], torch.arange(BATCH))
+
+
+@pytest.mark.parametrize("known", [1, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_known_mask_with_few_zeros_determines_its_sample_by_the_inputs_too(known, seed):
+    """A third of the width, three units of four active: fewer zeros than samples are missing."""
+    made = case((MANY, WIDTH, WIDTH, 10), 36, seed=seed, lifted=0.7)
+    low, below = (decompose(made.problem.augmented(k)) for k in (1, 0))
+    spaces = open_spaces(made.problem, low.L, low.R)
+    counts = torch.nn.functional.one_hot(made.labels, 10).double()
+    run = passes(made.problem, made.inputs, Targets(counts, 1 / 36, 0.0))
+    solved, index = directions_of(spaces, *run.deltas[1:])[torch.arange(known)], torch.arange(known)
+    image = torch.linalg.qr(made.problem.lift(0, below.R / below.R.norm(dim=1, keepdim=True)))[0]
+    mask = run.inputs[1][:known] > 0
+    few = (~mask).sum(1) < 36 - known
+    assert few.all()
+    alone, _ = deflation.activation_coordinates(spaces, solved, spaces.rows[:, :-1], index, mask, Tolerances())
+    assert not alone[few].any()
+    sure, s = deflation.coordinates_by_inputs(spaces, solved, image, index, Tolerances(), mask=mask)
+    assert sure.all()
+    rows = s @ spaces.rows
+    assert torch.allclose(rows[:, :-1] / rows[:, -1:], run.inputs[1][:known], atol=1e-7)
+    wrong, _ = deflation.coordinates_by_inputs(
+        spaces, solved, image, index, Tolerances(), mask=mask ^ (mask.cumsum(1) == 3)
+    )
+    assert not wrong.any()
