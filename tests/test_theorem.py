@@ -22,10 +22,8 @@ from spear.network.error_bounds import (
     family,
     input_bounds,
     joint_spreads,
-    largest_eigenvalues,
     least_singular,
     least_slopes,
-    slopes_at_least,
     spreads,
 )
 from spear.network.problem import Targets, passes
@@ -162,9 +160,7 @@ def test_the_least_slope_is_that_of_the_linear_map_from_input_to_layer():
         torch.linalg.svdvals(torch.autograd.functional.jacobian(upward, x))[-1] * (1 if len(x) <= 30 else 0)
         for x in made.inputs
     ]
-    torch.testing.assert_close(
-        least_slopes(made.problem, run, 2, torch.arange(len(made.inputs))), torch.stack(expected), rtol=0.02, atol=1e-12
-    )
+    torch.testing.assert_close(least_slopes(made.problem, run, 2), torch.stack(expected), rtol=0.02, atol=1e-12)
 
 
 @pytest.mark.parametrize("least", [1.0, 1e-1, 1e-3, 1e-5])
@@ -275,35 +271,4 @@ def test_an_input_with_more_entries_than_active_units_is_not_determined_by_deepe
     made = case((40, 50, 50, 5), 6)
     run = passes(made.problem, made.inputs, targets(made))
     assert bool((run.inputs[1] > 0).sum(1).max() < 40)
-    assert torch.equal(least_slopes(made.problem, run, 1, torch.arange(6)), torch.zeros(6, dtype=made.inputs.dtype))
-
-
-@pytest.mark.parametrize("leak", [0.0, 0.2])
-@pytest.mark.parametrize("seed", range(3))
-def test_all_slopes_at_once_are_bounds_of_each(leak, seed):
-    made = case((12, 60, 30, 5), 8, seed=seed)
-    run = passes(made.problem, made.inputs, targets(made))
-    slopes = torch.where(run.slopes[0] > 0, 1.0, leak).to(DTYPE)
-    run = replace(run, slopes=(slopes, run.slopes[1]))
-    each, bounds = least_slopes(made.problem, run, 1, torch.arange(8)), slopes_at_least(made.problem, run)
-    exact = torch.stack([torch.linalg.svdvals(D[:, None] * made.problem.weights[0])[-1] for D in slopes])
-    torch.testing.assert_close(each, exact, rtol=0.02, atol=0)
-    assert (bounds <= exact).all()
-    assert (bounds > exact / 4).all()
-
-
-def test_all_slopes_at_once_are_zero_where_too_few_units_are_active():
-    made = case((40, 50, 50, 5), 6)
-    run = passes(made.problem, made.inputs, targets(made))
-    assert not slopes_at_least(made.problem, run).any()
-
-
-@pytest.mark.parametrize("n", [1, 5, 40])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_largest_eigenvalue_is_bounded_from_above(n, seed):
-    Q = torch.linalg.qr(torch.randn(90, n, generator=generator(seed), dtype=DTYPE))[0].float()
-    weights = (torch.rand(7, 90, generator=generator(seed)) < 0.5).float()
-    exact = torch.stack([torch.linalg.eigvalsh(Q.mT * w @ Q)[-1] for w in weights]).double()
-    found = largest_eigenvalues(Q, weights)
-    assert (found >= exact - 1e-5).all()
-    assert (found <= 1.05 * exact + 1e-5).all()
+    assert torch.equal(least_slopes(made.problem, run, 1), torch.zeros(6, dtype=made.inputs.dtype))

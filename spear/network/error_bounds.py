@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spear.certificate import (
@@ -27,7 +27,7 @@ from spear.certificate import (
     spread_of_family,
     spread_of_zeros,
 )
-from spear.directions import TINY, unit_rows
+from spear.directions import unit_rows
 from spear.federated.losses import activate_along
 from spear.models.streaming import product
 from spear.network.curved_bounds import Levers, curved_bounds
@@ -36,7 +36,6 @@ from spear.network.rest import Rest, rest_of
 from spear.network.spaces import contrasts
 
 MOST_ENTRIES = 2**22  # of the families that are held at once
-LANCZOS_STEPS = 20  # to the largest eigenvalue: it is known to a hundredth or two then
 INVERSE_STEPS = 16  # to the smallest singular value: then it is right to a per cent or two
 RESOLVED, SINGULAR = 1e-4, 1e-13  # of a Gram matrix: eigenvalues that single, double precision resolves
 
@@ -74,11 +73,7 @@ def layer_bounds(
         return G.new_full((len(G),), torch.inf)
     error = bounds(rule())
     if k:
-        error = error * norms(run.inputs[k]) / norms(run.inputs[0])
-        slopes = slopes_at_least(problem, run) if k == 1 else torch.zeros_like(error)
-        exact = (error.isfinite() & (error > problem.accuracy.recovered * slopes)).nonzero()[:, 0]
-        slopes[exact] = least_slopes(problem, run, k, exact)
-        error = error / slopes
+        error = error * norms(run.inputs[k]) / (norms(run.inputs[0]) * least_slopes(problem, run, k))
     else:
         step = torch.linalg.solve_triangular(triangle, rest.inside, upper=True)
         error = error + step.norm(dim=1) / norms(run.inputs[0])
@@ -193,61 +188,21 @@ def _outer(x: Float[Tensor, "s r"]) -> Float[Tensor, "s r r"]:
     return x[:, :, None] * x[:, None, :]
 
 
-def least_slopes(problem: NetworkView, run: Passes, k: int, index: Int[Tensor, " i"]) -> Float[Tensor, " i"]:
-    """The smallest singular value of the linear map from each sample's input to that of layer k; of samples `index`.
+def least_slopes(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
+    """The smallest singular value of the linear map from each sample's input to that of layer k.
 
     It is 0 where fewer units are active on the way than an input has entries: an image in a narrow layer.
     """
-    active, wide = [x[index] != 0 for x in run.slopes[:k]], _wide(run, k)[index]
-    slopes = run.inputs[0].new_zeros(len(index))
+    active = [x != 0 for x in run.slopes[:k]]
+    wide = torch.stack([x.sum(1) for x in active]).amin(0) >= run.inputs[0].shape[1]
+    slopes = run.inputs[0].new_zeros(len(wide))
     for i in wide.nonzero()[:, 0].tolist():
         rows = before = None
         for below, on in enumerate(x[i] for x in active):
-            own = problem.weights[below][on].to(slopes) * run.slopes[below][index[i], on, None]
+            own = problem.weights[below][on].to(slopes) * run.slopes[below][i, on, None]
             rows, before = own if before is None else own[:, before] @ rows, on
         slopes[i] = least_singular(rows)
     return slopes
-
-
-def _wide(run: Passes, k: int) -> Bool[Tensor, " s"]:
-    """Whose input has no more entries than units are active in each layer below k."""
-    return torch.stack([(x != 0).sum(1) for x in run.slopes[:k]]).amin(0) >= run.inputs[0].shape[1]
-
-
-def slopes_at_least(problem: NetworkView, run: Passes) -> Float[Tensor, " s"]:
-    """At most `least_slopes` at the second layer, about half of it as a rule, for all samples at once.
-
-    With W = Q R and D a sample's slopes, d the largest of them, the smallest singular value of D W is at least that of
-    R times the root of d² - λ, λ the largest eigenvalue of Qᵀ (d² - D²) Q.
-    """
-    D, wide = run.slopes[0], _wide(run, 1)
-    slopes = D.new_zeros(len(D))
-    if not bool(wide.any()):
-        return slopes
-    Q, R = torch.linalg.qr(problem.weights[0].to(D))
-    squares = D[wide].square()
-    most = squares.amax(1, keepdim=True)
-    left = 1 - largest_eigenvalues(Q.float(), (1 - squares / most).float())
-    slopes[wide] = torch.linalg.svdvals(R)[-1] * (most[:, 0] * torch.where(left > RESOLVED, left, 0.0)).sqrt()
-    return slopes
-
-
-def largest_eigenvalues(Q: Float[Tensor, "m n"], weights: Float[Tensor, "s m"]) -> Float[Tensor, " s"]:
-    """Of Qᵀ diag(w) Q for each row w of the weights, by Lanczos' method: at least what its residual lets them be."""
-    v = torch.randn(Q.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(Q)
-    v = unit_rows(v.expand(len(weights), -1))
-    before, beside, along, across = torch.zeros_like(v), torch.zeros_like(v[:, 0]), [], []
-    for _ in range(min(LANCZOS_STEPS, len(v[0]))):
-        u = (v @ Q.T * weights) @ Q - beside[:, None] * before
-        along.append((u * v).sum(1))
-        u = u - along[-1][:, None] * v
-        beside = torch.linalg.vector_norm(u, dim=1)
-        across.append(beside)
-        before, v = v, u / beside.clamp_min(TINY)[:, None]
-    diagonal, off = torch.stack(along, 1).double(), torch.stack(across, 1).double()
-    whole = torch.diag_embed(diagonal) + torch.diag_embed(off[:, :-1], 1) + torch.diag_embed(off[:, :-1], -1)
-    values, vectors = torch.linalg.eigh(whole)
-    return values[:, -1] + off[:, -1] * vectors[:, -1, -1].abs()
 
 
 def least_singular(rows: Float[Tensor, "m n"]) -> Float[Tensor, ""]:
