@@ -123,26 +123,34 @@ def rms(x: Tensor) -> float:
 def input_errors(
     G: Float[Tensor, "b m"],
     X: Float[Tensor, "b n1"],
-    spread: Float[Tensor, " b"],
+    moved: Float[Tensor, " b"],
     *,
     entries: tuple[float, float],
     lengths: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, " b"]:
     """A bound on each input's relative error, by the theorem, where entries of the update are off by `entries`.
 
-    `G` are the columns of ∂L/∂z, `X` the inputs as the gradient has them, [x; 1]; `spread` is that of each F_i;
-    `entries` the root mean square error of dL/dW's entries and of dL/dβ's. Without a bias, X = x, and `lengths` says
-    how many times more the length of each input may be off than that of its ∂L/∂z. Infinite for dependent samples.
+    `G` are the columns of ∂L/∂z, `X` the inputs as the gradient has them, [x; 1]; `moved` is how far each column may be
+    off beside itself (`column_errors`); `entries` the root mean square error of dL/dW's entries and of dL/dβ's. Without
+    a bias, X = x, and `lengths` says how far off the length of each input may be, relative to it. Infinite for
+    dependent columns.
     """
     inputs = X if lengths is not None else X[:, :-1]
-    size, row, column = norms(inputs), inverse_columns(G), inverse_columns(X)
+    size, row = norms(inputs), inverse_columns(G)
     if lengths is None:
-        away, length = torch.cdist(inputs, inputs), row * entries[1]
+        away, lengths = torch.cdist(inputs, inputs), row * entries[1]
     else:
         away = size.expand(len(X), -1)
-        length = lengths * entries[0] * G.shape[1] ** 0.5 * column / torch.linalg.vector_norm(G, dim=1)
-    moved = row * entries[0] * torch.sqrt(X.shape[1] + (away * (column * spread)).pow(2).sum(1))
-    return (SAFETY * (moved / size + length)).nan_to_num(torch.inf, torch.inf)
+    off = torch.sqrt(X.shape[1] * entries[0] ** 2 + (away * moved).pow(2).sum(1))
+    return (SAFETY * (row * off / size + lengths)).nan_to_num(torch.inf, torch.inf)
+
+
+def column_errors(X: Float[Tensor, "b n1"], spread: Float[Tensor, " b"], entry: float) -> Float[Tensor, " b"]:
+    """How far each column of ∂L/∂z may be off beside itself, by the theorem: T_k N X'⁺, N of entries of size `entry`.
+
+    `spread` is that of each F_k. Infinite where inputs [x; 1] are dependent.
+    """
+    return (entry * inverse_columns(X) * spread).nan_to_num(torch.inf, torch.inf)
 
 
 def inverse_columns(A: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:

@@ -69,7 +69,7 @@ def render(runs: Sequence[Run], folder: Path, page: str = EMPTY_PAGE) -> str:
         raise ValueError(
             f"{folder / 'README.md'} has no lines '<!-- gallery -->' and '<!-- end -->': add them, or remove the file"
         )
-    gallery = "".join(_section(run, folder) for run in runs) + "\n"
+    gallery = _times(runs) + "".join(_section(run, folder) for run in runs) + "\n"
     return GALLERY.sub(lambda _: gallery, page, count=1)
 
 
@@ -79,7 +79,7 @@ def _section(run: Run, folder: Path) -> str:
     drawn = {stem: origin(place) for stem, place in pictures.items() if place.is_file()}
     if not drawn:
         return ""
-    parts, told = [f"\n## [{run.label}]({os.path.relpath(run.notebook, folder)})\n{_time(run)}"], None
+    parts, told = [f"\n## [{run.label}]({os.path.relpath(run.notebook, folder)})\n"], None
     for stem, made in drawn.items():
         place = os.path.relpath(run.folder / stem, folder)
         caption = f"{run.captions[stem]}{_at_full_size(run, stem, folder, made)}"
@@ -100,12 +100,14 @@ def _at_full_size(run: Run, stem: str, folder: Path, made: Origin | None) -> str
     return f" *Small version*: {', '.join(links)}." if links else " *Small version.*"
 
 
-def _time(run: Run) -> str:
-    """How long the run took, where that is kept beside its figures."""
-    if run.profile != "paper" or not run.record.is_file():
+def _times(runs: Sequence[Run]) -> str:
+    """What each run took, where that is kept beside its figures, and all together."""
+    kept = [run for run in runs if run.profile == "paper" and run.record.is_file()]
+    minutes = {run.label: json.loads(run.record.read_text())["seconds"] / 60 for run in kept}
+    if not minutes:
         return ""
-    minutes = json.loads(run.record.read_text())["seconds"] / 60
-    return f"\nThe run took {minutes:.1f} minutes.\n"
+    rows = {**minutes, f"all {len(minutes)}, one after the other": sum(minutes.values())}
+    return "\n| run | minutes |\n| --- | --- |\n" + "".join(f"| {name} | {x:.1f} |\n" for name, x in rows.items())
 
 
 def _facts(made: Origin | None, told: Mapping[str, object] | None) -> str:

@@ -1,7 +1,8 @@
 """How far the inputs of a batch can be from the truth: the theorem of `spear.certificate`, with every layer's weights.
 
-Each layer alone may determine the batch: its F_i follow from the masks and the weights above it, or from the masks
-alone. The first layer gives the inputs themselves, a deeper one its own inputs, and the weights below lead back.
+Each layer alone may determine its columns of ∂L/∂z: its F_i follow from the masks and the weights above it, or from the
+masks alone. The weights below lead back from these columns to the first layer's, whose gradient then gives the inputs.
+An error of a column grows on the way by no more than the largest slopes and singular values.
 
 Where none does, as with hundreds of classes and a batch of half the width, all together may. Let B_l take dLoss/dlogits
 of sample i to its ∂L/∂z at layer l, in its linear region, and P_l project on span(G'_l). Every batch that gives all
@@ -11,6 +12,8 @@ Noise N_l moves d by e, the solution of (1 - P_l) B_l e = (1 - P_l) N_l x⁺ for
 the size of its noise.
 """
 
+import math
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -21,13 +24,14 @@ from torch import Tensor
 from spear.certificate import (
     LOOSE,
     NO_ANGLE,
+    column_errors,
     input_errors,
     inverse_columns,
     norms,
     spread_of_family,
     spread_of_zeros,
 )
-from spear.directions import unit_rows
+from spear.directions import TINY, unit_rows
 from spear.federated.losses import activate_along
 from spear.models.streaming import product
 from spear.network.curved_bounds import Levers, curved_bounds
@@ -36,8 +40,6 @@ from spear.network.rest import Rest, rest_of
 from spear.network.spaces import contrasts
 
 MOST_ENTRIES = 2**22  # of the families that are held at once
-INVERSE_STEPS = 16  # to the smallest singular value: then it is right to a per cent or two
-RESOLVED, SINGULAR = 1e-4, 1e-13  # of a Gram matrix: eigenvalues that single, double precision resolves
 
 
 def input_bounds(
@@ -61,23 +63,40 @@ def input_bounds(
 def layer_bounds(
     problem: NetworkView, run: Passes, targets: Targets, k: int, rule: Callable[[], Float[Tensor, " s"]]
 ) -> Float[Tensor, " s"]:
-    """The bounds that layer k's gradient gives, its F_i spread by the `rule`; infinite where the batch is not told."""
-    G, X, shape = run.deltas[k], problem.extend(k, run.inputs[k]), problem.gradient(k).shape
-    if len(G) > min(shape) or not bool(G.isfinite().all() and X.isfinite().all()):
-        return G.new_full((len(G),), torch.inf)
-    basis, triangle = torch.linalg.qr(G.T)
-    rest = rest_of(problem, k, run, basis)
-    lengths = None if problem.biases[k] is not None else softness(problem, run, targets)
-    bounds = partial(input_errors, G, X, entries=entry_noise(problem, k, rest), lengths=lengths)
-    if bool((bounds(torch.ones_like(G[:, 0])) > LOOSE).all()):  # whatever the F_i are
-        return G.new_full((len(G),), torch.inf)
-    error = bounds(rule())
-    if k:
-        error = error * norms(run.inputs[k]) / (norms(run.inputs[0]) * least_slopes(problem, run, k))
-    else:
-        step = torch.linalg.solve_triangular(triangle, rest.inside, upper=True)
-        error = error + step.norm(dim=1) / norms(run.inputs[0])
+    """The bounds where layer k's gradient tells the columns of ∂L/∂z, its F_i spread by the `rule`, and the first one's
+    then the inputs; infinite where the batch is not told."""
+    first, (G, X) = run.deltas[0], (run.deltas[k], problem.extend(k, run.inputs[k]))
+    if len(G) > min(len(first.T), *problem.gradient(k).shape) or not bool(G.isfinite().all() and X.isfinite().all()):
+        return first.new_full((len(first),), torch.inf)
+    basis, triangle = torch.linalg.qr(first.T)
+    rest = rest_of(problem, 0, run, basis)
+    noise = entry_noise(problem, 0, rest)
+    entry, _ = entry_noise(problem, k, rest_of(problem, k, run)) if k else noise
+    lengths = None
+    if problem.biases[0] is None:
+        own = entry * inverse_columns(X) * G.shape[1] ** 0.5 / torch.linalg.vector_norm(G, dim=1)
+        lengths = softness(problem, run, targets) * own
+    bounds = partial(input_errors, first, problem.extend(0, run.inputs[0]), entries=noise, lengths=lengths)
+    moved = partial(column_errors, X, entry=entry * most_back(problem, run, k))
+    if bool((bounds(moved(torch.ones_like(first[:, 0]))) > LOOSE).all()):  # whatever the F_i are
+        return first.new_full((len(first),), torch.inf)
+    step = torch.linalg.solve_triangular(triangle, rest.inside, upper=True)
+    error = bounds(moved(rule())) + step.norm(dim=1) / norms(run.inputs[0])
     return error.nan_to_num(torch.inf, torch.inf)
+
+
+def most_back(problem: NetworkView, run: Passes, k: int) -> float:
+    """How many times longer a vector of ∂L/∂z can be at the first layer than at layer k: at most so many."""
+    steepest = [float(slopes.abs().amax()) for slopes in run.slopes[:k]]
+    return math.prod(map(operator.mul, steepest, map(largest_singular, problem.weights[1 : k + 1])), start=1.0)
+
+
+def largest_singular(W: Float[Tensor, "m n"]) -> float:
+    """A bound on the largest singular value, hardly too large: that of all singular values' eighth powers."""
+    size = float(torch.linalg.vector_norm(W))
+    unit = (W / max(size, TINY)).float()
+    gram = unit @ unit.mT if W.shape[0] < W.shape[1] else unit.mT @ unit
+    return size * float(torch.linalg.matrix_norm(gram @ gram)) ** 0.25
 
 
 def entry_noise(problem: NetworkView, k: int, rest: Rest) -> tuple[float, float]:
@@ -186,41 +205,6 @@ def _joint_spread(
 
 def _outer(x: Float[Tensor, "s r"]) -> Float[Tensor, "s r r"]:
     return x[:, :, None] * x[:, None, :]
-
-
-def least_slopes(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
-    """The smallest singular value of the linear map from each sample's input to that of layer k.
-
-    It is 0 where fewer units are active on the way than an input has entries: an image in a narrow layer.
-    """
-    active = [x != 0 for x in run.slopes[:k]]
-    wide = torch.stack([x.sum(1) for x in active]).amin(0) >= run.inputs[0].shape[1]
-    slopes = run.inputs[0].new_zeros(len(wide))
-    for i in wide.nonzero()[:, 0].tolist():
-        rows = before = None
-        for below, on in enumerate(x[i] for x in active):
-            own = problem.weights[below][on].to(slopes) * run.slopes[below][i, on, None]
-            rows, before = own if before is None else own[:, before] @ rows, on
-        slopes[i] = least_singular(rows)
-    return slopes
-
-
-def least_singular(rows: Float[Tensor, "m n"]) -> Float[Tensor, ""]:
-    """The smallest singular value, by inverse iteration, which is a little too large; 0 where it is rounding.
-
-    In single precision where that resolves it: a fraction of what all singular values cost.
-    """
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(rows.shape[1], 2, generator=generator, dtype=torch.float64).to(rows)
-    for gram, resolved in ((rows.float().mT @ rows.float(), RESOLVED), (rows.mT @ rows, SINGULAR)):
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        end = v.to(gram)
-        for _ in range(INVERSE_STEPS):
-            end = torch.cholesky_solve(end / torch.linalg.vector_norm(end, dim=0), factor)
-        squared = 1 / torch.linalg.vector_norm(end, dim=0).amax()
-        if not int(failed) and bool(squared > resolved * torch.linalg.vector_norm(gram)):
-            return squared.sqrt().to(rows)
-    return torch.zeros_like(rows[0, 0])
 
 
 def softness(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tensor, " s"]:

@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear.certificate import Certificate, input_errors, length_by_reader, length_slack, rms, spread_of_zeros
+from spear.certificate import (
+    Certificate,
+    column_errors,
+    input_errors,
+    length_by_reader,
+    length_slack,
+    rms,
+    spread_of_zeros,
+)
 from spear.federated.losses import activate, one_hot
 from spear.models.layers import Layer
 from spear.models.streaming import Blocks, Outer, Streamed, pieces
@@ -199,12 +207,13 @@ def _certificate(
     bias = target.gradients[f"{name}.bias"]
     entries = _entry_error(target, compared[f"{name}.weight"][0]), compared[f"{name}.bias"][0] / len(bias) ** 0.5
     entries = entries[0], max(entries[1], target.eps * rms(bias))
+    extended = torch.cat([X, torch.ones_like(X[:, :1])], 1)
     return Certificate(
         copies=torch.ones_like(spread, dtype=torch.long),
         disclosed=target.disclosed,
         residual=max(relative for _, relative in compared.values()),
         limit=target.eps**0.5,
-        error_bound=input_errors(G, torch.cat([X, torch.ones_like(X[:, :1])], 1), spread, entries=entries),
+        error_bound=input_errors(G, extended, column_errors(extended, spread, entries[0]), entries=entries),
         allowed=target.accuracy.recovered,
         doubt=_doubt(target, q),
     )

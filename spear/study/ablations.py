@@ -104,23 +104,31 @@ def grid(cell: Cell = Cell(), **values: Sequence[object]) -> list[Cell]:
 
 
 def run(
-    cells: Sequence[Cell], *, batches: int, seed: int = 0, pool: int = 512, limits: Limits = Limits()
+    cells: Sequence[Cell],
+    *,
+    batches: int,
+    seed: int = 0,
+    pool: int = 512,
+    limits: Limits = Limits(),
+    networks: int | None = None,
 ) -> pd.DataFrame:
     """Attack `batches` batches in every cell: a row for each, with the fields of `Cell`, `CellResult` and `Shape`.
 
     Row `number` i of every cell has its samples from the same draw of `pool` samples, and its network from the same
     initialisation (seed + i), so that cells differ by nothing but what they vary. Clients take from the first half of
-    the pool, training from the second.
+    the pool, training from the second. With fewer `networks` than batches, as training takes its time, numbers that
+    leave the same remainder share one, and its pool, from which each takes a batch of its own.
 
     Raises `ValueError` for a batch that half the pool does not hold; what the attack raises is its outcome.
     """
-    rows = []
-    for number in range(batches):
-        for place, cell, model in _networks(cells, pool, seed + number):
-            inputs, labels = client_batch(cell, pool, seed + number)
-            sender = Client(model, inputs, labels, send(cell, model, inputs, labels))
-            outcome, shape = measure(cell, sender, limits=limits)
-            rows.append({"place": place, "number": number} | asdict(cell) | asdict(outcome) | asdict(shape))
+    rows, networks = [], networks or batches
+    for first in range(networks):
+        for place, cell, model in _networks(cells, pool, seed + first):
+            for number in range(first, batches, networks):
+                inputs, labels = client_batch(cell, pool, seed + first, number // networks)
+                sender = Client(model, inputs, labels, send(cell, model, inputs, labels))
+                outcome, shape = measure(cell, sender, limits=limits)
+                rows.append({"place": place, "number": number} | asdict(cell) | asdict(outcome) | asdict(shape))
     frame = pd.DataFrame(rows).sort_values(["place", "number"], ignore_index=True)
     return frame.drop(columns="place")
 
@@ -138,12 +146,15 @@ def feasible(cells: Sequence[Cell], *, batches: int, seed: int = 0, pool: int = 
     return [cell for cell in cells if (cell.dataset, cell.labels, cell.batch) not in lacking]
 
 
-def client_batch(cell: Cell, pool: int, seed: int) -> tuple[Float[Tensor, "b *input_shape"], Int[Tensor, " b"]]:
-    """The client's samples: the first of the pool, or the first of one class."""
+def client_batch(
+    cell: Cell, pool: int, seed: int, client: int = 0
+) -> tuple[Float[Tensor, "b *input_shape"], Int[Tensor, " b"]]:
+    """The samples of client number `client`: the next of the pool, or the next of one class."""
     inputs, labels = (part[: pool // 2] for part in catalog.load(cell.dataset, count=pool, seed=seed))
     if cell.labels == "equal":
         same = labels == labels.mode().values
         inputs, labels = inputs[same], labels[same]
+    inputs, labels = inputs[client * cell.batch :], labels[client * cell.batch :]
     if len(labels) < cell.batch:
         raise ValueError(f"a pool of {pool} has {len(labels)} samples for a batch of {cell.batch}: enlarge the pool")
     return inputs[: cell.batch], labels[: cell.batch]

@@ -77,11 +77,11 @@ def test_a_page_shows_each_data_set_of_a_run_and_what_it_took(tmp_path: Path, fi
     runs = [Run("08_a", where, "paper", {}, captions, dataset) for dataset in ("mnist", None)]
     for run in runs:
         (run.folder / "08_a-x.png").write_bytes(gallery.stamped(_png(), ORIGIN))
-    runs[0].record.write_text('{"seconds": 90.0}')
-    first, second = gallery.render(runs, figures / "paper").split("## ")[1:]
-    assert first.startswith(
-        "[08_a on mnist](../../08_a.ipynb)\n\nThe run took 1.5 minutes.\n\n![08_a-x](mnist/08_a-x.png)"
-    )
+    for run, seconds in zip(runs, (90.0, 30.0), strict=True):
+        run.record.write_text(f'{{"seconds": {seconds}}}')
+    times, first, second = gallery.render(runs, figures / "paper").split("## ")
+    assert "| 08_a on mnist | 1.5 |\n| 08_a | 0.5 |\n| all 2, one after the other | 2.0 |\n" in times
+    assert first.startswith("[08_a on mnist](../../08_a.ipynb)\n\n![08_a-x](mnist/08_a-x.png)")
     assert "[numbers](mnist/08_a-x.csv)" in first
     assert second.startswith("[08_a](../../08_a.ipynb)\n\n![08_a-x](08_a-x.png)")
 

@@ -55,6 +55,20 @@ def test_cells_that_share_a_network_differ_by_what_they_vary_alone():
     pd.testing.assert_frame_equal(frame[frame.method == "sampling"][columns], alone[columns])
 
 
+def test_clients_that_share_a_network_take_batches_of_their_own(monkeypatch):
+    built, batches = [], []
+    made, taken = ablations._build, ablations.client_batch
+    monkeypatch.setattr(ablations, "_build", lambda cell, seed: built.append(seed) or made(cell, seed))
+    monkeypatch.setattr(ablations, "client_batch", lambda *of: batches.append(taken(*of)) or batches[-1])
+    frame = ablations.run([SMALL], batches=5, seed=3, limits=BUDGET, networks=2)
+    assert built == [3, 4]
+    assert frame.number.tolist() == list(range(5))
+    pools = [data.load("digits", count=512, seed=seed)[0][:9] for seed in (3, 4)]
+    assert torch.equal(torch.cat([x for x, _ in batches]), torch.cat([pools[0], pools[1][:6]]))
+    alone = ablations.run([SMALL], batches=2, seed=3, limits=BUDGET)
+    assert frame.proposals[:2].tolist() == alone.proposals.tolist()
+
+
 def test_training_goes_on_from_cell_to_cell_whatever_their_order():
     steps = [7, 0, 3]
     frame = ablations.run(ablations.grid(SMALL, optimizer=["adam"], steps=steps), batches=1, limits=BUDGET)

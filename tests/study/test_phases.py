@@ -36,6 +36,19 @@ def test_above_a_cell_where_next_to_nothing_came_back_nothing_is_tried(left):
     assert [math.isnan(s) for s in table["seconds"]] == [False, False, True, True] * 2
 
 
+def test_where_the_first_batches_of_a_cell_fail_the_others_count_as_failed():
+    tried = []
+
+    def attempt(batch, width, seed):
+        tried.append((batch, seed))
+        return {"share recovered": {2: 1.0, 4: float(seed == 1), 6: phases.LAST}[batch], "seconds": seed}
+
+    table = phases.diagram(attempt, widths=[10], shares=[0.2, 0.4, 0.6, 0.8], seeds=range(5))
+    assert tried == [(b, seed) for b, count in ((2, 5), (4, 5), (6, phases.FAILED)) for seed in range(count)]
+    assert table["seeds"].tolist() == [5, 5, phases.FAILED, 0]
+    assert table["share recovered"].tolist() == pytest.approx([1, 0.2, phases.LAST * phases.FAILED / 5, 0])
+
+
 def test_no_batch_is_larger_than_what_there_is():
     table = phases.diagram(wall, widths=[10, 20], shares=[0.2, 0.4], seeds=[0], most=5)
     assert table["batch"].tolist() == [2, 4, 4]
