@@ -13,7 +13,8 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
 project = "spear"
-copyright = "the spear authors, Apache-2.0"
+author = "the spear authors"
+copyright = f"{author}, Apache-2.0"
 extensions = ["myst_nb"]
 root_doc = "README"
 ROOT = Path(__file__).resolve().parent.parent
