@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from spear import directions
 from spear.certificate import rms
 from spear.models.activations import Activation
+from spear.network.curves.dropped import Dropping
 from spear.network.curves.layer import Known, Layer
 from spear.network.curves.normal import Normal, Taken
 from spear.network.problem import NetworkView
@@ -141,6 +142,10 @@ class Top:
 def top(view: NormalisedView, low: LowRank, spaces: BatchSpaces | None, generator: Generator) -> Top:
     """The last hidden layer, `spaces` being those of a BatchNorm in front of the activation."""
     network, k = view.network, view.network.last
+    if view.drops_units:
+        dropping = Dropping.behind(network.activations[k], view.drops[k])
+        view = replace(view, network=replace(network, activations=(*network.activations[:-1], dropping)))
+        network = view.network
     network, taken = _folded(view, low.rank) if view.afters[k] is not None else (network, None)
     if spaces is not None:
         if unknown := int((~spaces.live).sum()):
