@@ -132,11 +132,11 @@ def _class_means(
 @dataclass(frozen=True)
 class Top:
     """The last hidden layer for a search of curves: the network with what is known there folded in, the layer, the mean
-    outputs of its batch."""
+    outputs of its batch where they are not those of a fresh network."""
 
     network: NetworkView
     layer: Layer
-    prior: Float[Tensor, " outputs"]
+    prior: Float[Tensor, " outputs"] | None
 
 
 def top(view: NormalisedView, low: LowRank, spaces: BatchSpaces | None, generator: Generator) -> Top:

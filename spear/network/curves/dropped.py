@@ -56,6 +56,10 @@ class Dropping(Activation):
         taken = torch.rand(z.shape, generator=generator).to(z.device) < self.share
         return torch.where(taken, self.gone, self.piece(z))
 
+    def settled(self, z: Float[Tensor, "k m"], pieces: Int[Tensor, "k m"]) -> Int[Tensor, "k m"]:
+        """The pieces at the end: a unit that is on another than its z is gone, if anything."""
+        return torch.where(pieces == self.piece(z), pieces, self.gone)
+
     def taken(self, gain: Float[Tensor, "k m"]) -> Bool[Tensor, "k m"]:
         """Which units are gone, from what each gains by that: those that gain most, and no more than chance takes."""
         m = gain.shape[1]

@@ -16,9 +16,9 @@ from spear.directions import TINY
 from spear.models.activations import Activation
 from spear.network.curves.dropped import Dropping
 from spear.network.curves.fit import Effort, fit
-from spear.network.curves.layer import MARGIN, Curves, Points
+from spear.network.curves.layer import Curves, Points
 from spear.network.curves.normal import Taken, respond
-from spear.network.spaces import contrasts, project
+from spear.network.spaces import project
 
 RELAXATION = 0.5  # of the way between the two reflections
 EXCHANGE = 0.3  # weight of z beside u, each in units of its own variance
@@ -29,7 +29,7 @@ NEWTON = 3  # steps to the nearest point of a piece
 POLISHES = 6  # renewals of the pieces
 FALLING = 0.8  # share of its sine that a start must keep under to go on
 LEAST = 1e-9  # of a system of equations, relative to its size, added to its diagonal
-SHARE = 0.05  # the same weight in a polish, where z is nearly right
+SHARE, STIFF = 0.05, 10.0  # the same weight in a polish; behind dropout, where z that moved would explain a unit gone
 
 
 @dataclass(frozen=True)
@@ -113,44 +113,48 @@ def reflect(
     return own, point.piece
 
 
-def freed(curves: Curves, at: Points, activation: Dropping) -> Float[Tensor, "k m"]:
-    """The h for which delta is nearest to span(U), whatever outputs it takes.
+def freed(curves: Curves, at: Points, free: Float[Tensor, "outputs c"]) -> Float[Tensor, "k m"]:
+    """The h for which delta is nearest to span(U), with any ∂L/∂logits in the span of `free`.
 
-    A unit on a wrong piece spoils the outputs, and these the h by which small entries are told. Where outputs are too
-    many for that, h as it is.
+    A unit on a wrong piece spoils the outputs, and these the h by which small entries are told.
     """
-    free = contrasts(len(curves.head), curves.problem.loss, curves.head)
-    m, r = curves.basis.shape
-    if free.shape[1] + r + MARGIN > (1 - activation.share) * m:
-        return at.h
-    along = at.slope[:, None] * (free.T @ curves.head)
+    heads = free.T @ curves.head
+    along = at.slope[:, None] * heads
     off = along - (along @ curves.basis) @ curves.basis.T
-    gram, wanted = off @ off.mT, -(off @ (at.rest * at.size)[:, :, None])
+    beside = at.unit * at.size - at.slope * at.h  # what a normalisation takes
+    gram, wanted = off @ off.mT, -(off @ beside[:, :, None])
     size = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     if curves.taken is None:  # delta has any length
         own = (curves.problem.activate(at.logits) - curves.problem.one_hot(at.labels).to(at.z)) @ free
         gram = gram + size * own[:, :, None] * own[:, None, :]
+        wanted = wanted + size * (own * own.square().sum(1, keepdim=True))[:, :, None]
     eye = torch.eye(free.shape[1], dtype=gram.dtype, device=gram.device)
-    moved = torch.linalg.solve(gram + LEAST * size * eye, wanted)[:, :, 0]
-    return at.h + moved @ (free.T @ curves.head)
+    return torch.linalg.solve(gram + LEAST * size * eye, wanted)[:, :, 0] @ heads
 
 
 def polish(
-    curves: Curves, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], pieces: Int[Tensor, "k m"], effort: Effort
+    curves: Curves,
+    w: Float[Tensor, "k q"],
+    labels: Int[Tensor, " k"],
+    pieces: Int[Tensor, "k m"],
+    effort: Effort,
+    outputs: Float[Tensor, "outputs c"] | None = None,
 ) -> tuple[Float[Tensor, "k q"], Int[Tensor, "k m"]]:
     """Fits with each entry on its piece, the pieces renewed by the nearest points; where they end, and their pieces.
+    Behind dropout the nearest points are those of the h of free `outputs` (`freed`).
 
     A start ends once its pieces are settled, or its sine no longer falls.
     """
     activation = curves.problem.activations[curves.problem.last]
+    share = SHARE if outputs is None else STIFF
     ends, kept, number, before = w.clone(), pieces.clone(), torch.arange(len(w), device=w.device), w.new_full((len(w),), torch.inf)
     for _ in range(POLISHES):
         w, sine = fit(curves, w, labels, effort, pieces)
         ends[number], kept[number] = w, pieces
         at = curves.at(w, labels, pieces)
-        weight = SHARE * at.h.pow(2).mean(1, keepdim=True) / at.z.var(1, keepdim=True).clamp_min(TINY)
+        weight = share * at.h.pow(2).mean(1, keepdim=True) / at.z.var(1, keepdim=True).clamp_min(TINY)
         inside = project(at.unit * at.size, curves.basis)
-        h = freed(curves, at, activation) if isinstance(activation, Dropping) else at.h
+        h = at.h if outputs is None else freed(curves, at, outputs)
         new = nearest(activation, inside, at.z, h, weight, curves.taken).piece
         go = (new != pieces).any(1) & (sine < FALLING * before) & (sine > effort.arrived)
         if not go.any():

@@ -15,6 +15,7 @@ from spear.network.curves.reflections import polish, reflect
 from spear.network.curves.together import EXACT as TOGETHER
 from spear.network.curves.together import LEAST_DAMPED, Coupling, Descent, solve
 from spear.network.problem import NetworkView
+from spear.network.spaces import possible_errors
 from spear.network.starts import TELLING, Starts, label_counts, prior_outputs
 
 SPREADS = (2.0, 1.0, 0.5)  # of starts around their class mean, in units of the mean's own spread over the units
@@ -59,6 +60,7 @@ class CurveSearch:
         none = torch.zeros(0, dtype=torch.long, device=empty.device)
         activation = problem.activations[problem.last]
         self.dropping = activation if isinstance(activation, Dropping) else None
+        self.outputs = possible_errors(problem, layer.samples) if self.dropping else None
         self.known = Known(empty, empty, none, none.reshape(0, len(layer.lift)) if self.dropping else None)
         self.drawn = Starts(problem, generator, prior_outputs(problem) if prior is None else prior)
         self.accept = problem.accuracy.certain
@@ -189,7 +191,7 @@ class CurveSearch:
         z = self.layer.pre_activations(s)
         low, first = curves.coordinates_of(z).float(), self.dropping and self.dropping.drawn(z, self.generator)
         w, pieces = reflect(curves.to(torch.float32), low, labels, steps=steps, until=self.until, pieces=first)
-        w, pieces = polish(curves, w.to(s), labels, pieces, self._effort(POLISH))
+        w, pieces = polish(curves, w.to(s), labels, pieces, self._effort(POLISH), self.outputs)
         pieces = pieces if self.dropping else None
         good = curves.at(w, labels, pieces).sine < self.accept**0.5
         return self.layer.in_whole(curves.samples(w[good])), labels[good], None if pieces is None else pieces[good]
@@ -215,6 +217,10 @@ class CurveSearch:
         start = curves.coordinates_of(self.whole.pre_activations(s))
         w, sine = finish(curves, start, labels, arrived=EXACT, pieces=pieces)
         at = curves.at(w, labels, pieces)
+        if self.dropping:
+            pieces = self.dropping.settled(at.z, pieces)
+            at = curves.at(w, labels, pieces)
+            sine = at.sine
         found = Known(ground.in_whole(curves.samples(w)), self.whole.directions(at.unit * at.size), labels, pieces)
         weight = (self.whole.weight(found) / (self._unit * at.size[:, 0])).abs()
         good = (sine < self.accept) & (weight > 1 / UNEQUAL) & (weight < UNEQUAL)
