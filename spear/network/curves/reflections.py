@@ -147,7 +147,8 @@ def polish(
     """
     activation = curves.problem.activations[curves.problem.last]
     share = SHARE if outputs is None else STIFF
-    ends, kept, number, before = w.clone(), pieces.clone(), torch.arange(len(w), device=w.device), w.new_full((len(w),), torch.inf)
+    ends, kept, before = w.clone(), pieces.clone(), w.new_full((len(w),), torch.inf)
+    number = torch.arange(len(w), device=w.device)
     for _ in range(POLISHES):
         w, sine = fit(curves, w, labels, effort, pieces)
         ends[number], kept[number] = w, pieces

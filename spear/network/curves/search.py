@@ -208,9 +208,7 @@ class CurveSearch:
         w, labels = w[one], labels[one]
         return self.layer.in_whole(curves.samples(w)), labels
 
-    def _settled(
-        self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"], pieces: Int[Tensor, "k m"] | None
-    ) -> Known:
+    def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"], pieces: Int[Tensor, "k m"] | None) -> Known:
         """Ends made exact against the whole gradient: those that fit it and are new, the best first."""
         ground = self.ground
         curves = self.curves if ground is self.whole else Curves.of(self.problem, ground)
