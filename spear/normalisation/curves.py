@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from spear import directions
 from spear.certificate import rms
 from spear.models.activations import Activation
+from spear.network.curves.dropped import Dropping
 from spear.network.curves.layer import Known, Layer
 from spear.network.curves.normal import Normal, Taken
 from spear.network.problem import NetworkView
@@ -131,16 +132,20 @@ def _class_means(
 @dataclass(frozen=True)
 class Top:
     """The last hidden layer for a search of curves: the network with what is known there folded in, the layer, the mean
-    outputs of its batch."""
+    outputs of its batch where they are not those of a fresh network."""
 
     network: NetworkView
     layer: Layer
-    prior: Float[Tensor, " outputs"]
+    prior: Float[Tensor, " outputs"] | None
 
 
 def top(view: NormalisedView, low: LowRank, spaces: BatchSpaces | None, generator: Generator) -> Top:
     """The last hidden layer, `spaces` being those of a BatchNorm in front of the activation."""
     network, k = view.network, view.network.last
+    if view.drops_units:
+        dropping = Dropping.behind(network.activations[k], view.drops[k])
+        view = replace(view, network=replace(network, activations=(*network.activations[:-1], dropping)))
+        network = view.network
     network, taken = _folded(view, low.rank) if view.afters[k] is not None else (network, None)
     if spaces is not None:
         if unknown := int((~spaces.live).sum()):

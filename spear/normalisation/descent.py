@@ -50,14 +50,15 @@ def descend(
     """Inputs of the network, targets and what dropout kept, from the inputs of the last hidden layer and ∂L/∂logits.
 
     `inputs` are less their mean where BatchNorm follows; so are those that are returned. `mask` are the active units of
-    the last hidden layer where dropout follows. Of a unit that is not positive it does not matter, and is taken to be
-    kept.
+    the last hidden layer where dropout follows ReLU: of a unit that is not positive it does not matter, and is taken to
+    be kept. Of another activation they are those that were kept.
 
     Raises `Refusal` where activations do not tell their pre-activations.
     """
     network, top = view.network, view.network.last
     y, normal, deviation = normalise(view.norms[top], network.apply(top, inputs))
-    kept: list[Tensor | None] = [None if mask is None else mask | (y <= 0)]
+    all_told = mask is None or not network.activations[top].is_relu
+    kept: list[Tensor | None] = [mask if all_told else mask | (y <= 0)]
     on = 1 if mask is None else kept[0].to(y) / (1 - view.drops[top])
     v, *behind = normalise(view.afters[top], network.activations[top].value(y) * on)
     activated = network.activate(network.apply(top + 1, v))
@@ -100,7 +101,7 @@ def through_activation(
         return behind * on / share, on if view.drops[k] else None
     if centred:
         return behind * activation.slope(_between(view, k, a, behind, known)), None
-    kept = a.abs() > ROUNDING * a.abs().amax() if view.drops[k] else None
+    kept = a.abs() > _least(a.abs(), ROUNDING * float(a.abs().max())) if view.drops[k] else None
     y = inverse(view, k, a * share, kept, known)
     slopes = behind * activation.slope(y) / share
     return slopes if kept is None else slopes * kept, kept

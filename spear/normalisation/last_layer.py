@@ -77,7 +77,8 @@ def anew(view: NormalisedView, known: Known, run: Search, mask: Bool[Tensor, "b 
     new = opened(view, known, Generator().manual_seed(0))
     if isinstance(new, CurveSearch):
         z = run.whole.pre_activations(run.known.s)
-        w = finish(new.curves, new.curves.coordinates_of(z), run.known.labels, arrived=0.0)[0]
+        start, pieces = new.curves.coordinates_of(z), run.known.pieces
+        w = finish(new.curves, start, run.known.labels, arrived=0.0, pieces=pieces)[0]
         new.known = replace(run.known, s=new.curves.samples(w))
     elif isinstance(new, SampleSearch):
         new.found = solve_mask(new.whole, mask, rounds=1).solved(torch.arange(len(mask), device=mask.device))
@@ -90,14 +91,15 @@ def solved(
     view: NormalisedView, known: Known, run: Search
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b outputs"], Bool[Tensor, "b m"] | None]:
     """The inputs of the last hidden layer, less their mean behind BatchNorm, ∂L/∂logits, and the active units there
-    where dropout follows."""
+    where dropout follows; of an activation that is not ReLU those that it kept."""
     network, low = view.network, known.low
     if isinstance(run, CurveSearch):
-        at, s = run.curves.at(run.coordinates(run.known.s), run.known.labels), run.known.s
+        at, s = run.points(), run.known.s
         s = s - s.mean(0) if view.mixes and not run.left else s
         rows = s @ (low.R / low.R.norm(dim=1)[:, None])
         errors = network.activate(at.logits) - network.one_hot(run.known.labels)
-        return rows[:, : network.weights[-2].shape[1]], network.unit(run.whole.samples) * errors, None
+        kept = run.known.pieces != run.dropping.gone if run.dropping else None
+        return rows[:, : network.weights[-2].shape[1]], network.unit(run.whole.samples) * errors, kept
     found = run.found
     if isinstance(run, BatchSearch):
         inputs = (found.s if run.left else found.s - found.s.mean(0)) @ run.spaces.rows

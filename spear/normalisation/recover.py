@@ -120,6 +120,18 @@ def _deviation(view: NormalisedView, k: int, size: int, before: Deviation | None
     return found if before is None else replace(before, sigma=found.sigma)
 
 
+def _not_searched(view: NormalisedView, k: int) -> str:
+    """Beside what dropout behind layer k is not searched; nothing where it is."""
+    norm, activation = view.norms[k], view.network.activations[k]
+    if view.afters[k] is not None:
+        return "batch normalisation"
+    if k < view.network.last or activation.is_relu:
+        return ""
+    if norm is not None and not norm.mixes:
+        return "a normalisation of each sample and an activation other than ReLU"
+    return "a piecewise linear activation other than ReLU" if norm is None and activation.is_flat else ""
+
+
 def _check_reach(view: NormalisedView, low: LowRank) -> None:
     """Raises `Refusal` where the search cannot be trusted to say anything."""
     network, curved = view.network, view.is_curved
@@ -138,8 +150,8 @@ def _check_reach(view: NormalisedView, low: LowRank) -> None:
         shown = f"the gradient shows {size}: copies of a sample, or some too weak to see"
         raise Refusal(f"{network.batch_size} samples are disclosed, {shown}; behind batch normalisation all are needed")
     for k, drop in enumerate(view.drops):
-        if drop and (view.afters[k] is not None or (curved and k == network.last)):
-            beside = "batch normalisation" if view.afters[k] is not None else "an activation other than ReLU"
+        beside = _not_searched(view, k)
+        if drop and beside:
             raise Refusal(f"dropout beside {beside} behind layer {k + 1}: which units it took is not searched there")
     unknowns = 2 * low.rank + MARGIN + (0 if curved else possible_errors(network, size).shape[1] + 1)
     narrow = min(len(w) for w in network.weights[:-1])

@@ -6,9 +6,9 @@ it. The map from update to batch is differentiable there, so that an input moves
 off; `SAFETY` times that is the bound, and a map that is singular moves inputs far.
 
 **Assumed**, beyond that errors of the update's entries are independent and of the size of rounding: that no second
-batch, far from this one, gives the same update. At a ReLU that is one with other activation patterns. Where an
-activation is curved, counting speaks against it (each sample solves more equations than it has unknowns), and a round
-of starts from the whole gradient that ends at none but these samples (`recover`).
+batch, far from this one, gives the same update. At a ReLU that is one with other activation patterns, behind dropout
+one with other masks. Where an activation is curved, counting speaks against it (each sample solves more equations than
+it has unknowns), and a round of starts from the whole gradient that ends at none but these samples (`recover`).
 """
 
 from collections.abc import Callable

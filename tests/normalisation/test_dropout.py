@@ -100,3 +100,49 @@ def test_the_last_sample_is_told_by_the_others(norm, seed):
             again.round()
         back = again.found.t @ whole.t[missing]
         assert float(back.abs().max()) > 1 - 1e-9
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("activation", [nn.GELU, nn.SiLU, nn.Tanh, nn.SELU, nn.Softplus, nn.Hardswish])
+def test_behind_any_activation(activation, seed):
+    case = sent((60, 160, 10), 12, lambda m: [activation(), nn.Dropout(0.3)], seed=seed)
+    result = spear.attack(case.model, case.update, method="network", time_limit=60, seed=seed)
+    differences_back(result, case)
+    assert result.complete, result.reason
+    assert evaluate(result, case.inputs, case.labels).recall == 1
+
+
+@pytest.mark.parametrize(("drop", "seed"), [(0.1, 0), (0.5, 1)])
+@pytest.mark.parametrize("sizes", [(60, 160, 150, 5), (60, 160, 100)])
+def test_behind_gelu_in_two_layers_and_with_many_classes(sizes, drop, seed):
+    case = sent(sizes, 8, lambda m: [nn.GELU(), nn.Dropout(drop)], seed=seed)
+    result = spear.attack(case.model, case.update, time_limit=60)
+    differences_back(result, case)
+    assert result.complete, result.reason
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_behind_batch_normalisation_and_gelu(seed):
+    case = sent((60, 160, 10), 10, lambda m: [nn.BatchNorm1d(m), nn.GELU(), nn.Dropout(0.3)], seed=seed)
+    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    differences_back(result, case)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "3.weight"])
+def test_a_changed_update_behind_gelu_is_not_certified(name):
+    case = sent((30, 100, 5), 8, lambda m: [nn.GELU(), nn.Dropout(0.3)], seed=6)
+    g = dict(case.update.gradients)
+    g[name] = g[name] + 1e-4 * g[name].abs().max() * torch.randn(g[name].shape, dtype=torch.float64)
+    result = spear.attack(case.model, replace(case.update, gradients=g), method="network", max_proposals=200)
+    assert not result.certified.any()
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda m: [nn.Dropout(0.3), nn.GELU()], lambda m: [nn.LeakyReLU(), nn.Dropout(0.3)]],
+    ids=["before the activation", "two slopes"],
+)
+def test_what_is_not_searched_is_said(between):
+    case = sent((30, 100, 5), 8, between)
+    with pytest.raises(Refusal, match="[Dd]ropout"):
+        spear.attack(case.model, case.update, method="network")

@@ -84,19 +84,28 @@ def fit(
 
 
 def finish(
-    curves: Family, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], *, arrived: float
+    curves: Family,
+    w: Float[Tensor, "k q"],
+    labels: Int[Tensor, " k"],
+    *,
+    arrived: float,
+    pieces: Int[Tensor, "k m"] | None = None,
 ) -> tuple[Float[Tensor, "k q"], Float[Tensor, " k"]]:
-    """Gauss-Newton from where starts are nearly right, each with its own matrix, which serves for some steps."""
-    ends, sines = w.clone(), curves.at(w, labels).sine
+    """Gauss-Newton from where starts are nearly right, each with its own matrix, which serves for some steps.
+
+    With `pieces`, each entry stays on its piece of phi.
+    """
+    ends, sines = w.clone(), curves.at(w, labels, pieces).sine
     for _ in range(MATRICES if curves.frame.shape[1] else 0):
         left = (sines > arrived).nonzero()[:, 0]
         for part in left.split(max(1, MOST_ENTRIES // curves.frame.numel())):
-            at = curves.at(ends[part], labels[part])
+            own = None if pieces is None else pieces[part]
+            at = curves.at(ends[part], labels[part], own)
             M = curves.matrix(at)
             factor = torch.linalg.cholesky_ex(M @ M.mT)[0]
             for _ in range(CHORDS):
                 v = torch.cholesky_solve(-curves.back(at, at.rest)[:, :, None], factor)[:, :, 0]
-                new = curves.at(at.w + v, at.labels)
+                new = curves.at(at.w + v, at.labels, own)
                 better = new.sine < at.sine
                 at = at.where(better, new)
                 if not bool((better & (at.sine > arrived)).any()):

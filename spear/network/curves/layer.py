@@ -28,19 +28,18 @@ MARGIN = 8  # equations beyond the unknowns of a sample: those that a wrong answ
 
 
 @dataclass(frozen=True)
-class Known:
-    """Samples found: their s and t, in coordinates of V and U, and their labels."""
+class Known(SideBySide):
+    """Samples found: their s and t, in coordinates of V and U, and their labels; behind dropout, the pieces of phi on
+    which their units are."""
 
     s: Float[Tensor, "f b"]
     t: Float[Tensor, "f b"]
     labels: Int[Tensor, " f"]
+    pieces: Int[Tensor, "f m"] | None = None
 
     def join(self, other: "Known") -> "Known":
         """These, then the others."""
-        return Known(*(torch.cat([getattr(self, x), getattr(other, x)]) for x in ("s", "t", "labels")))
-
-    def __getitem__(self, index: Tensor) -> "Known":
-        return Known(self.s[index], self.t[index], self.labels[index])
+        return Known.joined([self, other])
 
     def __len__(self) -> int:
         return len(self.s)

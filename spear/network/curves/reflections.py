@@ -9,23 +9,27 @@ import time
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spear.directions import TINY
 from spear.models.activations import Activation
+from spear.network.curves.dropped import Dropping
 from spear.network.curves.fit import Effort, fit
-from spear.network.curves.layer import Curves
+from spear.network.curves.layer import Curves, Points
 from spear.network.curves.normal import Taken, respond
 from spear.network.spaces import project
 
 RELAXATION = 0.5  # of the way between the two reflections
 EXCHANGE = 0.3  # weight of z beside u, each in units of its own variance
+THROUGH = 1.0  # the same behind dropout, where u says nothing of a unit that is gone
+PLAIN = 30  # projections after the reflections, behind dropout: these alone do not settle which units are gone
 RENEWED = 10  # steps after which h is computed anew
 NEWTON = 3  # steps to the nearest point of a piece
 POLISHES = 6  # renewals of the pieces
 FALLING = 0.8  # share of its sine that a start must keep under to go on
-SHARE = 0.05  # the same weight in a polish, where z is nearly right
+LEAST = 1e-9  # of a system of equations, relative to its size, added to its diagonal
+SHARE, STIFF = 0.05, 10.0  # the same weight in a polish; behind dropout, where z that moved would explain a unit gone
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Nearest:
     z: Float[Tensor, "k m"]
     piece: Int[Tensor, "k m"]
 
+    def where(self, better: Bool[Tensor, "k m"], other: "Nearest") -> "Nearest":
+        """These, or the others in the entries in which those are better."""
+        pairs = ((other.u, self.u), (other.z, self.z), (other.piece, self.piece))
+        return Nearest(*(torch.where(better, a, b) for a, b in pairs))
+
 
 def nearest(
     activation: Activation,
@@ -45,7 +54,11 @@ def nearest(
     weight: Float[Tensor, "k 1"],
     taken: Taken | None = None,
 ) -> Nearest:
-    """The point of {(h phi'(y), y)}, less what is `taken`, nearest to each (u, z), with `weight` on the second."""
+    """The point of {(h phi'(y), y)}, less what is `taken`, nearest to each (u, z), with `weight` on the second.
+
+    Behind dropout it may be one of {(0, y)}, less the same; as nothing there keeps y, what it is off by is not held
+    against the others.
+    """
     best = Nearest(u, z, torch.zeros_like(u, dtype=torch.long))
     least = torch.full_like(u, torch.inf)
     for k in range(len(activation.breaks) + 1):
@@ -58,49 +71,94 @@ def nearest(
         cost = (u - own) ** 2 + weight * (z - y) ** 2
         near = cost < least
         least = torch.where(near, cost, least)
-        best = Nearest(*(torch.where(near, a, b) for a, b in ((own, best.u), (y, best.z), (piece, best.piece))))
-    return best
+        best = best.where(near, Nearest(own, y, piece))
+    if not isinstance(activation, Dropping):
+        return best
+    piece = torch.full_like(best.piece, activation.gone)
+    own, d = respond(taken, h, z, activation.at_piece(z, piece))
+    y = z + (u - own) * d / (d * d + weight)
+    off = own + (y - z) * d
+    return best.where(activation.taken((u - best.u) ** 2 - (u - off) ** 2), Nearest(off, y, piece))
 
 
 def reflect(
-    curves: Curves, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], *, steps: int, until: float
+    curves: Curves,
+    w: Float[Tensor, "k q"],
+    labels: Int[Tensor, " k"],
+    *,
+    steps: int,
+    until: float,
+    pieces: Int[Tensor, "k m"] | None = None,
 ) -> tuple[Float[Tensor, "k q"], Int[Tensor, "k m"]]:
-    """Where starts lead, and the pieces on which their entries are."""
+    """Where starts lead, and the pieces on which their entries are. Behind dropout starts have `pieces` of their own,
+    and plain projections follow."""
     activation = curves.problem.activations[curves.problem.last]
-    at = curves.at(w, labels)
+    at = curves.at(w, labels, pieces)
     u, z, h = at.unit * at.size, at.z, at.h
-    for step in range(steps):
+    plain, exchange = (0, EXCHANGE) if pieces is None else (PLAIN, THROUGH)
+    for step in range(steps + plain):
         if time.monotonic() > until:
             break
         inside, own = project(u, curves.basis), curves.coordinates_of(z)
         flat = curves.base + own @ curves.frame.T
-        weight = EXCHANGE * h.pow(2).mean(1, keepdim=True) / z.var(1, keepdim=True).clamp_min(TINY)
-        point = nearest(activation, 2 * inside - u, 2 * flat - z, h, weight, curves.taken)
-        u, z = u + RELAXATION * (point.u - inside), z + RELAXATION * (point.z - flat)
-        if step % RENEWED == RENEWED - 1:
-            h = curves.at(own, labels).h
+        weight = exchange * h.pow(2).mean(1, keepdim=True) / z.var(1, keepdim=True).clamp_min(TINY)
+        if step < steps:
+            point = nearest(activation, 2 * inside - u, 2 * flat - z, h, weight, curves.taken)
+            u, z = u + RELAXATION * (point.u - inside), z + RELAXATION * (point.z - flat)
+        else:
+            point = nearest(activation, inside, flat, h, weight, curves.taken)
+            u, z = point.u, point.z
+        if step % RENEWED == RENEWED - 1 or step >= steps:
+            h = curves.at(own, labels, None if pieces is None else point.piece).h
     return own, point.piece
 
 
+def freed(curves: Curves, at: Points, free: Float[Tensor, "outputs c"]) -> Float[Tensor, "k m"]:
+    """The h for which delta is nearest to span(U), with any ∂L/∂logits in the span of `free`.
+
+    A unit on a wrong piece spoils the outputs, and these the h by which small entries are told.
+    """
+    heads = free.T @ curves.head
+    along = at.slope[:, None] * heads
+    off = along - (along @ curves.basis) @ curves.basis.T
+    beside = at.unit * at.size - at.slope * at.h  # what a normalisation takes
+    gram, wanted = off @ off.mT, -(off @ beside[:, :, None])
+    size = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    if curves.taken is None:  # delta has any length
+        own = (curves.problem.activate(at.logits) - curves.problem.one_hot(at.labels).to(at.z)) @ free
+        gram = gram + size * own[:, :, None] * own[:, None, :]
+        wanted = wanted + size * (own * own.square().sum(1, keepdim=True))[:, :, None]
+    eye = torch.eye(free.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + LEAST * size * eye, wanted)[:, :, 0] @ heads
+
+
 def polish(
-    curves: Curves, w: Float[Tensor, "k q"], labels: Int[Tensor, " k"], pieces: Int[Tensor, "k m"], effort: Effort
-) -> tuple[Float[Tensor, "k q"], Float[Tensor, " k"]]:
-    """Fits with each entry on its piece, the pieces renewed by the nearest points; the sines are those of the function.
+    curves: Curves,
+    w: Float[Tensor, "k q"],
+    labels: Int[Tensor, " k"],
+    pieces: Int[Tensor, "k m"],
+    effort: Effort,
+    outputs: Float[Tensor, "outputs c"] | None = None,
+) -> tuple[Float[Tensor, "k q"], Int[Tensor, "k m"]]:
+    """Fits with each entry on its piece, the pieces renewed by the nearest points; where they end, and their pieces.
+    Behind dropout the nearest points are those of the h of free `outputs` (`freed`).
 
     A start ends once its pieces are settled, or its sine no longer falls.
     """
     activation = curves.problem.activations[curves.problem.last]
-    everyone = labels
-    ends, number, before = w.clone(), torch.arange(len(w), device=w.device), w.new_full((len(w),), torch.inf)
+    share = SHARE if outputs is None else STIFF
+    ends, kept, before = w.clone(), pieces.clone(), w.new_full((len(w),), torch.inf)
+    number = torch.arange(len(w), device=w.device)
     for _ in range(POLISHES):
         w, sine = fit(curves, w, labels, effort, pieces)
-        ends[number] = w
+        ends[number], kept[number] = w, pieces
         at = curves.at(w, labels, pieces)
-        weight = SHARE * at.h.pow(2).mean(1, keepdim=True) / at.z.var(1, keepdim=True).clamp_min(TINY)
+        weight = share * at.h.pow(2).mean(1, keepdim=True) / at.z.var(1, keepdim=True).clamp_min(TINY)
         inside = project(at.unit * at.size, curves.basis)
-        new = nearest(activation, inside, at.z, at.h, weight, curves.taken).piece
+        h = at.h if outputs is None else freed(curves, at, outputs)
+        new = nearest(activation, inside, at.z, h, weight, curves.taken).piece
         go = (new != pieces).any(1) & (sine < FALLING * before) & (sine > effort.arrived)
         if not go.any():
             break
         w, labels, pieces, number, before = w[go], labels[go], new[go], number[go], sine[go]
-    return ends, curves.at(ends, everyone).sine
+    return ends, kept

@@ -8,19 +8,21 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from spear.directions import TINY, apart
+from spear.network.curves.dropped import Dropping
 from spear.network.curves.fit import Effort, finish, fit
-from spear.network.curves.layer import Curves, Known, Layer
+from spear.network.curves.layer import Curves, Known, Layer, Points
 from spear.network.curves.reflections import polish, reflect
 from spear.network.curves.together import EXACT as TOGETHER
 from spear.network.curves.together import LEAST_DAMPED, Coupling, Descent, solve
 from spear.network.problem import NetworkView
+from spear.network.spaces import possible_errors
 from spear.network.starts import TELLING, Starts, label_counts, prior_outputs
 
 SPREADS = (2.0, 1.0, 0.5)  # of starts around their class mean, in units of the mean's own spread over the units
 STARTS, FEWEST = 64, 16  # of a round, at most and at least
 ROUGH = Effort(steps=40, inner=25, arrived=1e-4)  # of every start, in single precision
 EXACT = 1e-11  # the sine against the whole gradient that needs no step: the batch as a whole is made exact later
-REFLECTIONS, LONGEST = 150, 4  # steps of a start, and how many times as many after rounds that found nothing
+REFLECTIONS, BEHIND_DROPOUT, LONGEST = 150, 100, 4  # steps of a start, how many times as many later
 POLISH = Effort(steps=8, inner=40, arrived=1e-10)  # of one with its pieces
 NEAR = 1e-3  # the sine under which a start in single precision has arrived
 AMONG, ASIDE = 1e-5, 1e-4  # the sine beside samples known to a millionth; share of their spread by which all are moved
@@ -55,14 +57,19 @@ class CurveSearch:
         self.whole = self.layer = self.ground = layer
         self.curves = Curves.of(problem, self.whole)
         empty = self.whole.basis.new_zeros(0, len(layer.singular))
-        self.known = Known(empty, empty, torch.zeros(0, dtype=torch.long, device=empty.device))
+        none = torch.zeros(0, dtype=torch.long, device=empty.device)
+        activation = problem.activations[problem.last]
+        self.dropping = activation if isinstance(activation, Dropping) else None
+        self.outputs = possible_errors(problem, layer.samples) if self.dropping else None
+        self.known = Known(empty, empty, none, none.reshape(0, len(layer.lift)) if self.dropping else None)
         self.drawn = Starts(problem, generator, prior_outputs(problem) if prior is None else prior)
         self.accept = problem.accuracy.certain
         self.starts = self.rounds = self.idle = 0
         self.patience = 1
-        self.shares = {Kind(False, spread): 1.0 for spread in SPREADS}
-        activation = problem.activations[problem.last]
-        if activation.breaks and layer.normal is None:
+        self.shares = {} if self.dropping else {Kind(False, spread): 1.0 for spread in SPREADS}
+        if self.dropping:
+            self.shares = {Kind(True, spread): 1.0 for spread in SPREADS[1:]}
+        elif activation.breaks and layer.normal is None:
             self.shares |= {Kind(True, spread): 1.0 if activation.jumps else BENT for spread in SPREADS[1:]}
 
     @property
@@ -79,7 +86,8 @@ class CurveSearch:
         kind = max(self.shares, key=self.shares.get)
         s, labels = self._draw(kind.spread)
         self.starts += len(labels)
-        found = self._settled(*(self._reflected if kind.reflected else self._fitted)(s, labels))
+        ends = self._reflected(s, labels) if kind.reflected else (*self._fitted(s, labels), None)
+        found = self._settled(*ends)
         share = len(found) / len(labels)
         self.shares[kind] = share + FORGET * self.shares[kind]
         if kind.reflected:
@@ -137,17 +145,21 @@ class CurveSearch:
         """The w, against the whole gradient, of samples' s."""
         return self.curves.coordinates_of(self.whole.pre_activations(s))
 
+    def points(self) -> Points:
+        """The samples found, against the whole gradient."""
+        return self.curves.at(self.coordinates(self.known.s), self.known.labels, self.known.pieces)
+
     def _learn(self) -> None:
         """Of a network that was trained, the samples found show the mean outputs."""
         if len(self.known) >= TELLING:
-            at = self.curves.at(self.coordinates(self.known.s), self.known.labels)
+            at = self.points()
             self.drawn = replace(self.drawn, prior=self.problem.activate(at.logits).mean(0))
 
     def _draw(self, spread: float) -> tuple[Float[Tensor, "k r"], Int[Tensor, " k"]]:
         """Starts: the mean of a class, and normal noise as the gradient's singular values have it."""
         layer = self.layer
         classes = self.problem.classes
-        count = min(STARTS, max(FEWEST, layer.samples))
+        count = STARTS if self.dropping else min(STARTS, max(FEWEST, layer.samples))
         count = max(count, 2 * classes if layer.samples <= FEWEST else 0)
         labels = self.drawn.labels(count, self.known.labels, left=layer.samples, rank=self.whole.samples)
         return self._scattered(labels, spread), labels
@@ -169,15 +181,20 @@ class CurveSearch:
         need = (need - torch.bincount(self.known.labels, minlength=len(need))).clamp_min(0.3)
         return need * (self.layer.samples / need.sum())
 
-    def _reflected(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
-        """Where starts lead by reflections across the jumps of phi', in coordinates of the whole; and their labels."""
+    def _reflected(
+        self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]
+    ) -> tuple[Float[Tensor, "j b"], Int[Tensor, " j"], Int[Tensor, "j m"] | None]:
+        """Where starts lead by reflections across the jumps of phi', in coordinates of the whole; their labels, and
+        behind dropout their pieces."""
         curves = Curves.of(self.problem, self.layer)
-        steps = REFLECTIONS * self.patience
-        low = curves.coordinates_of(self.layer.pre_activations(s)).float()
-        w, pieces = reflect(curves.to(torch.float32), low, labels, steps=steps, until=self.until)
-        w, sine = polish(curves, w.to(s), labels, pieces, self._effort(POLISH))
-        good = sine < self.accept**0.5
-        return self.layer.in_whole(curves.samples(w[good])), labels[good]
+        steps = (BEHIND_DROPOUT if self.dropping else REFLECTIONS) * self.patience
+        z = self.layer.pre_activations(s)
+        low, first = curves.coordinates_of(z).float(), self.dropping and self.dropping.drawn(z, self.generator)
+        w, pieces = reflect(curves.to(torch.float32), low, labels, steps=steps, until=self.until, pieces=first)
+        w, pieces = polish(curves, w.to(s), labels, pieces, self._effort(POLISH), self.outputs)
+        pieces = pieces if self.dropping else None
+        good = curves.at(w, labels, pieces).sine < self.accept**0.5
+        return self.layer.in_whole(curves.samples(w[good])), labels[good], None if pieces is None else pieces[good]
 
     def _fitted(self, s: Float[Tensor, "k r"], labels: Int[Tensor, " k"]) -> tuple[Float[Tensor, "j b"], Tensor]:
         """Where starts lead by fits, in coordinates of the whole, each end once; and their labels."""
@@ -191,14 +208,18 @@ class CurveSearch:
         w, labels = w[one], labels[one]
         return self.layer.in_whole(curves.samples(w)), labels
 
-    def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"]) -> Known:
+    def _settled(self, s: Float[Tensor, "k b"], labels: Int[Tensor, " k"], pieces: Int[Tensor, "k m"] | None) -> Known:
         """Ends made exact against the whole gradient: those that fit it and are new, the best first."""
         ground = self.ground
         curves = self.curves if ground is self.whole else Curves.of(self.problem, ground)
         start = curves.coordinates_of(self.whole.pre_activations(s))
-        w, sine = finish(curves, start, labels, arrived=EXACT)
-        at = curves.at(w, labels)
-        found = Known(ground.in_whole(curves.samples(w)), self.whole.directions(at.unit * at.size), labels)
+        w, sine = finish(curves, start, labels, arrived=EXACT, pieces=pieces)
+        at = curves.at(w, labels, pieces)
+        if self.dropping:
+            pieces = self.dropping.settled(at.z, pieces)
+            at = curves.at(w, labels, pieces)
+            sine = at.sine
+        found = Known(ground.in_whole(curves.samples(w)), self.whole.directions(at.unit * at.size), labels, pieces)
         weight = (self.whole.weight(found) / (self._unit * at.size[:, 0])).abs()
         good = (sine < self.accept) & (weight > 1 / UNEQUAL) & (weight < UNEQUAL)
         ranked = sine.argsort()

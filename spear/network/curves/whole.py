@@ -71,7 +71,7 @@ def conclude(problem: NetworkView, run: CurveSearch, low: LowRank, reached: Reac
     """From samples at the last hidden layer to inputs, held against every layer's gradient."""
     crowded = run.whole.crowded and not run.left
     apart = run.settle() if crowded else None
-    at = run.curves.at(run.coordinates(run.known.s), run.known.labels)
+    at = run.points()
     y = (run.known.s @ (low.R / low.R.norm(dim=1)[:, None]))[:, :-1]
     weight = run.whole.weight(run.known)
     deltas = weight[:, None] * at.unit
