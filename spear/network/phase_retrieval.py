@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.directions import TINY, unit_rows
+from spear.network.repulsion import Repulsion
 from spear.network.side_by_side import Group, SideBySide
 from spear.network.spaces import Levels, misfit, project, quick
 
@@ -39,7 +40,8 @@ class Reflections:
 
     With `partner`, an orthonormal basis of the possible pre-activations, v > 0 exactly where u = h_j, with `weight` on
     that evidence. With `head`, an orthonormal basis of the possible h, h moves too; without it h stays. Steps go
-    `relaxation` of the way between the two reflections. `levels` are the slopes of another activation than ReLU.
+    `relaxation` of the way between the two reflections. `levels` are the slopes of another activation than ReLU. With
+    `away`, u keeps away from what is solved.
 
     A start ends after `steps`, or before, when its target is within the squared sine `near` of span(U) and no longer
     halves that in `EVERY` steps: since h is not exact, a start that has arrived would only drift away again. One whose
@@ -54,6 +56,14 @@ class Reflections:
     near: float = 0.0
     until: float = math.inf
     levels: Levels | None = None
+    away: Repulsion | None = None
+
+    def onto(self, basis: Float[Tensor, "m b"], u: Float[Tensor, "k m"]) -> Callable[[Tensor], Tensor]:
+        """The projection on span(U) of the next few steps of starts that are at u."""
+        if self.away is None:
+            return lambda x: project(x, basis)
+        away, shares = self.away, self.away.shares(u)
+        return lambda x: away.project(x, shares)
 
 
 def retrieve_phases(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -> Iterate:
@@ -105,8 +115,9 @@ def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -
     """The steps of `retrieve_phases`. A sign chooses between two values: comparisons are slow at this size."""
     partner, head, relaxation = options.partner, options.head, options.relaxation
     u, h, v, target = iterate.u.clone(), iterate.h, iterate.v.clone(), iterate.target
+    inside = options.onto(basis, u)
     for _ in range(options.steps):
-        pu = project(u, basis)
+        pu = inside(u)
         ru = torch.lerp(u, pu, 2.0)
         if head is None:
             x, evidence = h, ru.mul(2).sub_(h).mul_(h)
@@ -139,9 +150,9 @@ def relax_levels(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflect
     partner, levels, relaxation, h = options.partner, options.levels, options.relaxation, iterate.h
     middle, half = h * (levels.active + levels.inactive) / 2, h * (levels.active - levels.inactive) / 2
     offset = -4 * middle * half
-    u, v, target = iterate.u.clone(), iterate.v.clone(), iterate.target
+    u, v, target, inside = iterate.u.clone(), iterate.v.clone(), iterate.target, options.onto(basis, iterate.u)
     for _ in range(options.steps):
-        pu = project(u, basis)
+        pu = inside(u)
         evidence = torch.addcmul(offset, torch.lerp(u, pu, 2.0), half, value=4)
         if partner is not None:
             pv = project(v, partner)
@@ -160,9 +171,9 @@ def relax_levels(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflect
 def _relax_both(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -> Iterate:
     """The same where h moves too."""
     partner, head, levels, relaxation = options.partner, options.head, options.levels, options.relaxation
-    u, h, v, target = iterate.u, iterate.h, iterate.v, iterate.target
+    u, h, v, target, inside = iterate.u, iterate.h, iterate.v, iterate.target, options.onto(basis, iterate.u)
     for _ in range(options.steps):
-        pu, ph = project(u, basis), project(h, head)
+        pu, ph = inside(u), project(h, head)
         points, costs = _nearest(levels, torch.lerp(u, pu, 2.0), torch.lerp(h, ph, 2.0))
         evidence = costs[1] - costs[0]
         if partner is not None:

@@ -17,8 +17,9 @@ from spear.network.exact_step import Tolerances
 from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.policy import Plan, Policy, Standing
 from spear.network.problem import NetworkView
+from spear.network.repulsion import Repulsion
 from spear.network.spaces import SAME, Foretold, Solved, Spaces, complement
-from spear.network.starts import TELLING, Starts, mean_probabilities, prior_outputs
+from spear.network.starts import TELLING, Starts, mean_probabilities, prior_outputs, saturated
 from spear.network.two_layers import FewInputs, TwoLayers
 from spear.published.lowrank import LowRank
 
@@ -27,6 +28,8 @@ LONG_WAY = 512  # samples left from which most starts would end at solved ones: 
 CLOSER = 10  # times nearer a start must come to a crowded span to have arrived: it is near to everything
 BLUR = 20  # times the gradient's noise, over the last singular value: how far two solutions of one sample may differ
 MOST_BLURRED = 1e-5  # of the cosine, however large the noise: two samples are seldom that near
+REPEATED = .35  # share of solutions that had been found before, from which starts keep away from what is solved
+ENOUGH, MOSTLY = 8, 0.5  # solved samples, and the share with a saturated softmax from which others are expected to
 PIECEWISE = 200  # steps of reflections between the pieces of a curve
 TAIL = 0.01  # of the width: so few samples left that their vertices are degenerate
 MOST_PROGRAMMES = 12  # linear programmes in a round
@@ -57,7 +60,7 @@ class PhaseSearch:
         self.drawn = Starts(problem, generator, prior)
         self.policy = Policy.at_first(crowded=self.crowded)
         self.low = spaces.basis.float()
-        self.masks_below, self.hints = self._unknown(0), None
+        self.masks_below, self.hints, self.repelled = self._unknown(0), None, False
         self.heads = torch.linalg.qr(spaces.head_space)[0].float()
 
     @property
@@ -102,9 +105,17 @@ class PhaseSearch:
         self.idle = 0 if self.left < before else self.idle + 1
         if len(self.solved) >= TELLING and self.problem.loss == "cross_entropy" and not self.restricted:
             self.drawn = replace(self.drawn, prior=mean_probabilities(self.solved, self.drawn.prior))
+        if self._saturates():
+            self.policy.expect("saturated")
         far = self.crowded or (self.left > LONG_WAY and not self.restricted)
         if self.stacked and self.left and len(self.solved) and far:
             self._dismiss()
+
+    def _saturates(self) -> bool:
+        """Whether most solved samples have a softmax that knows two classes only, and a third there is."""
+        if len(self.solved) < ENOUGH or "saturated" in self.policy.shares or self.problem.outputs < 3:
+            return False
+        return bool(saturated(self.solved.d).double().mean() > MOSTLY)
 
     def release(self) -> None:
         """Let h differ from sample to sample: of what one h a class has found, what the exact step accepts stays."""
@@ -219,6 +230,7 @@ class PhaseSearch:
             found = exact_step.refine(self.spaces, end, head=head, tolerances=self.tolerances)
         self.starts += plan.starts
         fresh = len(self.join(found)) - len(self.solved)
+        self.repelled |= not self.restricted and len(found) - fresh > REPEATED * len(found)
         self.policy.learn(plan, fresh, number=self.rounds, crowded=self.crowded)
         return found
 
@@ -246,7 +258,10 @@ class PhaseSearch:
             return self._reflect(free, labels), labels
         biased = self.problem.biases[self.problem.last] is not None
         s = Foretold.of(self.spaces, free, biased=biased).draw(plan.starts, self.generator)
-        start = self.drawn.draw(self.spaces, s, labels, spread=plan.free)
+        if plan.kind == "saturated":
+            start = self.drawn.saturated(self.spaces, s, self.solved.d)
+        else:
+            start = self.drawn.draw(self.spaces, s, labels, spread=plan.free)
         # An h that moves goes on improving where it arrived; a crowded span is near to everything.
         near = 0.0 if plan.free else self.tolerances.near / (CLOSER if plan.paired else 1)
         if plan.paired:
@@ -254,7 +269,8 @@ class PhaseSearch:
         levels = None if self.spaces.levels is None else self.spaces.levels.to(torch.float32)
         partner = torch.linalg.qr((self.spaces.lift @ free).float())[0] if plan.partnered else None
         head = self.heads if plan.free else None
-        reflections = Reflections(plan.steps, partner, head=head, near=near, until=self.until)
+        away = Repulsion.of(self.spaces, self.solved) if self.repelled and self.idle % 4 < 2 else None
+        reflections = Reflections(plan.steps, partner, head=head, near=near, until=self.until, away=away)
         return phase_retrieval.retrieve_phases(start, self.low, replace(reflections, levels=levels)), labels
 
     def _pair(

@@ -1,6 +1,7 @@
 """Which search at the last hidden layer is worth the next round, by how each kind did before."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from spear.network.starts import FEW_CLASSES, FEW_LEFT
 
@@ -12,20 +13,26 @@ PAIRED = (96, 150)  # starts of a round and steps where the layer below is searc
 LONGEST = 5  # times as many, after rounds that found nothing
 MOVING = (0.05, 0.002)  # share of starts that an h that moves is expected to lead somewhere, in a crowd the second
 PATIENCE = 4  # by how much a failure in a crowd lowers a share
+Kind = Literal["mean", "free", "saturated"]  # of h: from the mean outputs, moving, of a softmax that knows two classes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One round's search: whether h moves, how many starts and steps, whether z is searched with u, as its partner.
+    """One round's search: what kind of h, how many starts and steps, whether z is searched with u, as its partner.
 
     `paired` searches the layer below as well.
     """
 
-    free: bool
+    kind: Kind
     starts: int
     steps: int
     partnered: bool
     paired: bool
+
+    @property
+    def free(self) -> bool:
+        """Whether h moves."""
+        return self.kind == "free"
 
 
 @dataclass(frozen=True)
@@ -49,28 +56,33 @@ class Standing:
 
 @dataclass
 class Policy:
-    """`shares` of starts that found something last, with an h that moves and without, and the round when that was."""
+    """`shares` of starts that found something last, for every kind of h, and the round when that was."""
 
-    shares: dict[bool, tuple[float, int]]
+    shares: dict[Kind, tuple[float, int]]
 
     @classmethod
     def at_first(cls, *, crowded: bool) -> "Policy":
         """A fixed h is tried first; one that moves finds less, in a crowd hardly anything."""
-        return cls({False: (1.0, 0), True: (MOVING[crowded], 0)})
+        return cls({"mean": (1.0, 0), "free": (MOVING[crowded], 0)})
+
+    def expect(self, kind: Kind) -> None:
+        """Try a kind next that was not thought of before."""
+        self.shares.setdefault(kind, (1.0, 0))
 
     def plan(self, at: Standing) -> Plan:
         """How to search: cheaply while nothing is known of the samples' z, then with it, longer when idle."""
         easy, pressed = at.rank < EASY * at.width, at.rank >= HARD_PRESSED * at.width
-        free = not at.restricted and max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
-        paired = at.paired and not free
+        best = max(self.shares, key=lambda kind: (self.shares[kind][0], -self.shares[kind][1]))
+        kind: Kind = "mean" if at.restricted else best
+        paired = at.paired and kind == "mean"
         most, steps = PAIRED if paired else (STARTS, STEPS[(not easy) + pressed])
         starts = int(min(max(most, SHARE * at.left), max(FEWEST, PER_SAMPLE * at.left)))
         if at.left <= FEW_LEFT and at.classes <= FEW_CLASSES:
             starts = max(starts, 2 * at.classes)
         partnered = at.lowest or at.left < at.rank or at.idle > 0
-        return Plan(free, starts, steps * min(1 + at.idle, LONGEST), partnered, paired)
+        return Plan(kind, starts, steps * min(1 + at.idle, LONGEST), partnered, paired)
 
     def learn(self, plan: Plan, fresh: int, *, number: int, crowded: bool) -> None:
         """Note that round `number` by that plan found `fresh` directions; in a crowd one failure is no proof."""
         share = fresh / plan.starts
-        self.shares[plan.free] = (self.shares[plan.free][0] / PATIENCE if crowded and not fresh else share, number)
+        self.shares[plan.kind] = (self.shares[plan.kind][0] / PATIENCE if crowded and not fresh else share, number)

@@ -16,6 +16,8 @@ FEW_LEFT = 16  # samples left for which all classes take turns: what is missing 
 TELLING = 20  # solved samples whose mean softmax is nearer to the batch's than a fresh network's
 LEAST_NEED = (0.3, 0.02)  # samples that a class is thought to lack at least: with few classes, with many
 SHARP_LOGITS = 3.0  # spread of the logits of a network that was trained a little
+SATURATED = 0.01  # of |d| in all other entries, where a softmax knows but the label and the class that it took instead
+SEEN, MIXED = 0.5, 0.9  # of pairs of classes: up to the first such as were solved, up to the second of any of their classes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,22 @@ class Starts:
         h, v = unit_rows((p - self.problem.one_hot(labels)) @ spaces.head).float(), unit_rows(s @ spaces.lift.T).float()
         return Iterate(h * (v > 0), h, v, h)
 
+    def saturated(self, spaces: Spaces, s: Float[Tensor, "k b"], d: Float[Tensor, "f outputs"]) -> Iterate:
+        """Starts with the exact h of a saturated softmax, a difference of two rows of W_out.
+
+        The pairs of classes are such as those that the d of solved samples show, mixtures of these, or any.
+        """
+        known, count = d.abs().topk(2, dim=1).indices[saturated(d)].cpu(), len(s)
+        one, other = (known[torch.randint(len(known), (count,), generator=self.generator)] for _ in range(2))
+        any_class = torch.randint(self.problem.outputs, (count, 2), generator=self.generator)
+        kind = torch.rand(count, 1, generator=self.generator)
+        mixed = torch.stack([one[:, 0], other[:, 1]], 1)
+        pair = torch.where(kind < MIXED, mixed, any_class)
+        pair = torch.where((kind < SEEN) | (pair[:, :1] == pair[:, 1:]), one, pair).to(self.prior.device)
+        h = unit_rows(spaces.head[pair[:, 0]] - spaces.head[pair[:, 1]]).float()
+        v = unit_rows(s @ spaces.lift.T).float()
+        return Iterate(h * (v > 0), h, v, h)
+
     def _coins(self, count: int) -> Bool[Tensor, "k 1"]:
         return (torch.rand(count, 1, generator=self.generator) < 0.5).to(self.prior.device)
 
@@ -60,6 +78,12 @@ class Starts:
         need = label_counts(self.problem, self.prior, rank) - torch.bincount(found, minlength=number)
         need = need.clamp_min(LEAST_NEED[0] if few else LEAST_NEED[1]).cpu()
         return torch.multinomial(need, count, replacement=True, generator=self.generator).to(self.prior.device)
+
+
+def saturated(d: Float[Tensor, "f outputs"]) -> Bool[Tensor, " f"]:
+    """Whose softmax knows two classes only, so that d is their difference up to a factor."""
+    size = d.abs()
+    return size.sum(1) - size.topk(2, dim=1).values.sum(1) < SATURATED * size.sum(1)
 
 
 def prior_outputs(problem: NetworkView) -> Float[Tensor, " outputs"]:

@@ -64,6 +64,24 @@ def test_saturated_networks_give_every_visible_sample_and_count_the_others(depth
     assert not result.complete
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("loss_of", ["pixels", "normal"])
+def test_large_weights_whose_softmax_knows_two_classes(seed, loss_of):
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand if loss_of == "pixels" else torch.randn
+    x = draw(40, 150, generator=generator, dtype=torch.float64)
+    y = torch.randint(10, (40,), generator=generator)
+    model = models.fcnn((150,), 300, 2, 10, dtype=torch.float64)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = values if parameter.dim() > 1 else torch.zeros_like(values)
+    strong = strengths(model, x, y)
+    result = attack(model, gradient(model, x, y), method="network", time_limit=30)
+    report = metrics.evaluate(result, x, y)
+    assert report.precision == 1
+    assert report.recovered[strong > 1e-5 * strong.max()].all(), result.reason
+
+
 @pytest.mark.parametrize("sizes", [(60, 120), (60, 120, 120)])
 @pytest.mark.parametrize("outputs", [1, 2, 10])
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error"])

@@ -13,7 +13,7 @@ EASY = Standing(
 
 def test_an_easy_problem_is_searched_cheaply_without_the_partner():
     assert Policy.at_first(crowded=False).plan(EASY) == Plan(
-        free=False, starts=128, steps=60, partnered=False, paired=False
+        kind="mean", starts=128, steps=60, partnered=False, paired=False
     )
 
 
@@ -53,7 +53,7 @@ def test_in_a_crowd_the_layer_below_is_searched_as_well():
     plan = policy.plan(crowd)
     assert plan.paired
     assert policy.plan(replace(crowd, idle=1)).steps == 2 * plan.steps
-    policy.shares = {False: (0.1, 2), True: (0.5, 1)}
+    policy.shares = {"mean": (0.1, 2), "free": (0.5, 1)}
     assert policy.plan(crowd).free
     assert not policy.plan(crowd).paired
 
@@ -71,6 +71,6 @@ def test_one_failure_in_a_crowd_is_no_proof():
     policy = Policy.at_first(crowded=True)
     plan = policy.plan(replace(EASY, crowded=True, rank=160))
     policy.learn(plan, 0, number=1, crowded=True)
-    assert policy.shares[False] == (0.25, 1)
+    assert policy.shares["mean"] == (0.25, 1)
     policy.learn(plan, plan.starts // 2, number=2, crowded=True)
-    assert policy.shares[False] == (0.5, 2)
+    assert policy.shares["mean"] == (0.5, 2)

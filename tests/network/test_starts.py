@@ -8,7 +8,7 @@ from test_phase_retrieval import opened
 from spear.directions import unit_rows
 from spear.network.problem import forward
 from spear.network.spaces import Foretold, Solved
-from spear.network.starts import Starts, label_counts, mean_probabilities, prior_outputs
+from spear.network.starts import Starts, label_counts, mean_probabilities, prior_outputs, saturated
 
 
 def start(made, seed=0) -> Starts:
@@ -59,3 +59,23 @@ def test_labels_follow_what_is_missing_and_take_turns_near_the_end():
     counts = torch.bincount(drawn, minlength=10)
     assert counts[1] > 5 * counts[0]
     assert start(made).labels(25, made.labels, left=16, rank=20).tolist() == [k % 10 for k in range(25)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_starts_of_a_saturated_softmax_are_differences_of_two_classes(seed):
+    spaces, *_ = opened()
+    d = torch.zeros(12, 10, dtype=torch.float64)
+    d[:, 3], d[:6, 7], d[6:, 1] = -1, 1, 1
+    d[11] = torch.arange(10) - 4.5  # knows more than two: no pair to learn from
+    assert saturated(d).tolist() == 11 * [True] + [False]
+    s = torch.randn(400, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = start(case(), seed).saturated(spaces, s, d)
+    pairs = torch.combinations(torch.arange(10))
+    wanted = unit_rows(spaces.head[pairs[:, 0]] - spaces.head[pairs[:, 1]]).float()
+    cosine = (drawn.h @ wanted.T).abs()
+    assert torch.allclose(cosine.amax(1), torch.ones(400), atol=1e-5)
+    often = torch.bincount(cosine.argmax(1), minlength=45)
+    shown = (pairs == torch.tensor([3, 7])).all(1) | (pairs == torch.tensor([1, 3])).all(1)
+    assert often[shown].sum() > 200
+    assert (often[~shown] > 0).sum() > 10
+    assert torch.equal(drawn.u, drawn.h * (drawn.v > 0))

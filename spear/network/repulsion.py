@@ -1,0 +1,84 @@
+"""Starts that keep away from the samples that are solved: what these disclose of their s, and what that forbids others.
+
+With x_k = s_k / S duality reads ⟨x_k, t_i⟩ = [k = i]: the t of an unsolved sample is orthogonal to the x of every solved
+one. Solved t tell x_k but for a part orthogonal to all of them, and of that part the mask tells something:
+z_k = lift s_k is positive exactly where the unit is active. Its posterior mean is a logistic regression with a normal
+prior, all solved samples at once. What stays unknown of it is as well foretold, so that a start is held back from
+solved samples, not from those which the errors of the means resemble.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spear.directions import TINY
+from spear.network.spaces import Solved, Spaces, quick
+
+SOFTNESS = .05  # of a sign, in standard deviations of z: the posterior's mean lies inside its cone, not on its edge
+WIDEST, NARROWING = 0.6, .5  # softness at first, and by how much it lessens in a step
+STEPS = 24  # of regression
+DAMPING = 2.0  # of Newton steps, which take one mean curvature for all samples
+FORCE = .03  # on a start, times what a solved sample shows of it over what the blur lets an unsolved one show
+FLOOR = .05  # of the mean blur: the least that a start is granted
+
+
+@dataclass(frozen=True)
+class Repulsion:
+    """How projection on span(U) treats starts: in the axes where sum_k x_k x_kᵀ is diagonal they are drawn to zero.
+
+    `basis` is U in these axes, `pull` the diagonal, divided by the number of solved samples; `blur` is the mean
+    covariance of what is not known of an x.
+    """
+
+    basis: Float[Tensor, "m b"]
+    pull: Float[Tensor, " b"]
+    blur: Float[Tensor, "b b"]
+
+    @classmethod
+    def of(cls, spaces: Spaces, solved: Solved) -> "Repulsion":
+        """By the solved samples of a problem, of which there must be some."""
+        x, blur = duals(spaces, solved)
+        pull, axes = torch.linalg.eigh(x.T @ x / len(x))
+        return cls(quick(spaces.basis.float() @ axes), pull.clamp_min(0), axes.T @ blur @ axes)
+
+    def shares(self, u: Float[Tensor, "k m"]) -> Float[Tensor, "k b"]:
+        """What stays of each axis for every start: less where solved samples lie, so far as a start is not like blur."""
+        t = (u.to(self.basis.dtype) @ self.basis).float()
+        blurred = ((t @ self.blur) * t).sum(1) / t.pow(2).sum(1).clamp_min(TINY)
+        granted = blurred + FLOOR * self.blur.diagonal().mean()
+        return 1 / (1 + FORCE * self.pull / granted[:, None])
+
+    def project(self, u: Float[Tensor, "k m"], shares: Float[Tensor, "k b"]) -> Float[Tensor, "k m"]:
+        """Each u on span(U), with these shares of its axes."""
+        t = (u.to(self.basis.dtype) @ self.basis) * shares.to(self.basis.dtype)
+        return (t @ self.basis.T).to(u.dtype)
+
+
+def duals(spaces: Spaces, solved: Solved) -> tuple[Float[Tensor, "f b"], Float[Tensor, "b b"]]:
+    """Posterior means of the solved samples' x = s / S, ⟨x_k, t_k⟩ = 1, and the mean covariance of what they lack.
+
+    In single precision. The prior is normal, in every unknown direction of the size that the known part shows.
+    """
+    count = len(solved)
+    q, triangle = torch.linalg.qr(solved.t.T, mode="complete")
+    told = torch.linalg.solve_triangular(triangle[:count], q[:, :count].T, upper=True).float()
+    free = q[:, count:].float()
+    lift = (torch.cat([spaces.lift, spaces.rows[:, -1:].T]) * spaces.singular).float()
+    sign = torch.nn.functional.pad(2 * solved.mask.float() - 1, (0, 1), value=1.0)  # the last entry of [y; 1] is one
+    variance = told.pow(2).mean() * told.shape[1] / count
+    slope, offset = lift @ free, told @ lift.T
+    size = (offset.pow(2).mean(0) + variance * slope.pow(2).sum(1)).sqrt().clamp_min(TINY)
+    slope, offset = slope / size[:, None], offset / size
+    sign *= (offset * sign).sum(1, keepdim=True).sign()  # a saturated softmax does not tell t from -t
+    prior = torch.eye(free.shape[1], device=free.device) / variance
+    a = free.new_zeros(count, free.shape[1])
+    for step in range(STEPS):
+        softness = max(SOFTNESS, WIDEST * NARROWING**step)
+        against = torch.sigmoid(-(offset + a @ slope.T) * sign / softness)
+        curvature = (slope.T * (against * (1 - against)).mean(0)) @ slope / softness**2
+        rise = (against * sign / softness) @ slope - a / variance
+        a = a + torch.cholesky_solve(rise.T, torch.linalg.cholesky(DAMPING * curvature + prior)).T
+    blur = torch.cholesky_inverse(torch.linalg.cholesky(curvature + prior))
+    return told + a @ free.T, free @ blur @ free.T
