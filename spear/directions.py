@@ -4,12 +4,30 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
 TINY = 1e-30  # length under which a vector is zero, and stays so: far below any rounding, and a number of float32
 
 
 def unit_rows(x: Float[Tensor, "*k n"]) -> Float[Tensor, "*k n"]:
     """The vectors at length 1; zeros stay."""
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY)
+
+
+def quick(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
+    """A large basis of a search in single precision, in bfloat16 where the processor multiplies matrices of it.
+
+    Its error, 0.2 %, is a tenth of that of what a search guesses, and the exact step afterwards knows nothing of it.
+    Without such units (AMX, AVX-512 BF16, CUDA) products in bfloat16 can take twice the time of those in single
+    precision.
+    """
+    large, capable = basis.dtype == torch.float32 and basis.numel() > LARGE, torch.cpu.get_capabilities()
+    on_host = basis.device.type == "cpu" and any(capable.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+    return basis.bfloat16() if large and (basis.is_cuda or on_host) else basis
+
+
+def times(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k r"]:
+    """The product with a `quick` basis, computed in its precision, in that of x."""
+    return (x.to(basis.dtype) @ basis).to(x.dtype)
 
 
 def complement(x: Float[Tensor, "f n"]) -> Float[Tensor, "n r"]:

@@ -13,17 +13,16 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from spear.directions import complement
 from spear.published import filtering
 from spear.published.view import Observed
+from spear.signs import given_signs
 
 SINGULAR = 1e-12  # of the largest singular value of B N: what is under it counts as it
 GRID = 4096  # points at which the density of Marchenko and Pastur is summed
-VISITS, DAMPED = 25, 0.7  # of expectation propagation: its rounds, and the share of the new message
-FAR = 1e3  # standard deviations beyond which the hazard of a normal variable is that distance
 AGREED = 0.98  # share of a known column's signs that its v must have to be taken for it
 PSEUDO = 32  # starts that the law of random columns is worth, beside the ends of searches
 LEADING = 24  # directions of the largest B in which known columns tell M, once they are as many
@@ -143,56 +142,20 @@ def duals(
     """The v of known columns, of unit length, as far as their signs tell them, and the doubt: the share that is open.
 
     v_i = M^-1/2 (D_i + N w_i), where D is the dual basis of the known M^-1/2 q in their span and N spans the rest: what
-    is expected of v given q, and what is not. The signs of B v_i are those of the mask of q_i. Under a normal w, its
-    size that of all of them, expectation propagation gives its mean and spread (Minka 2001; with one precision for all
-    neurons as in Ma and Ping 2017).
+    is expected of v given q, and what is not. The signs of B v_i are those of the mask of q_i; w is taken for normal,
+    of the size that D shows.
     """
     values, vectors = torch.linalg.eigh(moment)
     half = vectors / values.sqrt() @ vectors.mT
     dual, free = torch.linalg.pinv(known @ half).mT, complement(known @ half)
     mask = ~filtering.zero_rows(observed.L, known, tolerance=observed.tolerance)
     B = observed.B @ half
-    basis, triangle = torch.linalg.qr(B @ free)
-    left, s, right = torch.linalg.svd(triangle)
-    w, spread = signed(basis @ left, s, dual @ B.mT, mask)
-    v = (dual + w @ right @ free.mT) @ half
-    size = v.square().sum(1)
+    variance = dual.square().mean() * dual.shape[1] / len(dual)
+    w, covariance = given_signs(B @ free, dual @ B.mT, 2 * mask.float() - 1, variance)
+    v = (dual + w.to(free) @ free.mT) @ half
+    size, spread = v.square().sum(1), (half @ free @ covariance.to(free) @ free.mT @ half).trace()
     z = v @ observed.B.mT
     agreed = ((z > 0) == mask).double().mean(1)
     agreed = torch.maximum(agreed, 1 - agreed)
     doubt = torch.where(agreed > AGREED, spread / (size + spread), math.inf)
     return torch.where(agreed[:, None] > AGREED, v / size.sqrt()[:, None], 0.0), doubt
-
-
-def signed(
-    C: Float[Tensor, "m r"], s: Float[Tensor, " r"], offset: Float[Tensor, "f m"], mask: Bool[Tensor, "f m"]
-) -> tuple[Float[Tensor, "f r"], Float[Tensor, " f"]]:
-    """Mean and total variance of normal w, given the signs of offset + C (s w), up to one sign for each row of them.
-
-    C has orthonormal columns; positive where `mask` is.
-    """
-    (m, r), scale = C.shape, (s.square().sum() / len(C)).sqrt().clamp_min(1e-300)
-    sign = torch.where(mask, 1.0, -1.0).to(s)
-    sign = sign * torch.where((sign * offset).sum(1, keepdim=True) < 0, -1.0, 1.0).to(s)
-    s, offset = s / scale, offset / scale
-    size = torch.ones((), dtype=s.dtype, device=s.device) / (r + len(offset))
-    cavity, precision = offset, torch.full_like(offset[:, :1], float(1 / size))
-    message = weight = None
-    for _ in range(VISITS):
-        depth = sign * cavity * precision.sqrt()
-        hazard = torch.exp(-0.5 * depth.square() - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(depth))
-        hazard = torch.where(depth < -FAR, -depth, hazard)
-        z = cavity + sign * hazard * precision.rsqrt()
-        variance = ((1 - depth * hazard - hazard.square()).clamp_min(1e-6) / precision).mean(1, keepdim=True)
-        heavier = (1 / variance - precision).clamp_min(1e-9)
-        sent = (z / variance - precision * cavity) / heavier
-        message = sent if message is None else DAMPED * sent + (1 - DAMPED) * message
-        weight = heavier if weight is None else DAMPED * heavier + (1 - DAMPED) * weight
-        inverse = 1 / (1 / size + weight * s.square())
-        w = inverse * weight * s * ((message - offset) @ C)
-        spread = inverse.sum(1)
-        z, variance = offset + (w * s) @ C.mT, (inverse * s.square()).sum(1, keepdim=True) / m
-        precision = (1 / variance.clamp_min(1e-30) - weight).clamp_min(1e-9)
-        cavity = (z / variance.clamp_min(1e-30) - weight * message) / precision
-        size = ((w.square().sum(1) + spread) / r).median().clamp_min(1e-30)
-    return w, spread

@@ -21,7 +21,7 @@ from torch import Tensor
 from spear.descent.columns import Lengths, collect, draw
 from spear.descent.coupling import Coupling, Prior, uncoupled
 from spear.descent.sharpening import columns_near
-from spear.directions import unit_rows
+from spear.directions import quick, times, unit_rows
 from spear.published.greedy import Candidates
 from spear.published.view import Observed
 from spear.reconstruction import Terms
@@ -141,26 +141,26 @@ def reflect(
     x + relaxation (P_A(2 P_B x - x) - P_B x). Norms stay at sqrt(m). Four products of (k, m, b) a step. Of k starts
     those come back, as q and z, that no stage dropped. Steps end when the clock (`time.monotonic`) shows `until`.
     """
-    L, (m, b) = observed.L.float(), observed.L.shape
+    (m, b), full = observed.L.shape, observed.L.float()
     basis, triangle = torch.linalg.qr(observed.B @ coupling.free)  # z = B free w = basis c with c = triangle w
-    C = basis.float()
-    g = math.sqrt(m) * unit_rows(q).float() @ L.mT
-    z = math.sqrt(m) * unit_rows(v @ coupling.free @ triangle.mT).float() @ C.mT
+    L, C = quick(full), quick(basis.float())
+    g = math.sqrt(m) * times(unit_rows(q).float(), L.mT)
+    z = math.sqrt(m) * times(unit_rows(v @ coupling.free @ triangle.mT).float(), C.mT)
     for stage in stages:
         step = coupling.step(triangle, stage.coupling, stage.ridge, stage.parting).float()
         half = stage.relaxation / 2
         for _ in range(stage.steps):
             active = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)).sign_()  # -1 where inactive, and z < 0 there
             rg, rz = g * active, z.abs() * active
-            both = torch.cat([rg @ L, rz @ C], 1) @ step
+            both = torch.cat([times(rg, L), times(rz, C)], 1) @ step
             q, c = unit_rows(both[:, :b]), unit_rows(both[:, b:])
             # P_B x is the mean of x and its reflection
-            g.mul_(1 - half).sub_(rg, alpha=half).addmm_(q, L.mT, alpha=2 * half * math.sqrt(m))
-            z.mul_(1 - half).sub_(rz, alpha=half).addmm_(c, C.mT, alpha=2 * half * math.sqrt(m))
+            g.mul_(1 - half).sub_(rg, alpha=half).add_(times(q, L.mT), alpha=2 * half * math.sqrt(m))
+            z.mul_(1 - half).sub_(rz, alpha=half).add_(times(c, C.mT), alpha=2 * half * math.sqrt(m))
             if time.monotonic() > until:
                 break
         g = torch.where(active < 0, 0, g)
-        near = torch.linalg.vector_norm(g @ L, dim=1) / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-30)
+        near = torch.linalg.vector_norm(g @ full, dim=1) / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-30)
         best = near.argsort(descending=True)[: math.ceil(stage.kept * len(g))]
         g, z, c = g[best], z[best], c[best]
-    return unit_rows(g @ L), math.sqrt(m) * c @ C.mT
+    return unit_rows(g @ full), math.sqrt(m) * times(c, C.mT)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear.directions import unit_rows
-from spear.network.spaces import Solved, Spaces, complement, dual, project, quick
+from spear.directions import quick, unit_rows
+from spear.network.spaces import Solved, Spaces, complement, dual, project
 
 STEPS, STEPS_BY_INPUTS = 60, 200  # of relaxed reflections: by h' 20 are enough at half the width
 RELAXATION = 0.7  # of a step

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.directions import TINY, unit_rows
+from spear.directions import TINY, quick, unit_rows
 from spear.network.repulsion import Repulsion
 from spear.network.side_by_side import Group, SideBySide
-from spear.network.spaces import Levels, misfit, project, quick
+from spear.network.spaces import Levels, misfit, project
 
 EVERY = 5  # steps after which starts are looked at
 

@@ -1,27 +1,24 @@
-"""Starts that keep away from the samples that are solved: what these disclose of their s, and what that forbids others.
+"""Starts that keep away from solved samples: what these disclose of their s, and what that forbids the others.
 
-With x_k = s_k / S duality reads ⟨x_k, t_i⟩ = [k = i]: the t of an unsolved sample is orthogonal to the x of every solved
-one. Solved t tell x_k but for a part orthogonal to all of them, and of that part the mask tells something:
-z_k = lift s_k is positive exactly where the unit is active. Its posterior mean is a logistic regression with a normal
-prior, all solved samples at once. What stays unknown of it is as well foretold, so that a start is held back from
-solved samples, not from those which the errors of the means resemble.
+With x_k = s_k / S duality reads ⟨x_k, t_i⟩ = [k = i]: the t of an unsolved sample is orthogonal to the x of every
+solved one. Solved t tell x_k but for a part orthogonal to all of them, and the mask tells something of that part:
+z_k = lift s_k is positive exactly where the unit is active (`spear.signs`). How much stays unknown is foretold as well,
+so that a start is held back from solved samples, not from those which the errors of the means resemble.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.directions import TINY
-from spear.network.spaces import Solved, Spaces, quick
+from spear.directions import TINY, quick, times
+from spear.network.spaces import Solved, Spaces
+from spear.signs import given_signs
 
-SOFTNESS = .05  # of a sign, in standard deviations of z: the posterior's mean lies inside its cone, not on its edge
-WIDEST, NARROWING = 0.6, .5  # softness at first, and by how much it lessens in a step
-STEPS = 24  # of regression
-DAMPING = 2.0  # of Newton steps, which take one mean curvature for all samples
-FORCE = .03  # on a start, times what a solved sample shows of it over what the blur lets an unsolved one show
-FLOOR = .05  # of the mean blur: the least that a start is granted
+FORCE = 0.03  # on a start, times what a solved sample shows of it over what the blur lets an unsolved one show
+FLOOR = 0.05  # of the mean blur: the least that a start is granted
 
 
 @dataclass(frozen=True)
@@ -44,16 +41,15 @@ class Repulsion:
         return cls(quick(spaces.basis.float() @ axes), pull.clamp_min(0), axes.T @ blur @ axes)
 
     def shares(self, u: Float[Tensor, "k m"]) -> Float[Tensor, "k b"]:
-        """What stays of each axis for every start: less where solved samples lie, so far as a start is not like blur."""
-        t = (u.to(self.basis.dtype) @ self.basis).float()
+        """What stays of each axis for every start: less where solved samples lie, unless the start is like blur."""
+        t = times(u, self.basis)
         blurred = ((t @ self.blur) * t).sum(1) / t.pow(2).sum(1).clamp_min(TINY)
         granted = blurred + FLOOR * self.blur.diagonal().mean()
         return 1 / (1 + FORCE * self.pull / granted[:, None])
 
     def project(self, u: Float[Tensor, "k m"], shares: Float[Tensor, "k b"]) -> Float[Tensor, "k m"]:
         """Each u on span(U), with these shares of its axes."""
-        t = (u.to(self.basis.dtype) @ self.basis) * shares.to(self.basis.dtype)
-        return (t @ self.basis.T).to(u.dtype)
+        return times(times(u, self.basis) * shares, self.basis.T)
 
 
 def duals(spaces: Spaces, solved: Solved) -> tuple[Float[Tensor, "f b"], Float[Tensor, "b b"]]:
@@ -66,19 +62,6 @@ def duals(spaces: Spaces, solved: Solved) -> tuple[Float[Tensor, "f b"], Float[T
     told = torch.linalg.solve_triangular(triangle[:count], q[:, :count].T, upper=True).float()
     free = q[:, count:].float()
     lift = (torch.cat([spaces.lift, spaces.rows[:, -1:].T]) * spaces.singular).float()
-    sign = torch.nn.functional.pad(2 * solved.mask.float() - 1, (0, 1), value=1.0)  # the last entry of [y; 1] is one
-    variance = told.pow(2).mean() * told.shape[1] / count
-    slope, offset = lift @ free, told @ lift.T
-    size = (offset.pow(2).mean(0) + variance * slope.pow(2).sum(1)).sqrt().clamp_min(TINY)
-    slope, offset = slope / size[:, None], offset / size
-    sign *= (offset * sign).sum(1, keepdim=True).sign()  # a saturated softmax does not tell t from -t
-    prior = torch.eye(free.shape[1], device=free.device) / variance
-    a = free.new_zeros(count, free.shape[1])
-    for step in range(STEPS):
-        softness = max(SOFTNESS, WIDEST * NARROWING**step)
-        against = torch.sigmoid(-(offset + a @ slope.T) * sign / softness)
-        curvature = (slope.T * (against * (1 - against)).mean(0)) @ slope / softness**2
-        rise = (against * sign / softness) @ slope - a / variance
-        a = a + torch.cholesky_solve(rise.T, torch.linalg.cholesky(DAMPING * curvature + prior)).T
-    blur = torch.cholesky_inverse(torch.linalg.cholesky(curvature + prior))
-    return told + a @ free.T, free @ blur @ free.T
+    sign = F.pad(2 * solved.mask.float() - 1, (0, 1), value=1.0)  # the last entry of [y; 1] is one
+    a, covariance = given_signs(lift @ free, told @ lift.T, sign, told.pow(2).mean() * told.shape[1] / count)
+    return told + a @ free.T, free @ covariance @ free.T

@@ -10,11 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from spear import directions
-from spear.directions import TINY, distinct, unit_rows
+from spear.directions import TINY, distinct, times, unit_rows
 from spear.models.activations import Activation
 from spear.network.problem import NetworkView
 
-LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
 MOST_LEVERAGE = 0.95  # of an entry on its own projection: past it the other units know nothing of it
 SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by the root of rounding
@@ -22,18 +21,7 @@ SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by th
 
 def project(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k m"]:
     """The part of each x in the span of an orthonormal basis, computed in the basis' precision."""
-    return (x.to(basis.dtype) @ basis @ basis.T).to(x.dtype)
-
-
-def quick(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
-    """A large basis of a search in single precision, in bfloat16 where the processor multiplies matrices of it.
-
-    Its error, 0.2 %, is a tenth of that of the guessed h, and the exact step afterwards knows nothing of it. Without
-    such units (AMX, CUDA) products in bfloat16 can take twice the time of those in single precision.
-    """
-    large = basis.dtype == torch.float32 and basis.numel() > LARGE
-    able = basis.is_cuda or (basis.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
-    return basis.bfloat16() if large and able else basis
+    return times(times(x, basis), basis.T)
 
 
 def leverages(basis: Float[Tensor, "m b"]) -> Float[Tensor, " m"]:

@@ -16,8 +16,8 @@ FEW_LEFT = 16  # samples left for which all classes take turns: what is missing 
 TELLING = 20  # solved samples whose mean softmax is nearer to the batch's than a fresh network's
 LEAST_NEED = (0.3, 0.02)  # samples that a class is thought to lack at least: with few classes, with many
 SHARP_LOGITS = 3.0  # spread of the logits of a network that was trained a little
-SATURATED = 0.01  # of |d| in all other entries, where a softmax knows but the label and the class that it took instead
-SEEN, MIXED = 0.5, 0.9  # of pairs of classes: up to the first such as were solved, up to the second of any of their classes
+SATURATED = 0.01  # of |d| in all other entries, where a softmax knows but the label and the class that it took for it
+SEEN, MIXED = 0.5, 0.9  # shares of pairs of classes: up to the first such as were solved, up to the second of theirs
 
 
 @dataclass(frozen=True)

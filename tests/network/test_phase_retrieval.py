@@ -5,12 +5,12 @@ import pytest
 import torch
 from network_problems import case
 
-from spear.directions import unit_rows
+from spear.directions import quick, unit_rows
 from spear.network import exact_step, last_samples, phase_retrieval
 from spear.network.exact_step import Tolerances
 from spear.network.phase_retrieval import Iterate, Reflections
 from spear.network.problem import Targets, passes
-from spear.network.spaces import Foretold, Solved, complement, misfit, project, quick
+from spear.network.spaces import Foretold, Solved, complement, misfit, project
 from spear.network.whole_batch import open_spaces
 from spear.published.lowrank import decompose
 
