@@ -55,6 +55,7 @@ def sharpen(
         narrow = (NARROWING * _spread(zero, r)).clamp_min(LEAST)
         ends[going], left[going] = q, narrow[:, 0]
         on = (narrow[:, 0] > LEAST) & ((narrow[:, 0] < HOPEFUL * enough) | (visit + 1 < PATIENCE))
+        on = on.nonzero()[:, 0]  # the only wait for the device in a round
         going, q, r, zero, narrow = going[on], q[on], r[on], zero[on], narrow[on]
         if not len(going):
             break

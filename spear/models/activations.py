@@ -7,7 +7,7 @@ the one whose slope is the step function.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -125,7 +125,7 @@ class Activation:
     def to(self, device: torch.device) -> "Activation":
         """The same for tensors on another device."""
         levels = None if self.levels is None else self.levels.to(device)
-        return Activation(self.function, self.breaks, levels, self.shared, self.units, self._moved)
+        return replace(self, levels=levels)
 
     def _for(self, z: Tensor) -> nn.Module:
         """The function in the precision, and on the device, of z."""

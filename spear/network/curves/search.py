@@ -66,11 +66,10 @@ class CurveSearch:
         self.accept = problem.accuracy.certain
         self.starts = self.rounds = self.idle = 0
         self.patience = 1
+        promise = 1.0 if activation.jumps or self.dropping else BENT
         self.shares = {} if self.dropping else {Kind(False, spread): 1.0 for spread in SPREADS}
-        if self.dropping:
-            self.shares = {Kind(True, spread): 1.0 for spread in SPREADS[1:]}
-        elif activation.breaks and layer.normal is None:
-            self.shares |= {Kind(True, spread): 1.0 if activation.jumps else BENT for spread in SPREADS[1:]}
+        if self.dropping or (activation.breaks and layer.normal is None):
+            self.shares |= {Kind(True, spread): promise for spread in SPREADS[1:]}
 
     @property
     def left(self) -> int:
@@ -80,7 +79,7 @@ class CurveSearch:
     def round(self) -> None:
         """One round of starts; what they find is held against the gradient, and subtracted from it."""
         self.rounds += 1
-        if self.layer.crowded:
+        if self.layer.crowded and not self.dropping:
             self._together()
             return
         kind = max(self.shares, key=self.shares.get)
