@@ -28,7 +28,7 @@ STAGES = (  # `arrived` is a start's squared residual
     (torch.float32, Effort(steps=6, inner=60, arrived=1e-8)),
     (torch.float64, Effort(steps=6, inner=200, arrived=1e-16)),
 )
-EXACT = Effort(steps=24, inner=400, arrived=1e-20)  # of a whole batch, whose weakest directions come last
+EXACT = Effort(steps=40, inner=400, arrived=1e-20)  # of a whole batch, whose weakest directions come last
 SLOPPY, SHARP = 0.03, 1e-3  # residual of a step's linear system, relative to its right side: at most, at least
 
 
