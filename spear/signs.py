@@ -22,7 +22,7 @@ def given_signs(
     """About the mean of each normal a, of that variance in every direction, given the signs of offset + slope a.
 
     The signs of a row are known up to one for all of them. Also returns the covariance of what is left, a mean over
-    the rows.
+    the rows. Numbers past single precision, as of dependent functions, leave NaN.
     """
     size = (offset.pow(2).mean(0) + variance * slope.pow(2).sum(1)).sqrt().clamp_min(TINY)
     slope, offset = (slope / size[:, None]).float(), (offset / size).float()
@@ -35,5 +35,5 @@ def given_signs(
         against = torch.sigmoid(-(offset + a @ slope.T) * sign / softness)
         curvature = (slope.T * (against * (1 - against)).mean(0)) @ slope / softness**2
         rise = (against * sign / softness) @ slope - a @ prior
-        a = a + torch.cholesky_solve(rise.T, torch.linalg.cholesky(DAMPING * curvature + prior)).T
-    return a, torch.cholesky_inverse(torch.linalg.cholesky(curvature + prior))
+        a = a + torch.cholesky_solve(rise.T, torch.linalg.cholesky_ex(DAMPING * curvature + prior)[0]).T
+    return a, torch.cholesky_inverse(torch.linalg.cholesky_ex(curvature + prior)[0])

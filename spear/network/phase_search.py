@@ -259,7 +259,7 @@ class PhaseSearch:
         biased = self.problem.biases[self.problem.last] is not None
         s = Foretold.of(self.spaces, free, biased=biased).draw(plan.starts, self.generator)
         if plan.kind == "saturated":
-            start = self.drawn.saturated(self.spaces, s, self.solved.d)
+            start = self.drawn.saturated(self.spaces, s, torch.cat([self.gone.d, self.solved.d]))
         else:
             start = self.drawn.draw(self.spaces, s, labels, spread=plan.free)
         # An h that moves goes on improving where it arrived; a crowded span is near to everything.

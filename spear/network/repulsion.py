@@ -18,6 +18,7 @@ from spear.network.spaces import Solved, Spaces
 from spear.signs import given_signs
 
 FORCE = 0.03  # on a start, times what a solved sample shows of it over what the blur lets an unsolved one show
+DEPENDENT = 1e6  # an x so large says that solved directions are a combination of each other
 FLOOR = 0.05  # of the mean blur: the least that a start is granted
 
 
@@ -34,9 +35,13 @@ class Repulsion:
     blur: Float[Tensor, "b b"]
 
     @classmethod
-    def of(cls, spaces: Spaces, solved: Solved) -> "Repulsion":
-        """By the solved samples of a problem, of which there must be some."""
+    def of(cls, spaces: Spaces, solved: Solved) -> "Repulsion | None":
+        """By the solved samples of a problem; `None` without any, and where they depend on each other."""
+        if not len(solved):
+            return None
         x, blur = duals(spaces, solved)
+        if not bool((x.abs().amax() < DEPENDENT) & blur.isfinite().all()):
+            return None
         pull, axes = torch.linalg.eigh(x.T @ x / len(x))
         return cls(quick(spaces.basis.float() @ axes), pull.clamp_min(0), axes.T @ blur @ axes)
 

@@ -82,6 +82,18 @@ def test_large_weights_whose_softmax_knows_two_classes(seed, loss_of):
     assert report.recovered[strong > 1e-5 * strong.max()].all(), result.reason
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_large_weights_in_a_crowd_from_which_solved_samples_leave(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(50, 150, generator=generator, dtype=torch.float64)
+    y = torch.randint(10, (50,), generator=generator)
+    model = models.fcnn((150,), 120, 3, 10, dtype=torch.float64)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2
+    result = attack(model, gradient(model, x, y), method="network", time_limit=10)
+    assert metrics.evaluate(result, x, y).precision == 1
+
+
 @pytest.mark.parametrize("sizes", [(60, 120), (60, 120, 120)])
 @pytest.mark.parametrize("outputs", [1, 2, 10])
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error"])

@@ -93,3 +93,10 @@ def test_shares_do_not_depend_on_a_starts_size_and_a_zero_one_is_no_error():
     u = unit_rows(torch.randn(6, len(spaces.basis), generator=torch.Generator().manual_seed(0)))
     assert torch.allclose(away.shares(u), away.shares(-7 * u), atol=1e-5)
     assert away.shares(0 * u).isfinite().all()
+
+
+def test_nothing_is_repelled_by_nobody_nor_by_directions_that_depend_on_each_other():
+    spaces, every, _ = problem(0)
+    assert Repulsion.of(spaces, Solved.none(spaces)) is None
+    twice = torch.tensor([0, 1, 2, 0])
+    assert Repulsion.of(spaces, every[twice]) is None
