@@ -3,20 +3,17 @@
 Directions are rows here: `q` (h, b) holds h candidates for columns of the disaggregation matrix Q, each up to a factor.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
-from spear.directions import distinct, unit_rows
+from spear.directions import distinct
 from spear.published import sparsity
 from spear.published.sparsity import zero_pattern
 from spear.published.view import Observed
 
 SAME_DIRECTION = 1 - 1e-6  # |cosine| of two polished directions that are one; images apart differ by far more
 FULL_LEVERAGE = 1 - 1e-6  # share of the rank that only a row carries without which it is lost
-POWERS = 6  # of power iteration: enough for its order
 MOST_ENTRIES = 2**24  # of the copies of L that are held at once
 CROWD = 8  # candidates for each column that are kept: noise lets false ones through in numbers
 FEWEST_ZEROS = 0.15  # share of a layer's rows: networks that were trained leave down to 0.21 of them zero
@@ -49,37 +46,19 @@ def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: f
     zero = zero_rows(L, q, tolerance=tolerance)
     if L.shape[1] == 1:
         return torch.ones_like(zero[:, 0])
-    at_once = max(1, MOST_ENTRIES // L.numel())
-    parts = zip(zero.split(at_once), q.split(at_once), strict=True)
-    return torch.cat([_determined(L, rows, part, tolerance) for rows, part in parts])
-
-
-def _determined(
-    L: Float[Tensor, "m b"], zero: Bool[Tensor, "h m"], q: Float[Tensor, "h b"], tolerance: float
-) -> Bool[Tensor, " h"]:
-    """With q, which the zero rows annihilate, added to their Gram matrix as one row more that carries a rank alone."""
-    full, x = gram(L, zero), torch.randn(q.shape, generator=Generator().manual_seed(0), dtype=q.dtype).to(q.device)
-    largest = _gain(lambda y: full @ y, x)
-    kernel = unit_rows(q)[:, :, None]
-    factor, failed = torch.linalg.cholesky_ex(full + largest[:, None, None] * kernel * kernel.mT)
-    factor = torch.where(failed[:, None, None] > 0, torch.eye(len(L.T)).to(factor), factor)
-    least = 1 / _gain(lambda y: torch.cholesky_solve(y, factor), x)
-    spread = torch.linalg.solve_triangular(factor, L.mT.expand(len(q), -1, -1), upper=False)
-    carried = (spread.square().sum(1) * zero).amax(1)
-    return (failed == 0) & (least > max(1e-9, (3 * tolerance) ** 2) * largest) & (carried <= FULL_LEVERAGE)
-
-
-def _gain(product: Callable[[Tensor], Tensor], x: Float[Tensor, "h b"]) -> Float[Tensor, " h"]:
-    """The largest eigenvalue of each of several symmetric matrices, from below, by power iteration from x."""
-    x = x[:, :, None]
-    for _ in range(POWERS):
-        x = product(x / torch.linalg.vector_norm(x, dim=1, keepdim=True))
-    return torch.linalg.vector_norm(x, dim=1)[:, 0]
+    values, vectors = torch.linalg.eigh(gram(L, zero))
+    floor = max(1e-9, (3 * tolerance) ** 2) * values[:, -1]
+    return (values[:, 1] > floor) & (_leverage(L, zero, values, vectors).amax(1) <= FULL_LEVERAGE)
 
 
 def leverage(L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"]) -> Float[Tensor, "h m"]:
     """How much of the rank of the rows A each of them carries, l (A^T A)^+ l^T, where A has a kernel; 0 elsewhere."""
-    values, vectors = torch.linalg.eigh(gram(L, rows))
+    return _leverage(L, rows, *torch.linalg.eigh(gram(L, rows)))
+
+
+def _leverage(
+    L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"], values: Float[Tensor, "h b"], vectors: Float[Tensor, "h b b"]
+) -> Float[Tensor, "h m"]:
     spread = vectors[:, :, 1:] / values[:, None, 1:].clamp_min(1e-300).sqrt()
     return ((L @ spread) ** 2).sum(2) * rows
 
