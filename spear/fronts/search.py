@@ -31,11 +31,12 @@ COOLED, COLDEST = 0.7, 0.5  # of a temperature: down to `TRUE`, and the least af
 ALLOWED, AGAIN = 2.0, 10.0  # temperatures per residual: what follows a stage that helped, and one that did not
 HELPED = 0.9  # of the residual before
 DECAY = 1.2  # of the frequencies, times the root of the temperature
-STEPS, STAGES = 20, 60  # in a stage, and stages before double precision is tried
+STEPS, STAGES = 40, 40  # in a stage, and stages before double precision is tried
 NATURAL = 1.5  # decay of random inputs by which temperatures are measured
 SIZED = 4  # rounds in which these get features of the right size
 NEAR = 2e-4  # relative residual from which double precision takes over; a quarter of it where that failed
-FINEST, LONG = 12, 200  # steps in double precision, of so many conjugate gradients
+FINEST, LONG = 20, 200  # steps in double precision, of so many conjugate gradients
+SHORTER, SHORTEST = 0.5, 0.1  # of such a step past a kink that does not help
 TRIES = 3  # of double precision
 
 
@@ -203,11 +204,16 @@ def sharpened(
         index = near.nonzero()[:, 0]
         if not len(index) or time.monotonic() >= until:
             break
-        trial = x[index] + _corrected(problem[index], rough[index], x[index], False, until)
-        now = residual(problem[index], trial, joint=False).samples
-        better = now < far[index]
-        near[index] = now < 0.5 * far[index]
-        x[index[better]], far[index[better]] = trial[better], now[better]
+        step = _corrected(problem[index], rough[index], x[index], False, until)
+        near[index] = False
+        share = 1.0
+        while len(index) and share > SHORTEST:
+            trial = x[index] + share * step
+            now = residual(problem[index], trial, joint=False).samples
+            better = now < far[index]
+            gained = index[better]
+            x[gained], far[gained], near[gained] = trial[better], now[better], True
+            index, step, share = index[~better], step[~better], SHORTER * share
     return x
 
 
