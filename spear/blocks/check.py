@@ -26,26 +26,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.blocks.curves import TokenCurves
-from spear.blocks.search import PART, Tokens
+from spear.blocks.lengths import Lengths
+from spear.blocks.search import PART, Tokens, together
 from spear.blocks.view import BlockView
 from spear.certificate import SAFETY, Certificate, inverse_columns, norms, rms
-from spear.network.layerwise import solve
+from spear.directions import unit_rows
 
 
-def together(view: BlockView, found: Tokens) -> tuple[Float[Tensor, "n outputs"], Float[Tensor, "n m"]]:
-    """d and g of all tokens, from the second gradient: what is left of the first is then a check."""
-    d = solve(found.read, view.above.T)
-    return d, view.activation.slope(found.extended @ view.lift.T) * (d @ view.reader)
-
-
-def certificate(view: BlockView, found: Tokens, doubt: str) -> Certificate:
+def certificate(view: BlockView, found: Tokens, lengths: Lengths, doubt: str) -> Certificate:
     """The evidence for the tokens, all of which were found."""
     d, g = together(view, found)
     left = view.below - g.T @ found.extended, view.above - d.T @ found.read
     whole = view.below, view.above
     entries = [max(rms(rest), view.eps * rms(all_)) for rest, all_ in zip(left, whole, strict=True)]
     residual = max(float(rest.norm() / all_.norm()) for rest, all_ in zip(left, whole, strict=True))
-    bound = errors(view, found.extended, g, d, entries)
+    bound = lengths.total(errors(view, found.extended, g, d, entries))
     return Certificate(
         copies=torch.ones_like(bound).long(),
         disclosed=view.disclosed,
@@ -53,7 +48,7 @@ def certificate(view: BlockView, found: Tokens, doubt: str) -> Certificate:
         limit=view.accuracy.layer,
         error_bound=bound,
         allowed=view.accuracy.recovered,
-        doubt="" if view.is_scaled else "without biases, ReLU leaves the length of each token open",
+        doubt=lengths.doubt,
         reserve=doubt,
     )
 
@@ -79,9 +74,15 @@ def errors(
     for part in torch.arange(len(w), device=w.device).split(max(1, PART // max(1, curves.frame.numel()))):
         at = curves.at(w[part], labels[part])
         T = curves.matrix(at) * at.size[:, None]
-        factor, failed = torch.linalg.cholesky_ex(T @ T.mT)
+        squares, moved = T @ T.mT, gram
+        if not view.is_scaled:  # along w u only grows
+            line = unit_rows(w[part])[:, :, None] * unit_rows(w[part])[:, None]
+            aside = torch.eye(line.shape[1]).to(line) - line
+            squares = squares + squares.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * line
+            moved = aside @ gram @ aside
+        factor, failed = torch.linalg.cholesky_ex(squares)
         inverse = torch.cholesky_inverse(factor)
-        squared = (inverse * gram).sum((1, 2))
+        squared = (inverse * moved).sum((1, 2))
         lever.append(torch.where(failed == 0, squared.clamp_min(0).sqrt(), torch.inf))
         reach.append(at.bend.abs().amax(1) * weights)
     lever, reach = torch.cat(lever), torch.cat(reach)

@@ -1,6 +1,7 @@
 """The server's view of a block: its weights, and its two gradients, checked and factorised."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -11,13 +12,25 @@ from spear.federated.received import check_count, check_gradients, coarsest, com
 from spear.federated.update import SharedUpdate
 from spear.models.activations import Activation
 from spear.models.layers import Block, Layer
-from spear.models.tracing import find_block
+from spear.models.normalised import Normaliser
+from spear.models.sublayers import added, normalised
+from spear.models.tracing import find_block, traced_model
 from spear.network.factors import Factors
 from spear.published.lowrank import LowRank, augment, decompose
 from spear.reconstruction import Refusal
 
 FADED = 3.0  # times the next one: a singular value that is no rounding, where the number of tokens is known
 MARGIN = 8  # equations beyond the unknowns of a token: those that a wrong answer fails
+
+
+@dataclass(frozen=True)
+class Before:
+    """The normalisation directly before a block, its `rounding`, and the gradient `total` of the weights whose outputs
+    are added last to what it is given, where that was received."""
+
+    norm: Normaliser
+    rounding: float
+    total: Float[Tensor, "n r"] | None
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,8 @@ class BlockView:
     `above` are their gradients in the same way, `low` both factorised. `from_data` says whether the samples themselves
     enter, or parts of them; `anchored` whether the first layer has a bias, and whether the second. `disclosed` is the
     number of tokens of all samples together, `None` where it is not known. `eps` is the rounding unit of the gradients
-    as they came, `dtype` the coarsest of model and update.
+    as they came, `dtype` the coarsest of model and update. `before` is what is looked for where the equations leave the
+    length of a token open.
     """
 
     name: str
@@ -43,6 +57,7 @@ class BlockView:
     disclosed: int | None
     eps: float
     dtype: torch.dtype
+    before: Before | None = None
 
     @property
     def rank(self) -> int:
@@ -52,7 +67,7 @@ class BlockView:
     @property
     def is_scaled(self) -> bool:
         """Whether the equations of a token fix its length: not those of a ReLU between layers without biases."""
-        return any(self.anchored) or not self.activation.is_relu
+        return any(self.anchored) or not self.activation.is_homogeneous
 
     @property
     def accuracy(self) -> Accuracy:
@@ -100,7 +115,22 @@ def open_block(
     weights = lift, linear.weight.detach().to(device, torch.float64), below, above
     activation = block.first.activation.to(device)
     told = anchored, low, disclosed, eps, coarsest(model, update)
-    return BlockView(block.first.name, block.first.from_data, activation, *weights, *told)
+    view = BlockView(block.first.name, block.first.from_data, activation, *weights, *told)
+    return view if view.is_scaled else replace(view, before=_before(model, update, view, received))
+
+
+def _before(model: nn.Module, update: SharedUpdate, view: BlockView, received: Mapping[str, Tensor]) -> Before | None:
+    traced = traced_model(model, update.input_shape)
+    found = normalised(traced, view.name)
+    if found is None:
+        return None
+    totals, names = [], traced.names()
+    for out in added(traced, found.given):
+        own = names.get(weight := f"{out.target}.weight")
+        if own in received:
+            totals.append(received[own].T if weight in traced.turned else received[own])
+    norm = replace(found.norm, scale=found.norm.scale.to(view.lift), shift=found.norm.shift.to(view.lift))
+    return Before(norm, found.rounding, totals[0].to(view.lift) if totals else None)
 
 
 def _is_counted(block: Block, update: SharedUpdate) -> bool:

@@ -48,6 +48,13 @@ class Activation:
         """Whether phi is piecewise linear: its slope then tells the piece, and nothing more of z."""
         return self.levels is not None
 
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether phi(c z) = c^k phi(z) for c > 0: the length of z shows in that of phi(z) alone."""
+        z = torch.logspace(-2, 2, 17, dtype=torch.float64)
+        once, twice = (self.value(c * torch.cat([-z, z])[:, None].expand(-1, self.units).contiguous()) for c in (1, 2))
+        return torch.allclose(twice, once * twice.norm() / once.norm(), rtol=1e-9, atol=0)
+
     def value(self, z: Float[Tensor, "*s m"]) -> Float[Tensor, "*s m"]:
         """phi(z)."""
         with torch.no_grad():
