@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from spear.blocks.lengths import by_stream
+from spear.blocks.lengths import by_stream, columns_of
 from spear.directions import TINY, complement
 from spear.models.sublayers import Sublayer
 from spear.network.layerwise import solve
@@ -82,7 +82,7 @@ def before_branch(
 
     `by_x` and `by_y` are the loss' gradients by what enters the block and by what it adds to the stream.
     """
-    seen = by_stream(part.norm, total, x, by_x, by_y)
+    seen = by_stream(part.norm, columns_of(total, len(x)), x, by_x, by_y)
     if not seen.fits:
         return None
     c = solve(seen.by_h, total)

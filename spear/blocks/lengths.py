@@ -24,13 +24,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.blocks.search import Tokens, together
-from spear.blocks.view import MARGIN, BlockView
+from spear.blocks.view import BlockView
 from spear.certificate import SAFETY
 from spear.directions import TINY
 from spear.models.normalised import Normaliser
 
 FITS = 1e-4  # relative residual of equations that hold
-STEPS = 20  # in each r is read off tokens of the length that the last r gives: the error shrinks by eps / r²
+STEPS = 20  # in each r is read off tokens of the length that the last r gives: its error shrinks by about eps / r²
+EQUATIONS = 4  # for the one unknown of each token
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,27 @@ class Streams:
 
 def by_stream(
     norm: Normaliser,
-    total: Float[Tensor, "d r"],
+    columns: Float[Tensor, "d n"],
     x: Float[Tensor, "n d"],
     by_x: Float[Tensor, "n d"],
     by_y: Float[Tensor, "n d"],
 ) -> Streams:
-    """What the gradient `total` of W_o says of the stream before a block, by those by what enters it and by what it
-    adds."""
+    """What the columns of dLoss/dW_o, an orthonormal basis, say of the stream before a block, by the gradients by what
+    enters it and by what it adds."""
     unit, by_unit = (x - norm.shift.to(x)) / norm.scale.to(x), by_x * norm.scale.to(x)
     v = by_unit - unit * (by_unit * unit).mean(1, keepdim=True)
     v = v - by_unit.mean(1, keepdim=True) if norm.kind == "layer" else v
-    columns = torch.linalg.svd(total, full_matrices=False)[0][:, : len(x)]
     away, rest = (u - (u @ columns) @ columns.T for u in (v, by_y))
     size = away.norm(dim=1).clamp_min(TINY)
     over = -(away * rest).sum(1) / size**2
     by_h, left = by_y + over[:, None] * v, rest + over[:, None] * away
     fits = bool((over > 0).all()) and float(left.norm()) <= FITS * float(by_h.norm())
     return Streams(by_h, over, left.norm(dim=1) / size, fits)
+
+
+def columns_of(total: Float[Tensor, "d r"], n: int) -> Float[Tensor, "d n"]:
+    """The n largest directions of a gradient's columns."""
+    return torch.linalg.svd(total, full_matrices=False)[0][:, :n]
 
 
 def measured(view: BlockView, found: Tokens) -> tuple[Tokens, Lengths]:
@@ -90,28 +95,34 @@ def measured(view: BlockView, found: Tokens) -> tuple[Tokens, Lengths]:
     if not bool(norm.scale.all()):
         blind = f"{int((norm.scale == 0).sum())} entries of what is normalised before {view.name} do not enter it"
         return found, replace(opened, doubt=f"{opened.doubt}: {blind}")
-    tokens = _sized(view, found, none + 1)
-    if tokens is None:
-        return found, opened
-    about = f"the length of each token is known from the normalisation before it up to {norm.eps:.0e} / 2 r², r² the "
-    opened = replace(opened, doubt=f"{about}mean square of what that is given, which no gradient tells")
-    total = view.before.total
-    if total is None or view.lift.shape[1] - len(found) < MARGIN:
+    if (tokens := _sized(view, found, none + 1)) is None:
+        blind = f"what the normalisation before {view.name} adds is larger than what it makes"
+        return found, replace(opened, doubt=f"{opened.doubt}: {blind}")
+    about = "the length of each token is known by the normalisation before it up to a share of"
+    opened = replace(opened, doubt=f"{about} {norm.eps:.0e} / 2r², which no gradient tells: r² is the size of its input")
+    if view.before.total is None or view.lift.shape[1] - len(found) < EQUATIONS:
         return tokens, opened
-    over = moved = none
+    exact = _iterated(view, found, tokens)
+    return (tokens, opened) if exact is None else exact
+
+
+def _iterated(view: BlockView, found: Tokens, tokens: Tokens) -> tuple[Tokens, Lengths] | None:
+    """Tokens at the length of their own r; `None` where the equations of r do not hold."""
+    norm, over = view.before.norm, torch.zeros_like(found.sine)
+    columns = columns_of(view.before.total, len(found))
     for _ in range(STEPS):
         d, g = together(view, tokens)
-        seen = by_stream(norm, total, tokens.extended, g @ view.lift, d)
-        sized = _sized(view, found, 1 - norm.eps * seen.over**2)
-        if not seen.fits or sized is None:
-            return tokens, opened
-        tokens, moved, over = sized, (seen.over - over).abs(), seen.over
-    square = 2 * norm.eps * over * (SAFETY * seen.off + moved)
+        seen = by_stream(norm, columns, tokens.extended, g @ view.lift, d)
+        moved, over = (seen.over - over).abs(), seen.over
+        if (tokens := _sized(view, found, 1 - norm.eps * over**2)) is None:
+            return None
+    if not seen.fits:
+        return None
+    square = 2 * norm.eps * over * (seen.off + moved) + view.before.rounding + view.eps
     n, spread = _spread(norm, tokens.extended)
     along = 2 * (n * spread).mean(1)
-    own = (square + view.before.rounding + view.eps) / along
     lever = 2 * (n / norm.scale).norm(dim=1) * tokens.extended.norm(dim=1) / (along * n.shape[1])
-    return tokens, Lengths(own, lever)
+    return tokens, Lengths(SAFETY * square / along, lever)
 
 
 def _spread(norm: Normaliser, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:

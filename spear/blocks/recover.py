@@ -39,6 +39,8 @@ def recover(view: BlockView, terms: Terms) -> tuple[Reconstruction, Tokens]:
     if evidence.holds:
         evidence = certificate(view, run.known, lengths, _others(view, run, terms))
     reason = f"all {view.rank} tokens that enter {view.name}: both gradients reproduced to {evidence.residual:.0e}"
+    if not view.is_scaled and not lengths.doubt:
+        reason = f"{reason}; their lengths by the normalisation before it, to {float(lengths.own.max()):.0e}"
     if not evidence.holds:
         reason = f"{reason}; not certified: {_why_not(view, evidence)}"
     return _result(view, run, terms, reason, evidence), run.known
