@@ -74,15 +74,9 @@ def errors(
     for part in torch.arange(len(w), device=w.device).split(max(1, PART // max(1, curves.frame.numel()))):
         at = curves.at(w[part], labels[part])
         T = curves.matrix(at) * at.size[:, None]
-        squares, moved = T @ T.mT, gram
-        if not view.is_scaled:  # along w u only grows
-            line = unit_rows(w[part])[:, :, None] * unit_rows(w[part])[:, None]
-            aside = torch.eye(line.shape[1]).to(line) - line
-            squares = squares + squares.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * line
-            moved = aside @ gram @ aside
-        factor, failed = torch.linalg.cholesky_ex(squares)
+        factor, failed = torch.linalg.cholesky_ex(T @ T.mT)
         inverse = torch.cholesky_inverse(factor)
-        squared = (inverse * moved).sum((1, 2))
+        squared = (inverse * _beside(view, w[part], gram)).sum((1, 2))
         lever.append(torch.where(failed == 0, squared.clamp_min(0).sqrt(), torch.inf))
         reach.append(at.bend.abs().amax(1) * weights)
     lever, reach = torch.cat(lever), torch.cat(reach)
@@ -90,3 +84,12 @@ def errors(
     off = entries[0] * row * x.shape[1] ** 0.5
     moved = lever * (entries[1] * column + off * reach)
     return (SAFETY * (off * (1 + norms(x)) + moved) / norms(x)).nan_to_num(torch.inf, torch.inf)
+
+
+def _beside(view: BlockView, w: Float[Tensor, "k q"], gram: Float[Tensor, "q q"]) -> Float[Tensor, "#k q q"]:
+    """The products of moves of x, beside x itself where its length is open."""
+    if view.is_scaled:
+        return gram[None]
+    line = unit_rows(w)
+    aside = torch.eye(len(gram)).to(gram) - line[:, :, None] * line[:, None]
+    return aside @ gram @ aside

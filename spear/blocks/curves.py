@@ -104,10 +104,14 @@ class TokenCurves:
         return (at.bend * u[:, : len(self.base)] / at.size) @ self.frame
 
     def matrix(self, at: TokenPoints) -> Float[Tensor, "k q m1"]:
-        """The derivative of the residual along every direction, one row each."""
+        """The derivative of the residual along every direction, one row each; where the length of z is open, that of
+        its logarithm along the unit, so that the rows are independent."""
         moved = self._padded(at.bend[:, None] * self.frame.T / at.size[:, None])
         moved = torch.baddbmm(moved, moved @ at.unit[:, :, None], at.unit[:, None], alpha=-1)
-        return moved - (moved @ self.span) @ self.span.T
+        moved = moved - (moved @ self.span) @ self.span.T
+        if self.view.is_scaled:
+            return moved
+        return moved + (at.w / at.w.square().sum(1, keepdim=True))[:, :, None] * at.unit[:, None]
 
     def _moved(self, at: TokenPoints, dz: Float[Tensor, "k m"]) -> Float[Tensor, "k m1"]:
         """The change of u at length 1 with z."""

@@ -98,8 +98,9 @@ def measured(view: BlockView, found: Tokens) -> tuple[Tokens, Lengths]:
     if (tokens := _sized(view, found, none + 1)) is None:
         blind = f"what the normalisation before {view.name} adds is larger than what it makes"
         return found, replace(opened, doubt=f"{opened.doubt}: {blind}")
-    about = "the length of each token is known by the normalisation before it up to a share of"
-    opened = replace(opened, doubt=f"{about} {norm.eps:.0e} / 2r², which no gradient tells: r² is the size of its input")
+    share = f"up to a share of {norm.eps:.0e} / 2r², r² the mean square of what that is given"
+    told = f"the length of each token is known by the normalisation before it {share}: the gradients do not tell it"
+    opened = replace(opened, doubt=told)
     if view.before.total is None or view.lift.shape[1] - len(found) < EQUATIONS:
         return tokens, opened
     exact = _iterated(view, found, tokens)

@@ -116,16 +116,18 @@ def open_block(
     activation = block.first.activation.to(device)
     told = anchored, low, disclosed, eps, coarsest(model, update)
     view = BlockView(block.first.name, block.first.from_data, activation, *weights, *told)
-    return view if view.is_scaled else replace(view, before=_before(model, update, view, received))
+    return view if view.is_scaled else replace(view, before=_before(model, update, block, view, received))
 
 
-def _before(model: nn.Module, update: SharedUpdate, view: BlockView, received: Mapping[str, Tensor]) -> Before | None:
+def _before(
+    model: nn.Module, update: SharedUpdate, block: Block, view: BlockView, received: Mapping[str, Tensor]
+) -> Before | None:
     traced = traced_model(model, update.input_shape)
     found = normalised(traced, view.name)
     if found is None:
         return None
     totals, names = [], traced.names()
-    for out in added(traced, found.given):
+    for out in added(traced, found, block.second.name):
         own = names.get(weight := f"{out.target}.weight")
         if own in received:
             totals.append(received[own].T if weight in traced.turned else received[own])

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from spear.models.entrywise import ROWS, Piece
-from spear.models.graphs import as_rows, extract
+from spear.models.graphs import as_rows, extract, is_size
 from spear.models.normalised import Normaliser, sample_norm
 from spear.models.traced import Traced, operation
 from spear.models.tracing import LONGEST, ancestors, source_of
@@ -17,8 +17,8 @@ SHAPES = {"dropout", "transpose", "view", "reshape", "permute", "contiguous", "f
 
 @dataclass(frozen=True)
 class Normalised:
-    """x = norm(h) enters a linear layer: the nodes of x and h in the graph. `rounding` is what the model's own precision
-    leaves in the mean of the squares that it makes 1."""
+    """x = norm(h) enters a linear layer: `end` and `given`, the nodes of x and h. `rounding` is what the model's own
+    precision leaves in the mean of the squares that it makes 1."""
 
     end: fx.Node
     given: fx.Node
@@ -57,10 +57,24 @@ def normalised(traced: Traced, name: str) -> Normalised | None:
     return None
 
 
-def added(traced: Traced, node: fx.Node) -> list[fx.Node]:
-    """The linear layers whose outputs are added, as they are, to make a node's value."""
-    parts = node.args[:2] if operation(node) == "add" else (node,)
+def added(traced: Traced, found: Normalised, second: str) -> list[fx.Node]:
+    """The linear layers whose outputs make h, as they are, where it is seen by a block alone, whose last layer is
+    `second`, and by the sum of the two: the loss' gradient by h is then that by the sum and what the block leads back.
+    """
+    within = {found.given}
+    for one in ancestors(found.end):
+        within |= {one} if within & set(one.all_input_nodes) else set()
+    seen_by = {user for one in within for user in one.users if user not in within and not is_size(user)}
+    sums = [one for one in seen_by if found.given in _summands(one)]
+    given_back = [out for one in sums for part in _summands(one) if (out := _last_linear(traced, part)) is not None]
+    if len(seen_by) > 2 or second not in [str(out.target) for out in given_back]:
+        return []
+    parts = _summands(found.given) or (found.given,)
     return [out for part in parts if (out := _last_linear(traced, part)) is not None]
+
+
+def _summands(node: fx.Node) -> tuple[object, ...]:
+    return node.args[:2] if operation(node) == "add" and not node.kwargs else ()
 
 
 def sublayer(traced: Traced, name: str) -> Sublayer | None:
