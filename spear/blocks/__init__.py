@@ -6,6 +6,7 @@ To a linear layer each token of each sample is a sample of its own. For the toke
 
 with g = phi'(z) ∘ W'ᵀ d. So [x_t; 1] lies in the row space of the first gradient, [phi(z_t); 1] in that of the second:
 about m - n equations for n - 1 unknowns, whatever stands before and behind the block. Reading order: `view` (what is
-known), `curves` (the equations), `search` (starts, tokens subtracted one by one), `check` (the theorem), `recover`;
-then `images` (from the tokens down to the samples, every step linear), `behind`.
+known), `curves` (the equations), `search` (starts, tokens subtracted one by one), `lengths` (where the two gradients
+leave these open, as in T5, whose ReLU has no biases), `check` (the theorem), `recover`; then `images` (from the tokens
+down to the samples, every step linear), `behind`.
 """

@@ -66,7 +66,7 @@ class BlockView:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the equations of a token fix its length: not those of a ReLU between layers without biases."""
+        """Whether the equations of a token fix its length: not those of a ReLU between layers without biases (T5)."""
         return any(self.anchored) or not self.activation.is_homogeneous
 
     @property

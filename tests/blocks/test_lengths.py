@@ -1,0 +1,272 @@
+"""Tokens of blocks without biases: their lengths, from the normalisation before the block."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spear
+from spear import federated
+from spear.blocks.view import open_block
+from spear.federated.update import SharedUpdate
+from spear.models.sublayers import added, normalised
+from spear.models.tracing import traced_model
+from spear.reconstruction import Reconstruction
+
+VOCABULARY, CLASSES, LENGTH = 300, 5, 8
+NAME = "layers.0.wi"
+
+
+class T5Norm(nn.Module):
+    """By the root mean square, in single precision if `coarse`, as T5 is written."""
+
+    def __init__(self, d: int, coarse: bool = False) -> None:
+        super().__init__()
+        self.weight, self.coarse, self.eps = nn.Parameter(torch.ones(d)), coarse, 1e-6
+
+    def forward(self, h: Tensor) -> Tensor:
+        squares = (h.float() if self.coarse else h).pow(2).mean(-1, keepdim=True)
+        return self.weight * (h * torch.rsqrt(squares + self.eps))
+
+
+class Attention(nn.Module):
+    """Of four heads, with biases by distance."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
+        self.distance = nn.Embedding(2 * LENGTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(2, (4, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        at = torch.arange(LENGTH)
+        scores = q @ k.transpose(2, 3) + self.distance(at[None] - at[:, None] + LENGTH).permute(2, 0, 1)
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Of T5; `between` stands before the block, h goes past it `past` times."""
+
+    def __init__(self, d: int, norm: Callable[[int], nn.Module], activation: nn.Module, between: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.before, self.norm = Attention(d), norm(d), norm(d)
+        self.wi, self.wo = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+        self.activation, self.between, self.drop, self.past = activation, between, nn.Dropout(0.1), 1
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.drop(self.attention(self.before(h)))
+        given = self.drop(self.wo(self.drop(self.activation(self.wi(self.between(self.norm(h)))))))
+        return h + given if self.past == 1 else self.past * h + given
+
+
+class Encoder(nn.Module):
+    """Of tokens by number, and a head that reads their mean."""
+
+    def __init__(
+        self,
+        d: int = 48,
+        norm: Callable[[int], nn.Module] = T5Norm,
+        activation: nn.Module | None = None,
+        between: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.shared, self.norm, self.head = nn.Embedding(VOCABULARY, d), norm(d), nn.Linear(d, CLASSES)
+        made = lambda: Layer(d, norm, activation or nn.ReLU(), between or nn.Identity())  # noqa: E731
+        self.layers = nn.ModuleList(made() for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.shared(ids)
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(self.norm(h).mean(1))
+
+
+def sent(seed: int, count: int = 4, **kind: object) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, a batch and its labels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Encoder(**kind).double().eval()
+        ids = torch.randint(VOCABULARY, (count, LENGTH))
+        return model, ids, torch.randint(CLASSES, (count,))
+
+
+def given(model: nn.Module, name: str, ids: Tensor) -> Tensor:
+    """What is given to a module, one row a token."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_hook(lambda _m, args, _out: seen.append(args[0].detach()))
+    model(ids)
+    hook.remove()
+    return seen[0].flatten(0, 1)
+
+
+def attacked(model: nn.Module, update: SharedUpdate, name: str = NAME, seed: int = 0) -> Reconstruction:
+    return spear.attack(model, update, layer=name, method="block", seed=seed)
+
+
+def nearest(found: Tensor, truth: Tensor) -> Tensor:
+    """The relative distance of each token found to a true one."""
+    apart = torch.cdist(found, truth, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    return apart / found.norm(dim=1)
+
+
+def check_certified(result: Reconstruction, truth: Tensor, exact: float = 1e-9) -> None:
+    assert result.complete, result.reason
+    assert "lengths by the normalisation" in result.reason
+    assert bool((nearest(result.inputs, truth) <= result.error_bound).all())
+    assert float(nearest(truth, result.inputs).max()) < exact
+
+
+def check_open(result: Reconstruction, truth: Tensor) -> None:
+    """Every direction, and nothing certified."""
+    assert "length of each token" in result.reason
+    assert not bool(result.certified.any())
+    assert not result.complete
+    truth, found = (x / x.norm(dim=1, keepdim=True) for x in (truth, result.inputs))
+    assert len(found) == len(truth)
+    assert float(nearest(truth, found).max()) < 1e-8
+
+
+NORMS = {
+    "T5": T5Norm,
+    "RMSNorm": lambda d: nn.RMSNorm(d, 1e-6),
+    "no bias": lambda d: nn.LayerNorm(d, bias=False),
+    "LayerNorm": nn.LayerNorm,
+}
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("T5", 0), ("T5", 1), ("T5", 2), *((kind, 3) for kind in NORMS)])
+def test_every_token_at_its_length(kind: str, seed: int) -> None:
+    model, ids, y = sent(seed, norm=NORMS[kind])
+    result = spear.attack(model, federated.gradient(model, ids, y), method="block", seed=seed)
+    assert result.features_of == NAME
+    check_certified(result, given(model, NAME, ids))
+
+
+@pytest.mark.parametrize(("d", "count"), [(64, 7), (96, 8)])
+def test_as_many_tokens_as_there_is_room_for(d: int, count: int) -> None:
+    model, ids, y = sent(d, count, d=d)
+    check_certified(attacked(model, federated.gradient(model, ids, y)), given(model, NAME, ids))
+
+
+@pytest.mark.parametrize("norm", [T5Norm, nn.LayerNorm])
+def test_trained_gains_and_shifts(norm: Callable[[int], nn.Module]) -> None:
+    model, ids, y = sent(0, norm=norm)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.layers:
+            for p in layer.norm.parameters():
+                p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    check_certified(attacked(model, federated.gradient(model, ids, y)), given(model, NAME, ids))
+    check_certified(attacked(model, federated.gradient(model, ids, y), "layers.1.wi"), given(model, "layers.1.wi", ids))
+
+
+@pytest.mark.parametrize("norm", [T5Norm, nn.LayerNorm])
+def test_small_streams(norm: Callable[[int], nn.Module]) -> None:
+    """Epsilon is then no small part: the mean of the squares is far from 1, and known all the same."""
+    model, ids, y = sent(1, norm=norm)
+    with torch.no_grad():
+        model.shared.weight *= 0.01
+        model.layers[0].attention.o.weight *= 0.01
+    truth = given(model, NAME, ids)
+    assert float((1 - truth.square().mean(1)).max()) > 1e-3
+    check_certified(attacked(model, federated.gradient(model, ids, y)), truth)
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).square()
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), Squared()])
+def test_other_activations_that_leave_the_length_open(activation: nn.Module) -> None:
+    model, ids, y = sent(2, 2, d=32, activation=activation)
+    update = federated.gradient(model, ids, y)
+    assert not open_block(model, update).is_scaled
+    check_certified(attacked(model, update), given(model, NAME, ids))
+    del update.gradients["layers.0.attention.o.weight"]
+    check_open(attacked(model, update), given(model, NAME, ids))
+
+
+def test_a_norm_in_single_precision() -> None:
+    """What it leaves in a length is in the bound."""
+    model, ids, y = sent(3, norm=lambda d: T5Norm(d, coarse=True))
+    result = attacked(model, federated.gradient(model, ids, y))
+    check_certified(result, given(model, NAME, ids), exact=1e-6)
+    assert float(result.error_bound.min()) > 1e-8
+
+
+def test_single_precision() -> None:
+    model, ids, y = sent(4)
+    model = model.float()
+    result = attacked(model, federated.gradient(model, ids, y))
+    off = nearest(result.inputs.double(), given(model, NAME, ids).double())
+    assert len(off) == ids.numel()
+    assert bool((off <= result.error_bound).all())
+    assert bool(result.certified.any())
+
+
+@pytest.mark.parametrize("wrong", ["not sent", "twice", "too many", "noise"])
+def test_lengths_up_to_epsilon(wrong: str) -> None:
+    """Where r is not known the length is, up to a share of epsilon / 2r²: said, not certified."""
+    model, ids, y = sent(5, 6 if wrong == "too many" else 4)
+    model.layers[0].past = 2 if wrong == "twice" else 1
+    update = federated.gradient(model, ids, y)
+    name = "layers.0.attention.o.weight"
+    if wrong == "not sent":
+        del update.gradients[name]
+    if wrong == "noise":
+        noise = torch.randn(48, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        update.gradients[name] += 0.01 * update.gradients[name].norm() * noise / noise.norm()
+    result, truth, h = attacked(model, update), given(model, NAME, ids), given(model, "layers.0.norm", ids)
+    check_open(result, truth)
+    assert "1e-06 / 2r²" in result.reason
+    nearest_to = torch.cdist(result.inputs, truth).argmin(1)
+    share = 1e-6 / (2 * h.square().mean(1)[nearest_to])
+    longer = result.inputs.norm(dim=1) / truth[nearest_to].norm(dim=1) - 1
+    torch.testing.assert_close(longer, share, rtol=1e-4, atol=1e-11)
+
+
+@pytest.mark.parametrize("between", [nn.Linear(48, 48, bias=False), nn.Tanh()])
+def test_something_between_the_norm_and_the_block(between: nn.Module) -> None:
+    model, ids, y = sent(6, between=between)
+    update = federated.gradient(model, ids, y)
+    assert open_block(model, update, layer=NAME).before is None
+    check_open(attacked(model, update), given(model, NAME, ids))
+
+
+@pytest.mark.parametrize(("gain", "shift", "why"), [(0.0, 0.0, "1 entries of"), (1.0, 9.0, "adds is larger")])
+def test_entries_that_tell_no_length(gain: float, shift: float, why: str) -> None:
+    model, ids, y = sent(7, norm=nn.LayerNorm)
+    with torch.no_grad():
+        model.layers[0].norm.weight[3], model.layers[0].norm.bias[3] = gain, shift
+    result = attacked(model, federated.gradient(model, ids, y))
+    check_open(result, given(model, NAME, ids))
+    assert why in result.reason
+
+
+def test_what_stands_before_a_block() -> None:
+    """Norms are known by what they compute; a stream that is read elsewhere too is none of a block alone."""
+    kinds = {}
+    for kind, norm in NORMS.items():
+        traced = traced_model(sent(0, norm=norm)[0], (LENGTH,))
+        found = normalised(traced, NAME)
+        assert found.rounding < 1e-14
+        assert [str(out.target) for out in added(traced, found, "layers.0.wo")] == ["layers.0.attention.o"]
+        assert added(traced, found, "layers.1.wo") == []
+        kinds[kind] = found.norm.kind, round(found.norm.eps, 9)
+    assert kinds["T5"] == kinds["RMSNorm"] == ("rms", 1e-6)
+    assert kinds["no bias"] == kinds["LayerNorm"] == ("layer", 1e-5)
+    model = sent(0)[0]
+    model.layers[0].past = 3
+    traced = traced_model(model, (LENGTH,))
+    assert added(traced, normalised(traced, NAME), "layers.0.wo") == []
+
+
+def test_the_number_of_tokens_must_be_disclosed() -> None:
+    model, ids, y = sent(8)
+    result = attacked(model, replace(federated.gradient(model, ids, y), count=None))
+    assert "not known" in result.reason
+    assert not bool(result.certified.any())
+    assert float(nearest(given(model, NAME, ids), result.inputs).max()) < 1e-9
