@@ -66,11 +66,21 @@ def added(traced: Traced, found: Normalised, second: str) -> list[fx.Node]:
         within |= {one} if within & set(one.all_input_nodes) else set()
     seen_by = {user for one in within for user in one.users if user not in within and not is_size(user)}
     sums = [one for one in seen_by if found.given in _summands(one)]
-    given_back = [out for one in sums for part in _summands(one) if (out := _last_linear(traced, part)) is not None]
-    if len(seen_by) > 2 or second not in [str(out.target) for out in given_back]:
+    if len(seen_by) > 2 or second not in [str(out.target) for one in sums for out in _made_of(traced, one)]:
         return []
-    parts = _summands(found.given) or (found.given,)
-    return [out for part in parts if (out := _last_linear(traced, part)) is not None]
+    return _made_of(traced, found.given)
+
+
+def _made_of(traced: Traced, node: fx.Node) -> list[fx.Node]:
+    """The linear layers whose outputs are a node's value, or a summand of it, and are used for nothing else."""
+    outs = [_last_linear(traced, part) for part in _summands(node) or (node,)]
+    return [out for out in outs if out is not None and _leads_only(out, node)]
+
+
+def _leads_only(start: fx.Node, end: fx.Node) -> bool:
+    while start is not end and len(start.users) == 1:
+        (start,) = start.users
+    return start is end
 
 
 def _summands(node: fx.Node) -> tuple[object, ...]:

@@ -144,6 +144,31 @@ def test_every_token_at_its_length(kind: str, seed: int) -> None:
     check_certified(result, given(model, NAME, ids))
 
 
+class Own(nn.Module):
+    """Of torch's own layers, opened by `torch.export`."""
+
+    def __init__(self, norm_first: bool, d: int = 32) -> None:
+        super().__init__()
+        kind = {"batch_first": True, "norm_first": norm_first, "bias": False}
+        one = nn.TransformerEncoderLayer(d, 2, 4 * d, 0.0, "relu", **kind)
+        self.embed, self.head = nn.Linear(24, d), nn.Linear(d, CLASSES)
+        self.encoder = nn.TransformerEncoder(one, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x)).mean(1))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torch_s_own_encoder(norm_first: bool) -> None:
+    """Where the normalised tokens themselves go past the block, no gradient tells r."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = Own(norm_first).double().eval(), torch.randn(2, 6, 24, dtype=torch.float64)
+    name = "encoder.layers.0.linear1"
+    result = attacked(model, federated.gradient(model, x, torch.tensor([1, 2])), name)
+    (check_certified if norm_first else check_open)(result, given(model, name, x))
+
+
 @pytest.mark.parametrize(("d", "count"), [(64, 7), (96, 8)])
 def test_as_many_tokens_as_there_is_room_for(d: int, count: int) -> None:
     model, ids, y = sent(d, count, d=d)
