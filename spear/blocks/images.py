@@ -4,9 +4,9 @@
 
 The branch ends with a layer W_o, b_o that reads c. A normalisation forgets the length of h, LayerNorm its mean too; the
 gradient tells the length (`lengths`), and then, by dLoss/dW_o = sum_t dLoss/dh_t c_tᵀ, every c_t, so that
-e_t = h_t - W_o c_t - b_o is known, but for its mean behind LayerNorm. Where e is
-affine in the sample, e = M_p s + b_p at position p, a token's position is the one whose equations it solves.
-Which tokens are of one sample the branch tells, where it is a softmax attention (`members`).
+e_t = h_t - W_o c_t - b_o is known, but for its mean behind LayerNorm. Where e is affine in the sample, e = M_p s + b_p
+at position p, a token's position is the one whose equations it solves. Which tokens are of one sample the branch tells,
+where it is a softmax attention (`members`).
 """
 
 import copy
