@@ -1,5 +1,6 @@
 """What stands before a feed-forward block of a transformer: a branch, e.g. attention, added to a stream, normalised."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -57,16 +58,17 @@ def normalised(traced: Traced, name: str) -> Normalised | None:
     return None
 
 
-def added(traced: Traced, found: Normalised, second: str) -> list[fx.Node]:
-    """The linear layers whose outputs make h, as they are, where it is seen by a block alone, whose last layer is
-    `second`, and by the sum of the two: the loss' gradient by h is then that by the sum and what the block leads back.
+def added(traced: Traced, found: Normalised, begins: Sequence[str], second: str) -> list[fx.Node]:
+    """The linear layers whose outputs make h, as they are, where it is seen by a block alone, between its layers
+    `begins` and `second`, and by the sum of the two: the loss' gradient by h is that by the sum and what is led back.
     """
     within = {found.given}
     for one in ancestors(found.end):
         within |= {one} if within & set(one.all_input_nodes) else set()
     seen_by = {user for one in within for user in one.users if user not in within and not is_size(user)}
-    sums = [one for one in seen_by if found.given in _summands(one)]
-    if len(seen_by) > 2 or second not in [str(out.target) for one in sums for out in _made_of(traced, one)]:
+    sums = {one for one in seen_by if found.given in _summands(one)}
+    ends = [str(out.target) for one in sums for out in _made_of(traced, one)]
+    if len(sums) > 1 or {str(one.target) for one in seen_by - sums} != set(begins) or second not in ends:
         return []
     return _made_of(traced, found.given)
 
