@@ -4,8 +4,9 @@
 on the row space of U', E a basis of the differences of the tokens (of the row space of U, where the first layer has no
 bias). Let (1 - P) u'(z_t) W E, u = [phi(z); 1], have full column rank for each token t. Then the tokens are isolated:
 no other n tokens near them give U and U', whatever their d, and so whatever stands before and behind the block. Where
-phi is piecewise linear no other n tokens on the same pieces do. Where the length of a token is open
-(`BlockView.is_scaled`), all this is of its direction alone, and `spear.blocks.lengths` says what is known of the rest.
+phi is piecewise linear no other n tokens on the same pieces do. Of a gated block u = [phi(z) ∘ z'; 1], and the former
+alone holds. Where the length of a token is open (`BlockView.is_scaled`), all this is of its direction, and
+`spear.blocks.lengths` says what is known of the rest.
 
 *Proof.* n tokens that give U and U' have their [x; 1] in the row space of U and their [a; 1] in that of U', as the
 factors have full rank. So x_t moves by E v alone, and r(v) = (1 - P) u(z_t + W E v) = 0, whose derivative at v = 0 is

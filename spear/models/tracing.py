@@ -84,17 +84,23 @@ def find_block(model: nn.Module, name: str | None = None, shape: Shape = None) -
     if name is not None and name not in layers:
         raise Refusal(f"no linear layer named {name!r}; the model's linear layers: {known}")
     begins = [layer for layer in layers.values() if (layer.rows > 1 if name is None else layer.name == name)]
-    gated = _gated(traced_model(model, shape), layers)
+    found = blocks(model, shape)
     for layer in begins:
-        if layer.readers and layer.after.is_plain and not layer.obstacle:
-            return Block(layer, layers[layer.readers[0]])
-        if layer.name in gated:
-            return gated[layer.name]
+        if layer.name in found:
+            return found[layer.name]
     why = "".join(f": {layer.obstacle}" for layer in begins if layer.obstacle)
     where = (
         f"behind {name}" if name else "that several tokens of a sample enter" if shape else "(a sample has no shape)"
     )
     raise Refusal(f"no activation and linear layer {where}{why}; the model's linear layers: {known}")
+
+
+def blocks(model: nn.Module, shape: Shape = None) -> dict[str, Block]:
+    """Every feed-forward block, gated or not, by the names of the layers that it begins with."""
+    layers = {layer.name: layer for layer in linear_layers(model, shape)}
+    begins = [one for one in layers.values() if one.readers and one.after.is_plain and not one.obstacle]
+    found = {layer.name: Block(layer, layers[layer.readers[0]]) for layer in begins}
+    return found | _gated(traced_model(model, shape), layers)
 
 
 def _gated(traced: Traced, layers: Mapping[str, Layer]) -> dict[str, Block]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from t5_problems import CLASSES, LENGTH, NAME, T5Norm, given, nearest, sent
 from torch import Tensor, nn
 
 import spear
@@ -15,100 +16,9 @@ from spear.models.sublayers import added, normalised
 from spear.models.tracing import traced_model
 from spear.reconstruction import Reconstruction
 
-VOCABULARY, CLASSES, LENGTH = 300, 5, 8
-NAME = "layers.0.wi"
-
-
-class T5Norm(nn.Module):
-    """By the root mean square, in single precision if `coarse`, as T5 is written."""
-
-    def __init__(self, d: int, coarse: bool = False) -> None:
-        super().__init__()
-        self.weight, self.coarse, self.eps = nn.Parameter(torch.ones(d)), coarse, 1e-6
-
-    def forward(self, h: Tensor) -> Tensor:
-        squares = (h.float() if self.coarse else h).pow(2).mean(-1, keepdim=True)
-        return self.weight * (h * torch.rsqrt(squares + self.eps))
-
-
-class Attention(nn.Module):
-    """Of four heads, with biases by distance."""
-
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
-        self.distance = nn.Embedding(2 * LENGTH, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(2, (4, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        at = torch.arange(LENGTH)
-        scores = q @ k.transpose(2, 3) + self.distance(at[None] - at[:, None] + LENGTH).permute(2, 0, 1)
-        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-class Layer(nn.Module):
-    """Of T5; `between` stands before the block, h goes past it `past` times."""
-
-    def __init__(self, d: int, norm: Callable[[int], nn.Module], activation: nn.Module, between: nn.Module) -> None:
-        super().__init__()
-        self.attention, self.before, self.norm = Attention(d), norm(d), norm(d)
-        self.wi, self.wo = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
-        self.activation, self.between, self.drop, self.past = activation, between, nn.Dropout(0.1), 1
-
-    def forward(self, h: Tensor) -> Tensor:
-        h = h + self.drop(self.attention(self.before(h)))
-        given = self.drop(self.wo(self.drop(self.activation(self.wi(self.between(self.norm(h)))))))
-        return h + given if self.past == 1 else self.past * h + given
-
-
-class Encoder(nn.Module):
-    """Of tokens by number, and a head that reads their mean."""
-
-    def __init__(
-        self,
-        d: int = 48,
-        norm: Callable[[int], nn.Module] = T5Norm,
-        activation: nn.Module | None = None,
-        between: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.shared, self.norm, self.head = nn.Embedding(VOCABULARY, d), norm(d), nn.Linear(d, CLASSES)
-        made = lambda: Layer(d, norm, activation or nn.ReLU(), between or nn.Identity())  # noqa: E731
-        self.layers = nn.ModuleList(made() for _ in range(2))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.shared(ids)
-        for layer in self.layers:
-            h = layer(h)
-        return self.head(self.norm(h).mean(1))
-
-
-def sent(seed: int, count: int = 4, **kind: object) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model, a batch and its labels."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Encoder(**kind).double().eval()
-        ids = torch.randint(VOCABULARY, (count, LENGTH))
-        return model, ids, torch.randint(CLASSES, (count,))
-
-
-def given(model: nn.Module, name: str, ids: Tensor) -> Tensor:
-    """What is given to a module, one row a token."""
-    seen = []
-    hook = model.get_submodule(name).register_forward_hook(lambda _m, args, _out: seen.append(args[0].detach()))
-    model(ids)
-    hook.remove()
-    return seen[0].flatten(0, 1)
-
 
 def attacked(model: nn.Module, update: SharedUpdate, name: str = NAME, seed: int = 0) -> Reconstruction:
     return spear.attack(model, update, layer=name, method="block", seed=seed)
-
-
-def nearest(found: Tensor, truth: Tensor) -> Tensor:
-    """The relative distance of each token found to a true one."""
-    apart = torch.cdist(found, truth, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
-    return apart / found.norm(dim=1)
 
 
 def check_certified(result: Reconstruction, truth: Tensor, exact: float = 1e-9) -> None:
@@ -278,15 +188,15 @@ def test_what_stands_before_a_block() -> None:
         traced = traced_model(sent(0, norm=norm)[0], (LENGTH,))
         found = normalised(traced, NAME)
         assert found.rounding < 1e-14
-        assert [str(out.target) for out in added(traced, found, "layers.0.wo")] == ["layers.0.attention.o"]
-        assert added(traced, found, "layers.1.wo") == []
+        assert [str(out.target) for out in added(traced, found, [NAME], "layers.0.wo")] == ["layers.0.attention.o"]
+        assert added(traced, found, [NAME], "layers.1.wo") == []
         kinds[kind] = found.norm.kind, round(found.norm.eps, 9)
     assert kinds["T5"] == kinds["RMSNorm"] == ("rms", 1e-6)
     assert kinds["no bias"] == kinds["LayerNorm"] == ("layer", 1e-5)
     model = sent(0)[0]
     model.layers[0].past = 3
     traced = traced_model(model, (LENGTH,))
-    assert added(traced, normalised(traced, NAME), "layers.0.wo") == []
+    assert added(traced, normalised(traced, NAME), [NAME], "layers.0.wo") == []
 
 
 def test_the_number_of_tokens_must_be_disclosed() -> None:
