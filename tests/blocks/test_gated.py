@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import spear
 from spear import federated
+from spear.audit.leaks import jointly
 from spear.blocks.curves import TokenCurves
 from spear.blocks.view import open_block
 from spear.models.tracing import find_block
@@ -43,6 +44,14 @@ def test_a_block_by_the_name_of_either_layer(name: str) -> None:
     block, layer = find_block(model, name, (LENGTH,)), name.rpartition(".")[0]
     assert [part.name for part in (*block.begins, block.second)] == [f"{layer}.wi", f"{layer}.gate", f"{layer}.wo"]
     assert find_block(sent(0)[0], shape=(LENGTH,)).gate is None
+
+
+def test_an_audit_names_both_layers() -> None:
+    model, _ids, _y = gated("LLaMA", 3)
+    found = jointly(model, (LENGTH,))
+    assert set(found) == {f"layers.{k}.{name}" for k in (0, 1) for name in ("wi", "gate")}
+    assert found[NAME]["jointly"].endswith("together with layers.0.gate and layers.0.wo")
+    assert found[NAME]["limit"] == 31 // LENGTH
 
 
 def test_what_is_no_gated_block() -> None:
