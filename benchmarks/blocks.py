@@ -4,8 +4,9 @@
 
 Of a `block` case the tokens are those of CIFAR-10 patches in a fresh transformer, and the gradient by what the block
 adds is drawn at random: d entries a token, m units, n tokens. A `vit` is attacked whole, by `spear.attack` told
-nothing: its images are what comes back where its first block determines them. Seconds are those of the processor. Data
-sets that are not there are skipped; `--csv` writes one row a case and seed, as benchmarks/blocks.csv.
+nothing: its images are what comes back where its first block determines them; a `t5` is one of RMSNorm and ReLU,
+without biases. Seconds are those of the processor. Data sets that are not there are skipped; `--csv` writes one row a
+case and seed, as benchmarks/blocks.csv.
 """
 
 import time
@@ -21,14 +22,15 @@ from spear.federated.update import SharedUpdate
 from spear.inversion import attack
 from spear.reconstruction import Reconstruction
 
-PATCH, SIDE = 8, 32
+PATCH, SIDE, HEADS, DEPTH = 8, 32, 4, 2
 EXACT = 1e-6  # relative error
 
 
 class Attention(nn.Module):
-    def __init__(self, entries: int, heads: int) -> None:
+    def __init__(self, entries: int, heads: int, bias: bool) -> None:
         super().__init__()
-        self.heads, self.project, self.out = heads, nn.Linear(entries, 3 * entries), nn.Linear(entries, entries)
+        self.heads = heads
+        self.project, self.out = nn.Linear(entries, 3 * entries, bias), nn.Linear(entries, entries, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.project(x).chunk(3, -1))
@@ -36,11 +38,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, entries: int, width: int, activation: Callable[[], nn.Module], heads: int = 4) -> None:
+    """Normalised before each of its layers; of T5 by RMSNorm, and without biases."""
+
+    def __init__(self, entries: int, width: int, activation: Callable[[], nn.Module], t5: bool = False) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(entries), nn.LayerNorm(entries)
-        self.attention = Attention(entries, heads)
-        self.up, self.activation, self.down = nn.Linear(entries, width), activation(), nn.Linear(width, entries)
+        self.norm1, self.norm2 = (nn.RMSNorm(entries, 1e-6) if t5 else nn.LayerNorm(entries) for _ in range(2))
+        self.attention, self.activation = Attention(entries, HEADS, not t5), activation()
+        self.up, self.down = nn.Linear(entries, width, not t5), nn.Linear(width, entries, not t5)
 
     def feed(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
@@ -53,11 +57,11 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Patches, learned positions, blocks, the mean of the tokens."""
 
-    def __init__(self, entries: int, width: int, activation: Callable[[], nn.Module], depth: int = 2) -> None:
+    def __init__(self, entries: int, width: int, activation: Callable[[], nn.Module], t5: bool = False) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, entries, PATCH, PATCH)
         self.position = nn.Parameter(0.02 * torch.randn(1, (SIDE // PATCH) ** 2, entries))
-        self.blocks = nn.Sequential(*(Block(entries, width, activation) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(entries, width, activation, t5) for _ in range(DEPTH)))
         self.norm, self.head = nn.LayerNorm(entries), nn.Linear(entries, 10)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -80,13 +84,15 @@ class Feed(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """Entries d of a token, units m, an activation; n tokens of a block, or b images of a whole transformer."""
+    """Entries d of a token, units m, an activation; n tokens of a block, or b images of a transformer, or one of T5's
+    blocks."""
 
     entries: int
     width: int
     activation: Callable[[], nn.Module]
     tokens: int = 0
     images: int = 0
+    t5: bool = False
     dtype: torch.dtype = torch.float64
 
 
@@ -99,6 +105,7 @@ CASES |= {
     "vit-256-gelu-4": Case(256, 1024, nn.GELU, images=4),
     "vit-256-relu-4": Case(256, 1024, nn.ReLU, images=4),
     "vit-192-gelu-4": Case(192, 768, nn.GELU, images=4),
+    "t5-400-64": Case(192, 400, nn.ReLU, images=4, t5=True),
     "vit-256-gelu-4-float32": Case(256, 1024, nn.GELU, images=4, dtype=torch.float32),
 }
 
@@ -122,7 +129,7 @@ class Row:
 def model_of(case: Case, seed: int) -> ViT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ViT(case.entries, case.width, case.activation).to(case.dtype).eval()
+        return ViT(case.entries, case.width, case.activation, case.t5).to(case.dtype).eval()
 
 
 def of_block(case: Case, seed: int) -> tuple[nn.Module, SharedUpdate, Tensor]:

@@ -81,8 +81,8 @@ def attack(
     one linear layer that a ReLU follows: `"sampling"`, SPEAR as published; `"guided"`, sampling where guesses of the
     batch point (`Guided(approximate=images)`); `"dictionary"`, its gradient as sparse vectors in a subspace;
     `"layer"`, its weights and gradient coupled (batches of up to a third of its width). Of two linear layers with any
-    elementwise activation between, whatever is around them: `"block"` (the feed-forward blocks of transformers: the
-    tokens of all samples that enter them, up to a third of the width in number). Of a fully connected network:
+    elementwise activation between, whatever is around them: `"block"` (a transformer's feed-forward blocks, gated or
+    not: the tokens of all samples that enter them, up to a third of the width in number). Of a fully connected network:
     `"network"`, every layer, whatever its elementwise activations (batches of hundreds). `"auto"` is the strongest
     method whose preconditions hold, and the next where it ends without the whole batch; `Reconstruction.method` says
     which it was.

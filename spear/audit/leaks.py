@@ -1,12 +1,13 @@
 """What a model gives away by all layers together, and by batch normalisation's buffers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from spear.blocks.view import MARGIN as LEAST_SPARE
 from spear.models import tracing
-from spear.models.layers import Layer, Shape
+from spear.models.layers import Block, Layer, Shape
 from spear.models.normalised import Between, normalised_chain
 from spear.normalisation.batch_search import MARGIN
 from spear.reconstruction import Refusal
@@ -24,19 +25,22 @@ def jointly(model: nn.Module, shape: Shape) -> dict[str, dict[str, Any]]:
         chain = normalised_chain(model, shape)
         return _activated(tracing.chain(model, shape)) if chain is None else _normalised(*chain)
     except Refusal:
-        return _blocks(tracing.linear_layers(model, shape))
+        return _blocks(tracing.blocks(model, shape))
 
 
-def _blocks(layers: list[Layer]) -> dict[str, dict[str, Any]]:
+def _blocks(blocks: Mapping[str, Block]) -> dict[str, dict[str, Any]]:
     """Of layers that an elementwise activation and another layer follow, where no ReLU alone gives as much away."""
-    found, outputs = {}, {layer.name: layer.linear.out_features for layer in layers}
-    for layer in layers:
-        if layer.readers and layer.after.is_plain and not layer.obstacle and (layer.rows > 1 or not layer.relu):
-            width, entries, reader = layer.linear.out_features, layer.linear.in_features, layer.readers[0]
-            limit = min(entries - 1, outputs[reader] - 1, (width + 1 - LEAST_SPARE) // 2) // layer.rows
+    found = {}
+    for name, block in blocks.items():
+        layer, second = next(part for part in block.begins if part.name == name), block.second.linear
+        if layer.rows > 1 or not layer.relu:
+            narrow = min(layer.linear.in_features, second.out_features) - 1
+            room = min(narrow, (second.in_features + 1 - LEAST_SPARE) // 2)
             alone = "the samples themselves" if layer.from_data else "the features that enter it"
             words = f"each of the {layer.rows} tokens of a sample that enter it" if layer.rows > 1 else alone
-            found[layer.name] = {"jointly": f"{words}, together with {reader}", "limit": limit, "rows": layer.rows}
+            others = " and ".join(part.name for part in (*block.begins, block.second) if part is not layer)
+            told = {"jointly": f"{words}, together with {others}", "limit": room // layer.rows}
+            found[name] = told | {"rows": layer.rows}
     return found
 
 

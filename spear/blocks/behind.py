@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spear.blocks import images
-from spear.blocks.check import together
-from spear.blocks.search import Tokens
+from spear.blocks.search import Tokens, together
 from spear.blocks.view import BlockView
 from spear.certificate import SAFETY
 from spear.federated import losses

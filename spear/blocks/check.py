@@ -4,7 +4,9 @@
 on the row space of U', E a basis of the differences of the tokens (of the row space of U, where the first layer has no
 bias). Let (1 - P) u'(z_t) W E, u = [phi(z); 1], have full column rank for each token t. Then the tokens are isolated:
 no other n tokens near them give U and U', whatever their d, and so whatever stands before and behind the block. Where
-phi is piecewise linear no other n tokens on the same pieces do.
+phi is piecewise linear no other n tokens on the same pieces do. Of a gated block u = [phi(z) ∘ z'; 1], and the former
+alone holds. Where the length of a token is open (`BlockView.is_scaled`), all this is of its direction, and
+`spear.blocks.lengths` says what is known of the rest.
 
 *Proof.* n tokens that give U and U' have their [x; 1] in the row space of U and their [a; 1] in that of U', as the
 factors have full rank. So x_t moves by E v alone, and r(v) = (1 - P) u(z_t + W E v) = 0, whose derivative at v = 0 is
@@ -26,26 +28,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.blocks.curves import TokenCurves
-from spear.blocks.search import PART, Tokens
+from spear.blocks.lengths import Lengths
+from spear.blocks.search import PART, Tokens, together
 from spear.blocks.view import BlockView
 from spear.certificate import SAFETY, Certificate, inverse_columns, norms, rms
-from spear.network.layerwise import solve
+from spear.directions import unit_rows
 
 
-def together(view: BlockView, found: Tokens) -> tuple[Float[Tensor, "n outputs"], Float[Tensor, "n m"]]:
-    """d and g of all tokens, from the second gradient: what is left of the first is then a check."""
-    d = solve(found.read, view.above.T)
-    return d, view.activation.slope(found.extended @ view.lift.T) * (d @ view.reader)
-
-
-def certificate(view: BlockView, found: Tokens, doubt: str) -> Certificate:
+def certificate(view: BlockView, found: Tokens, lengths: Lengths, doubt: str) -> Certificate:
     """The evidence for the tokens, all of which were found."""
     d, g = together(view, found)
     left = view.below - g.T @ found.extended, view.above - d.T @ found.read
     whole = view.below, view.above
     entries = [max(rms(rest), view.eps * rms(all_)) for rest, all_ in zip(left, whole, strict=True)]
     residual = max(float(rest.norm() / all_.norm()) for rest, all_ in zip(left, whole, strict=True))
-    bound = errors(view, found.extended, g, d, entries)
+    bound = lengths.total(errors(view, found.extended, g, d, entries))
     return Certificate(
         copies=torch.ones_like(bound).long(),
         disclosed=view.disclosed,
@@ -53,7 +50,7 @@ def certificate(view: BlockView, found: Tokens, doubt: str) -> Certificate:
         limit=view.accuracy.layer,
         error_bound=bound,
         allowed=view.accuracy.recovered,
-        doubt="" if view.is_scaled else "without biases, ReLU leaves the length of each token open",
+        doubt=lengths.doubt,
         reserve=doubt,
     )
 
@@ -81,7 +78,7 @@ def errors(
         T = curves.matrix(at) * at.size[:, None]
         factor, failed = torch.linalg.cholesky_ex(T @ T.mT)
         inverse = torch.cholesky_inverse(factor)
-        squared = (inverse * gram).sum((1, 2))
+        squared = (inverse * _beside(view, w[part], gram)).sum((1, 2))
         lever.append(torch.where(failed == 0, squared.clamp_min(0).sqrt(), torch.inf))
         reach.append(at.bend.abs().amax(1) * weights)
     lever, reach = torch.cat(lever), torch.cat(reach)
@@ -89,3 +86,12 @@ def errors(
     off = entries[0] * row * x.shape[1] ** 0.5
     moved = lever * (entries[1] * column + off * reach)
     return (SAFETY * (off * (1 + norms(x)) + moved) / norms(x)).nan_to_num(torch.inf, torch.inf)
+
+
+def _beside(view: BlockView, w: Float[Tensor, "k q"], gram: Float[Tensor, "q q"]) -> Float[Tensor, "#k q q"]:
+    """The products of moves of x, beside x itself where its length is open."""
+    if view.is_scaled:
+        return gram[None]
+    line = unit_rows(w)
+    aside = torch.eye(len(gram)).to(gram) - line[:, :, None] * line[:, None]
+    return aside @ gram @ aside

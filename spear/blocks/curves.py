@@ -69,6 +69,11 @@ class TokenCurves:
         along = frame.T @ (lift @ origin)
         return cls(view, span, lift @ origin - frame @ along, frame, origin - place @ along, place, below.rows)
 
+    @property
+    def units(self) -> int:
+        """How many activations the second layer reads."""
+        return len(self.span) - self.view.anchored[1]
+
     def to(self, dtype: torch.dtype) -> "TokenCurves":
         """The same in another precision."""
         names = ("span", "base", "frame", "origin", "place", "rows")
@@ -101,18 +106,25 @@ class TokenCurves:
     def back(self, at: TokenPoints, u: Float[Tensor, "k m1"]) -> Float[Tensor, "k q"]:
         """Its transpose, of u that are orthogonal to span(V)."""
         u = u - torch.linalg.vecdot(at.unit, u)[:, None] * at.unit
-        return (at.bend * u[:, : len(self.base)] / at.size) @ self.frame
+        u = u[:, : self.units].repeat(1, len(self.base) // self.units)
+        return (at.bend * u / at.size) @ self.frame
 
     def matrix(self, at: TokenPoints) -> Float[Tensor, "k q m1"]:
-        """The derivative of the residual along every direction, one row each."""
-        moved = self._padded(at.bend[:, None] * self.frame.T / at.size[:, None])
+        """The derivative of the residual along every direction, one row each; where the length of z is open, that of
+        its logarithm along the unit, so that the rows are independent."""
+        moved = self._read(at.bend[:, None] * self.frame.T / at.size[:, None])
         moved = torch.baddbmm(moved, moved @ at.unit[:, :, None], at.unit[:, None], alpha=-1)
-        return moved - (moved @ self.span) @ self.span.T
+        moved = moved - (moved @ self.span) @ self.span.T
+        if self.view.is_scaled:
+            return moved
+        return moved + (at.w / at.w.square().sum(1, keepdim=True))[:, :, None] * at.unit[:, None]
 
     def _moved(self, at: TokenPoints, dz: Float[Tensor, "k m"]) -> Float[Tensor, "k m1"]:
         """The change of u at length 1 with z."""
-        moved = self._padded(at.bend * dz / at.size)
+        moved = self._read(at.bend * dz / at.size)
         return moved - torch.linalg.vecdot(at.unit, moved)[:, None] * at.unit
 
-    def _padded(self, x: Float[Tensor, "*k m"]) -> Float[Tensor, "*k m1"]:
-        return F.pad(x, (0, 1)) if self.view.anchored[1] else x
+    def _read(self, moved: Float[Tensor, "*k m"]) -> Float[Tensor, "*k m1"]:
+        """The change of u by those that each z makes: of a gated block two for each unit."""
+        moved = moved if moved.shape[-1] == self.units else sum(moved.chunk(2, -1))
+        return F.pad(moved, (0, 1)) if self.view.anchored[1] else moved

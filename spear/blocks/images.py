@@ -2,14 +2,11 @@
 
     e = stream(sample)      o = branch(e)      x = norm(e + o)      y = h + feed-forward(x), h = e + o
 
-The branch ends with a layer W_o, b_o that reads c. A normalisation forgets mean and length of h; but the gradient does
-not. With d the loss' gradient by y, and v that by x led back through the normalisation of length 1,
-
-    dLoss/dh_t = d_t + v_t / |h_t|        lies in the column space of dLoss/dW_o = sum_t dLoss/dh_t c_tᵀ
-
-which gives the lengths, and then every c_t, so that e_t = h_t - W_o c_t - b_o is known but for its mean. Where e is
-affine in the sample, e = M_p s + b_p at position p, a token's position is the one whose equations it solves.
-Which tokens are of one sample the branch tells, where it is a softmax attention (`members`).
+The branch ends with a layer W_o, b_o that reads c. A normalisation forgets the length of h, LayerNorm its mean too; the
+gradient tells the length (`lengths`), and then, by dLoss/dW_o = sum_t dLoss/dh_t c_tᵀ, every c_t, so that
+e_t = h_t - W_o c_t - b_o is known, but for its mean behind LayerNorm. Where e is affine in the sample, e = M_p s + b_p
+at position p, a token's position is the one whose equations it solves. Which tokens are of one sample the branch tells,
+where it is a softmax attention (`members`).
 """
 
 import copy
@@ -19,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from spear.blocks.lengths import by_stream, columns_of
 from spear.directions import TINY, complement
 from spear.models.sublayers import Sublayer
 from spear.network.layerwise import solve
@@ -45,7 +43,10 @@ def stream_of(part: Sublayer, shape: tuple[int, ...], like: Tensor) -> Stream | 
     """The stream as an affine map of a sample; `None` where it is none, or too large."""
     stream, count = double(part.stream, like), torch.Size(shape).numel()
     with torch.no_grad():
-        start = stream(like.new_zeros(1, *shape))[0]
+        try:
+            start = stream.forward(like.new_zeros(1, *shape))[0]  # a call would print errors
+        except RuntimeError:  # of numbers of a vocabulary
+            return None
         if start.ndim != 2 or start.numel() * count > LARGEST:
             return None
         units = torch.eye(count, dtype=like.dtype, device=like.device).split(256)
@@ -64,7 +65,7 @@ def double(module: nn.Module, like: Tensor) -> nn.Module:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Each token's e (n, d), up to its mean, and what its branch read, c."""
+    """Each token's e (n, d), behind LayerNorm up to its mean, and what its branch read, c."""
 
     e: Float[Tensor, "n d"]
     c: Float[Tensor, "n r"]
@@ -81,22 +82,15 @@ def before_branch(
 
     `by_x` and `by_y` are the loss' gradients by what enters the block and by what it adds to the stream.
     """
-    unit = (x - part.shift.to(x)) / part.gain.to(x)
-    by_unit = by_x * part.gain.to(x)
-    v = by_unit - by_unit.mean(1, keepdim=True) - unit * (by_unit * unit).mean(1, keepdim=True)
-    columns = torch.linalg.svd(total, full_matrices=False)[0][:, : len(x)]
-    off = lambda u: u - (u @ columns) @ columns.T  # noqa: E731
-    away, rest = off(v), off(by_y)
-    over = -(away * rest).sum(1) / away.square().sum(1).clamp_min(TINY)  # 1 / |h|
-    by_h = by_y + over[:, None] * v
-    if not bool((over > 0).all()) or float(off(by_h).norm()) > FITS * float(by_h.norm()):
+    seen = by_stream(part.norm, columns_of(total, len(x)), x, by_x, by_y)
+    if not seen.fits:
         return None
-    c = solve(by_h, total)
-    if float((total - by_h.T @ c).norm()) > FITS * float(total.norm()):
+    c = solve(seen.by_h, total)
+    if float((total - seen.by_h.T @ c).norm()) > FITS * float(total.norm()):
         return None
     o = c @ part.out.weight.detach().to(x).T + (0 if part.out.bias is None else part.out.bias.detach().to(x))
-    e = unit / over[:, None] - o
-    return Streamed(e - e.mean(1, keepdim=True), c)
+    e = (x - part.norm.shift.to(x)) / part.norm.scale.to(x) / seen.over[:, None] - o
+    return Streamed(e - e.mean(1, keepdim=True) if part.norm.kind == "layer" else e, c)
 
 
 def positions(stream: Stream, e: Float[Tensor, "n d"]) -> tuple[Int[Tensor, " n"], bool]:

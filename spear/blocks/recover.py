@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from spear.blocks.check import certificate
+from spear.blocks.lengths import measured
 from spear.blocks.search import Tokens, TokenSearch
 from spear.blocks.view import BlockView
 from spear.certificate import Certificate
@@ -33,10 +34,13 @@ def recover(view: BlockView, terms: Terms) -> tuple[Reconstruction, Tokens]:
         spent = terms.budget.spent(run.starts) or f"{run.idle} rounds in a row found nothing new"
         said = f"found {len(run.known)} of {view.rank} tokens that enter {view.name}; {spent}"
         return _result(view, run, terms, said), run.known
-    evidence = certificate(view, run.known, "")
+    run.known, lengths = measured(view, run.known)
+    evidence = certificate(view, run.known, lengths, "")
     if evidence.holds:
-        evidence = certificate(view, run.known, _others(view, run, terms))
+        evidence = certificate(view, run.known, lengths, _others(view, run, terms))
     reason = f"all {view.rank} tokens that enter {view.name}: both gradients reproduced to {evidence.residual:.0e}"
+    if not view.is_scaled and not lengths.doubt:
+        reason = f"{reason}; their lengths by the normalisation before it, to {float(lengths.own.max()):.0e}"
     if not evidence.holds:
         reason = f"{reason}; not certified: {_why_not(view, evidence)}"
     return _result(view, run, terms, reason, evidence), run.known

@@ -17,6 +17,7 @@ from spear.blocks.view import BlockView
 from spear.directions import TINY, apart, unit_rows
 from spear.network.curves.fit import Effort, finish, fit
 from spear.network.factors import Factors, wedderburn
+from spear.network.layerwise import solve
 from spear.network.projection import Limits, Projections
 from spear.network.side_by_side import SideBySide
 from spear.network.spaces import sine
@@ -80,10 +81,9 @@ class TokenSearch:
     def strangers(self, known: Tokens) -> int:
         """How many tokens of one round, from the whole gradients, are none of the known ones."""
         self.round()
-        both = torch.cat([known.extended, self.known.extended])
-        return int(apart(self.view.tokens(both), both.new_zeros(0, self.view.tokens(both).shape[1]), SAME).sum()) - len(
-            known
-        )
+        both = self.view.tokens(torch.cat([known.extended, self.known.extended]))
+        both = both if self.view.is_scaled else unit_rows(both)
+        return int(apart(both, both[:0], SAME).sum()) - len(known)
 
     def _found(self) -> Float[Tensor, "j n1"]:
         """The [x; 1] that starts lead to: by ReLU's zeros, else, and where these found nothing, by fits to curves."""
@@ -93,7 +93,7 @@ class TokenSearch:
         found = self._by_zeros(count) if by_zeros else self._fitted(count)
         labels = torch.zeros(len(found), dtype=torch.long, device=found.device)
         w, _ = finish(self.curves, self.curves.coordinates(found), labels, arrived=EXACT)
-        return self.curves.extended(w)
+        return self.curves.extended(w) if self.view.is_scaled else unit_rows(self.curves.extended(w))
 
     def _fitted(self, count: int) -> Float[Tensor, "j n1"]:
         curves = TokenCurves.of(self.view, *self.left)
@@ -179,3 +179,9 @@ def _directions(view: BlockView, below: Factors, above: Factors, slope: Float[Te
         c = torch.linalg.solve_triangular(R, c, upper=True)
         c = c / c.norm(dim=1, keepdim=True).clamp_min(TINY)
     return c[:, :, 0]
+
+
+def together(view: BlockView, found: Tokens) -> tuple[Float[Tensor, "n outputs"], Float[Tensor, "n m"]]:
+    """d and g of all tokens, from the second gradient: what is left of the first is then a check."""
+    d = solve(found.read, view.above.T)
+    return d, view.activation.slope(found.extended @ view.lift.T) * (d @ view.reader)

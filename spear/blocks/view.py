@@ -1,6 +1,7 @@
 """The server's view of a block: its weights, and its two gradients, checked and factorised."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from spear.accuracy import Accuracy
 from spear.federated.received import check_count, check_gradients, coarsest, compute_device, rounding_unit
 from spear.federated.update import SharedUpdate
-from spear.models.activations import Activation
+from spear.models.activations import Activation, Gated
 from spear.models.layers import Block, Layer
-from spear.models.tracing import find_block
+from spear.models.normalised import Normaliser
+from spear.models.sublayers import added, normalised
+from spear.models.tracing import find_block, traced_model
 from spear.network.factors import Factors
 from spear.published.lowrank import LowRank, augment, decompose
 from spear.reconstruction import Refusal
@@ -21,19 +24,31 @@ MARGIN = 8  # equations beyond the unknowns of a token: those that a wrong answe
 
 
 @dataclass(frozen=True)
+class Before:
+    """The normalisation directly before a block, its `rounding`, and the gradient `total` of the weights whose outputs
+    are added last to what it is given, where that was received."""
+
+    norm: Normaliser
+    rounding: float
+    total: Float[Tensor, "n r"] | None
+
+
+@dataclass(frozen=True)
 class BlockView:
     """A block as the server sees it, in float64 on one device.
 
     `lift` is [W | beta] of the first layer (W where it has no bias), `reader` the weights W' of the second; `below` and
-    `above` are their gradients in the same way, `low` both factorised. `from_data` says whether the samples themselves
+    `above` are their gradients in the same way, `low` both factorised. Of a gated block `lift` and `below` hold the
+    gate's under the first layer's, `reader` its weights twice. `from_data` says whether the samples themselves
     enter, or parts of them; `anchored` whether the first layer has a bias, and whether the second. `disclosed` is the
     number of tokens of all samples together, `None` where it is not known. `eps` is the rounding unit of the gradients
-    as they came, `dtype` the coarsest of model and update.
+    as they came, `dtype` the coarsest of model and update. `before` is what is looked for where the equations leave the
+    length of a token open.
     """
 
     name: str
     from_data: bool
-    activation: Activation
+    activation: Activation | Gated
     lift: Float[Tensor, "m n1"]
     reader: Float[Tensor, "outputs m"]
     below: Float[Tensor, "m n1"]
@@ -43,6 +58,7 @@ class BlockView:
     disclosed: int | None
     eps: float
     dtype: torch.dtype
+    before: Before | None = None
 
     @property
     def rank(self) -> int:
@@ -51,8 +67,8 @@ class BlockView:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the equations of a token fix its length: not those of a ReLU between layers without biases."""
-        return any(self.anchored) or not self.activation.is_relu
+        """Whether the equations of a token fix its length: not those of a ReLU between layers without biases (T5)."""
+        return any(self.anchored) or not self.activation.is_homogeneous
 
     @property
     def accuracy(self) -> Accuracy:
@@ -86,21 +102,40 @@ def open_block(
     does for gradients that do not fit.
     """
     block, received = find_block(model, layer, update.input_shape), check_gradients(model, update)
-    for why in filter(None, (part.missing(received) for part in (block.first, block.second))):
+    for why in filter(None, (part.missing(received) for part in (*block.begins, block.second))):
         raise Refusal(f"the update has no gradient for {why}; it has {', '.join(received)}")
     count = update.count if batch_size is None else batch_size
     check_count(count)
     disclosed = None if count is None or not _is_counted(block, update) else count * block.first.rows
     device, eps = compute_device(device), rounding_unit(model, update)
-    below, above = (_gradient(part, received, device) for part in (block.first, block.second))
+    below = torch.cat([_gradient(part, received, device) for part in block.begins])
+    above = _gradient(block.second, received, device)
     _check_room(block, below, above, disclosed)
     low = _factorised(block, below, above, disclosed, eps)
-    lift, linear = _affine(block.first, device), block.second.linear
+    lift, linear = torch.cat([_affine(part, device) for part in block.begins]), block.second.linear
     anchored = block.first.linear.bias is not None, linear.bias is not None
-    weights = lift, linear.weight.detach().to(device, torch.float64), below, above
-    activation = block.first.activation.to(device)
+    reader = linear.weight.detach().to(device, torch.float64).repeat(1, len(block.begins))
+    weights, phi = (lift, reader, below, above), block.first.activation.to(device)
+    activation = phi if block.gate is None else Gated(phi)
     told = anchored, low, disclosed, eps, coarsest(model, update)
-    return BlockView(block.first.name, block.first.from_data, activation, *weights, *told)
+    view = BlockView(block.first.name, block.first.from_data, activation, *weights, *told)
+    return view if view.is_scaled else replace(view, before=_before(model, update, block, view, received))
+
+
+def _before(
+    model: nn.Module, update: SharedUpdate, block: Block, view: BlockView, received: Mapping[str, Tensor]
+) -> Before | None:
+    traced = traced_model(model, update.input_shape)
+    found = normalised(traced, view.name)
+    if found is None:
+        return None
+    totals, names = [], traced.names()
+    for out in added(traced, found, [part.name for part in block.begins], block.second.name):
+        own = names.get(weight := f"{out.target}.weight")
+        if own in received:
+            totals.append(received[own].T if weight in traced.turned else received[own])
+    norm = replace(found.norm, scale=found.norm.scale.to(view.lift), shift=found.norm.shift.to(view.lift))
+    return Before(norm, found.rounding, totals[0].to(view.lift) if totals else None)
 
 
 def _is_counted(block: Block, update: SharedUpdate) -> bool:
@@ -145,7 +180,7 @@ def _factorised(
     if low[0].rank != low[1].rank:
         shown = f"the gradient of {block.first.name} has rank {low[0].rank}, that of {block.second.name} {low[1].rank}"
         raise Refusal(f"{shown}: tokens that are alike behind the block cannot be told apart")
-    rank, m = low[0].rank, len(below)
+    rank, m = low[0].rank, block.second.linear.in_features
     if 2 * rank - 1 + MARGIN > m:
         raise Refusal(f"{rank} tokens leave each {m - rank} equations for {rank - 1} unknowns, of {m} units")
     return low[0], low[1]

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Generator, Tensor, nn
 
 from spear.federated.losses import logits_of
@@ -20,7 +20,7 @@ from spear.federated.update import SharedUpdate, check_told
 
 def gradient(
     model: nn.Module,
-    inputs: Float[Tensor, "b *input_shape"],
+    inputs: Num[Tensor, "b *input_shape"],
     labels: Int[Tensor, " labels"],
     *,
     reduction: str = "mean",
@@ -28,10 +28,10 @@ def gradient(
 ) -> SharedUpdate:
     """The update of a FedSGD client: gradients of the loss of one batch by every parameter.
 
-    `inputs` holds one sample per row, in the dtype of the model; `labels` the class of each sample. The model is used
-    in the mode that it is in: in training mode dropout draws from torch's own generator, and batch normalisation takes
-    the batch's statistics; its running statistics after the step are the update's `buffers`. The model is left
-    unchanged, its `.grad` fields and buffers included.
+    `inputs` holds one sample per row, in the dtype of the model, or numbers of a vocabulary; `labels` the class of each
+    sample. The model is used in the mode that it is in: in training mode dropout draws from torch's own generator, and
+    batch normalisation takes the batch's statistics; its running statistics after the step are the update's `buffers`.
+    The model is left unchanged, its `.grad` fields and buffers included.
 
     A model may return its logits among other things, by that name (`spear.federated.losses.logits_of`).
 

@@ -48,6 +48,13 @@ class Activation:
         """Whether phi is piecewise linear: its slope then tells the piece, and nothing more of z."""
         return self.levels is not None
 
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether phi(c z) = c^k phi(z) for c > 0: the length of z shows in that of phi(z) alone."""
+        z = torch.logspace(-2, 2, 17, dtype=torch.float64)
+        once, twice = (self.value(c * torch.cat([-z, z])[:, None].expand(-1, self.units).contiguous()) for c in (1, 2))
+        return torch.allclose(twice, once * twice.norm() / once.norm(), rtol=1e-9, atol=0)
+
     def value(self, z: Float[Tensor, "*s m"]) -> Float[Tensor, "*s m"]:
         """phi(z)."""
         with torch.no_grad():
@@ -159,6 +166,41 @@ def _bracket(y: Float[Tensor, "u s"], margin: float, table: Float[Tensor, "g u"]
         sure &= begun - ended == 1
         places.append(summed[0].gather(1, begun) - summed[1].gather(1, ended))
     return sure & ((places[0] - places[1]).abs() <= 1), places[2].clamp(0, len(table) - 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """phi(z) ∘ z' of m units, as an `Activation` of [z, z'] together, 2m numbers: slopes are by each of these."""
+
+    phi: Activation
+
+    is_relu = False
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether the length of [z, z'] shows in that of the value alone."""
+        return self.phi.is_homogeneous
+
+    def value(self, z: Float[Tensor, "*s m2"]) -> Float[Tensor, "*s m"]:
+        """phi(z) ∘ z'."""
+        z, other = z.chunk(2, -1)
+        return self.phi.value(z) * other
+
+    def slope(self, z: Float[Tensor, "*s m2"]) -> Float[Tensor, "*s m2"]:
+        """Its derivatives by z, then those by z'."""
+        return self.at(z, bend=False)[1]
+
+    def at(
+        self, z: Float[Tensor, "*s m2"], *, bend: bool
+    ) -> tuple[Float[Tensor, "*s m"], Float[Tensor, "*s m2"], None]:
+        """Both; `bend` must be off."""
+        z, other = z.chunk(2, -1)
+        value, slope, _ = self.phi.at(z, bend=bend)
+        return value * other, torch.cat([slope * other, value], -1), None
+
+    def to(self, device: torch.device) -> "Gated":
+        """The same for tensors on another device."""
+        return Gated(self.phi.to(device))
 
 
 RELU = Activation(nn.ReLU(), (0.0,), torch.tensor([[0.0], [1.0]], dtype=torch.float64))

@@ -132,7 +132,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Block:
-    """Two linear layers with an elementwise activation between: a feed-forward block, or a piece of a network."""
+    """Two linear layers with an elementwise activation between: a feed-forward block, or a piece of a network.
+
+    Of a gated one, `gate` reads what `first` reads, and its outputs multiply the activations.
+    """
 
     first: Layer
     second: Layer
+    gate: Layer | None = None
+
+    @property
+    def begins(self) -> tuple[Layer, ...]:
+        """The layers that tokens enter."""
+        return (self.first,) if self.gate is None else (self.first, self.gate)

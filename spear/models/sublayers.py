@@ -1,70 +1,119 @@
 """What stands before a feed-forward block of a transformer: a branch, e.g. attention, added to a stream, normalised."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from spear.models.graphs import as_rows, extract
+from spear.models.entrywise import ROWS, Piece
+from spear.models.graphs import as_rows, extract, is_size
+from spear.models.normalised import Normaliser, sample_norm
 from spear.models.traced import Traced, operation
-from spear.models.tracing import ancestors, source_of
+from spear.models.tracing import LONGEST, ancestors, source_of
 
 SHAPES = {"dropout", "transpose", "view", "reshape", "permute", "contiguous", "flatten", "unflatten", "unsqueeze"}
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """x = norm(h) enters a linear layer: `end` and `given`, the nodes of x and h. `rounding` is what the model's own
+    precision leaves in the mean of the squares that it makes 1."""
+
+    end: fx.Node
+    given: fx.Node
+    norm: Normaliser
+    rounding: float
 
 
 @dataclass(frozen=True)
 class Sublayer:
     """x = norm(e + o) enters a block, e = `stream`(sample) and o = `branch`(e), whose last step is the layer `out`.
 
-    All modules share the model's parameters; `front` is all of it together, one row a sample. `gain`, `shift` are the
-    normalisation's, ones and zeros where it has none. `turned`: the model holds `out`'s weights transposed.
+    All modules share the model's parameters; `front` is all of it together, one row a sample. `weight` is the model's
+    name of `out`'s weights, `turned`: it holds them transposed.
     """
 
     stream: fx.GraphModule
     branch: fx.GraphModule
     front: fx.GraphModule
-    gain: Tensor
-    shift: Tensor
+    norm: Normaliser
     out: nn.Linear
     weight: str
     turned: bool
 
 
+def normalised(traced: Traced, name: str) -> Normalised | None:
+    """The normalisation that stands directly before the linear layer of that name; `None` where none does."""
+    node = next((one for one in traced.nodes if traced.is_linear(one) and str(one.target) == name), None)
+    if node is None:
+        return None
+    end, m = source_of(node), traced.part(node).in_features
+    for given in islice((one for one in reversed(ancestors(end)) if one is not end), LONGEST):
+        module = None if traced.is_linear(end) else extract(traced, given, end)
+        norm = None if module is None else sample_norm(piece := Piece(module), m)
+        if norm is not None:
+            return Normalised(end, given, norm, _rounding(piece, norm, m))
+    return None
+
+
+def added(traced: Traced, found: Normalised, begins: Sequence[str], second: str) -> list[fx.Node]:
+    """The linear layers whose outputs make h, as they are, where it is seen by a block alone, between its layers
+    `begins` and `second`, and by the sum of the two: the loss' gradient by h is that by the sum and what is led back.
+    """
+    within = {found.given}
+    for one in ancestors(found.end):
+        within |= {one} if within & set(one.all_input_nodes) else set()
+    seen_by = {user for one in within for user in one.users if user not in within and not is_size(user)}
+    sums = {one for one in seen_by if found.given in _summands(one)}
+    ends = [str(out.target) for one in sums for out in _made_of(traced, one)]
+    if len(sums) > 1 or {str(one.target) for one in seen_by - sums} != set(begins) or second not in ends:
+        return []
+    return _made_of(traced, found.given)
+
+
+def _made_of(traced: Traced, node: fx.Node) -> list[fx.Node]:
+    """The linear layers whose outputs are a node's value, or a summand of it, and are used for nothing else."""
+    outs = [_last_linear(traced, part) for part in _summands(node) or (node,)]
+    return [out for out in outs if out is not None and _leads_only(out, node)]
+
+
+def _leads_only(start: fx.Node, end: fx.Node) -> bool:
+    while start is not end and len(start.users) == 1:
+        (start,) = start.users
+    return start is end
+
+
+def _summands(node: fx.Node) -> tuple[object, ...]:
+    return node.args[:2] if operation(node) == "add" and not node.kwargs else ()
+
+
 def sublayer(traced: Traced, name: str) -> Sublayer | None:
     """What stands before the linear layer of that name; `None` where that is anything else."""
-    node = next((one for one in traced.nodes if traced.is_linear(one) and str(one.target) == name), None)
-    norm = None if node is None else source_of(node)
-    if norm is None or not (given := _normalised(traced, norm)):
+    found = normalised(traced, name)
+    if found is None or operation(found.given) != "add" or len(traced.inputs) != 1:
         return None
-    total, gain, shift = given
-    if operation(total) != "add" or len(traced.inputs) != 1:
-        return None
+    total, root = found.given, traced.inputs[0]
     for stream, branch in (total.args[:2], total.args[1::-1]):
         out = _last_linear(traced, branch)
         if out is None or not isinstance(stream, fx.Node) or stream not in ancestors(out):
             continue
-        root, weight = traced.inputs[0], f"{out.target}.weight"
-        pieces = extract(traced, root, stream), extract(traced, stream, branch), extract(traced, root, norm, as_rows)
+        weight = f"{out.target}.weight"
+        ends = (root, stream), (stream, branch), (root, found.end, as_rows)
+        pieces = [extract(traced, *each) for each in ends]
         own = traced.names().get(weight)
         if all(piece is not None for piece in pieces) and own is not None:
-            return Sublayer(*pieces, gain, shift, traced.part(out), own, weight in traced.turned)
+            return Sublayer(*pieces, found.norm, traced.part(out), own, weight in traced.turned)
     return None
 
 
-def _normalised(traced: Traced, node: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | None:
-    """What a layer normalisation over the last entries is given, its gain and its shift."""
-    part = traced.part(node)
-    if isinstance(part, nn.LayerNorm) and len(part.normalized_shape) == 1:
-        given, size, parameters = source_of(node), part.normalized_shape[0], (part.weight, part.bias)
-    elif node.op == "call_function" and operation(node) == "layer_norm" and len(node.args[1]) == 1:
-        given, size = node.args[0], node.args[1][0]
-        both = [*node.args[2:4], None, None][:2]
-        parameters = [traced.value(one) if isinstance(one, fx.Node) else None for one in both]
-    else:
-        return None
-    usual = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    gain, shift = (own if one is None else one.detach().double() for one, own in zip(parameters, usual, strict=True))
-    return given, gain, shift
+def _rounding(piece: Piece, norm: Normaliser, m: int) -> float:
+    """How far the mean of the squares is from what eps says, at most."""
+    rows = torch.randn(ROWS, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    n = (piece(rows) - norm.shift) / norm.scale
+    square = (rows - rows.mean(1, keepdim=True) if norm.kind == "layer" else rows).square().mean(1)
+    return float((n.square().mean(1) - square / (square + norm.eps)).abs().max())
 
 
 def _last_linear(traced: Traced, node: object) -> fx.Node | None:

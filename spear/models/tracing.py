@@ -74,7 +74,8 @@ def find_layer(model: nn.Module, name: str | None = None, shape: Shape = None) -
 
 
 def find_block(model: nn.Module, name: str | None = None, shape: Shape = None) -> Block:
-    """The feed-forward block that begins with the linear layer of that name, or else the first that tokens enter.
+    """The feed-forward block that begins with the linear layer of that name, or else the first that tokens enter, gated
+    or not.
 
     Raises `Refusal` where there is none.
     """
@@ -83,14 +84,44 @@ def find_block(model: nn.Module, name: str | None = None, shape: Shape = None) -
     if name is not None and name not in layers:
         raise Refusal(f"no linear layer named {name!r}; the model's linear layers: {known}")
     begins = [layer for layer in layers.values() if (layer.rows > 1 if name is None else layer.name == name)]
+    found = blocks(model, shape)
     for layer in begins:
-        if layer.readers and layer.after.is_plain and not layer.obstacle:
-            return Block(layer, layers[layer.readers[0]])
+        if layer.name in found:
+            return found[layer.name]
     why = "".join(f": {layer.obstacle}" for layer in begins if layer.obstacle)
     where = (
         f"behind {name}" if name else "that several tokens of a sample enter" if shape else "(a sample has no shape)"
     )
     raise Refusal(f"no activation and linear layer {where}{why}; the model's linear layers: {known}")
+
+
+def blocks(model: nn.Module, shape: Shape = None) -> dict[str, Block]:
+    """Every feed-forward block, gated or not, by the names of the layers that it begins with."""
+    layers = {layer.name: layer for layer in linear_layers(model, shape)}
+    begins = [one for one in layers.values() if one.readers and one.after.is_plain and not one.obstacle]
+    found = {layer.name: Block(layer, layers[layer.readers[0]]) for layer in begins}
+    return found | _gated(traced_model(model, shape), layers)
+
+
+def _gated(traced: Traced, layers: Mapping[str, Layer]) -> dict[str, Block]:
+    """Blocks whose activations another layer of the same inputs multiplies, by the names of both."""
+    found, nodes = {}, [node for node in traced.nodes if traced.is_linear(node)]
+    ends = {behind.end: node for node in nodes if (behind := _behind(traced, node)).after.is_plain}
+    calls = [str(node.target) for node in nodes]
+    for second in nodes:
+        product = source_of(second)
+        while isinstance(traced.part(product), nn.Dropout | nn.Identity) or operation(product) == "dropout":
+            product = source_of(product)
+        pair = [ends[one] for one in product.args[:2] if one in ends] if operation(product) == "mul" else []
+        low = sorted((layers[str(node.target)] for node in pair), key=lambda layer: layer.activation is None)
+        if [layer.activation is None for layer in low] != [False, True]:
+            continue
+        block = Block(low[0], layers[str(second.target)], low[1])
+        names, alike = [part.name for part in (*block.begins, block.second)], source_of(pair[0]) is source_of(pair[1])
+        biases = {layer.linear.bias is None for layer in low}
+        if alike and len(biases) == 1 and not low[0].obstacle and all(calls.count(name) == 1 for name in names):
+            found |= dict.fromkeys(names[:2], block)
+    return found
 
 
 def is_chain(model: nn.Module, shape: Shape = None) -> bool:

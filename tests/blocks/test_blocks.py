@@ -121,7 +121,8 @@ def test_torch_s_own_encoder(norm_first: bool) -> None:
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])
 @pytest.mark.parametrize("biases", [(False, True), (True, False), (False, False)])
 def test_without_biases(activation: nn.Module, biases: tuple[bool, bool]) -> None:
-    """A ReLU between layers that have none leaves the length of a token open: nothing is certified."""
+    """A ReLU between layers that have none leaves the length of a token to the normalisation, up to its epsilon where
+    attention's gradient is of fewer dimensions than there are tokens: nothing is certified."""
     model, (x, y) = transformer(activation, 1, biases), batch(1)
     result = spear.attack(model, federated.gradient(model, x, y), method="block")
     truth, found = entering(model, "blocks.0.up", x), result.inputs
@@ -130,9 +131,8 @@ def test_without_biases(activation: nn.Module, biases: tuple[bool, bool]) -> Non
     if open_length:
         assert "length" in result.reason
         assert not bool(result.certified.any())
-        truth = truth / truth.norm(dim=1, keepdim=True)
     assert len(found) == len(truth)
-    assert float(apart(truth, found).max()) < 1e-8
+    assert float(apart(truth, found).max()) < (1e-4 if open_length else 1e-8)
 
 
 def test_a_layer_by_name() -> None:

@@ -31,14 +31,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then feed-forward layers, each normalised before it and with a branch around it."""
 
-    def __init__(self, bias: bool = True) -> None:
+    def __init__(self, bias: bool = True, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
-        self.first, self.second, self.attention = nn.LayerNorm(ENTRIES), nn.LayerNorm(ENTRIES), Attention(bias)
-        self.up, self.down = nn.Linear(ENTRIES, WIDTH), nn.Linear(WIDTH, ENTRIES)
+        self.first, self.second, self.attention = norm(ENTRIES), norm(ENTRIES), Attention(bias)
+        self.up, self.activation, self.down = nn.Linear(ENTRIES, WIDTH), nn.GELU(), nn.Linear(WIDTH, ENTRIES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.first(x))
-        return x + self.down(nn.functional.gelu(self.up(self.second(x))))
+        return x + self.down(self.activation(self.up(self.second(x))))
 
 
 class ViT(nn.Module):
@@ -83,7 +83,17 @@ def batch(seed: int, size: int = 3) -> tuple[Tensor, Tensor]:
     return x, torch.randint(CLASSES, (size,), generator=generator)
 
 
-MODELS = (ViT, lambda: ViT(own=True), lambda: ViT(bias=False), encoder)
+def t5() -> nn.Module:
+    """The same with RMSNorm, ReLU and no biases in its blocks."""
+    model = ViT()
+    model.blocks = nn.Sequential(*(Block(False, lambda d: nn.RMSNorm(d, 1e-6)) for _ in range(2)))
+    for block in model.blocks:
+        block.up, block.down = nn.Linear(ENTRIES, WIDTH, bias=False), nn.Linear(WIDTH, ENTRIES, bias=False)
+        block.activation = nn.ReLU()
+    return model
+
+
+MODELS = (ViT, lambda: ViT(own=True), lambda: ViT(bias=False), encoder, t5)
 
 
 @pytest.mark.parametrize(("make", "seed"), [(make, k) for k, make in enumerate(MODELS)])
