@@ -161,6 +161,8 @@ def relax_levels(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflect
             evidence.addcmul_(rv, size, value=options.weight)
         sign = evidence.sign_()
         target = torch.addcmul(middle, half, sign)
+        if levels.dropped:
+            target = target * ((2 * torch.lerp(u, pu, 2.0) - target) * target > 0)
         u.add_(target, alpha=relaxation).sub_(pu, alpha=relaxation)
         if partner is not None:
             v.add_(size.mul_(sign).add_(rv), alpha=relaxation / 2).sub_(pv, alpha=relaxation)
@@ -182,7 +184,11 @@ def _relax_both(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflecti
             evidence = torch.addcmul(evidence, rv, rv.abs(), value=options.weight)
         active = evidence > 0
         x = torch.where(active, *points)
-        target = levels.slopes(active) * x
+        target = torch.where(active, levels.active, levels.inactive) * x
+        if levels.dropped:
+            rh, ru = torch.lerp(h, ph, 2.0), torch.lerp(u, pu, 2.0)
+            gone = ru * ru < torch.where(active, *costs)
+            x, target = torch.where(gone, rh, x), target.masked_fill(gone, 0.0)
         u, h = u + relaxation * (target - pu), h + relaxation * (x - ph)
         if partner is not None:
             v = unit_rows(v + relaxation * (rv.abs() * torch.where(active, 0.5, -0.5) + rv / 2 - pv))

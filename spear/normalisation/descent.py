@@ -57,8 +57,7 @@ def descend(
     """
     network, top = view.network, view.network.last
     y, normal, deviation = normalise(view.norms[top], network.apply(top, inputs))
-    all_told = mask is None or not network.activations[top].is_relu
-    kept: list[Tensor | None] = [mask if all_told else mask | (y <= 0)]
+    kept: list[Tensor | None] = [None if mask is None else mask | (network.activations[top].slope(y) == 0)]
     on = 1 if mask is None else kept[0].to(y) / (1 - view.drops[top])
     v, *behind = normalise(view.afters[top], network.activations[top].value(y) * on)
     activated = network.activate(network.apply(top + 1, v))

@@ -81,6 +81,7 @@ def anew(view: NormalisedView, known: Known, run: Search, mask: Bool[Tensor, "b 
         w = finish(new.curves, start, run.known.labels, arrived=0.0, pieces=pieces)[0]
         new.known = replace(run.known, s=new.curves.samples(w))
     elif isinstance(new, SampleSearch):
+        mask = run.found.mask
         new.found = solve_mask(new.whole, mask, rounds=1).solved(torch.arange(len(mask), device=mask.device))
     else:
         new.found = new.solved(mask[:, new.spaces.live])
@@ -111,7 +112,7 @@ def solved(
         )
     inputs, factor = inputs_behind(view, network.last, low, found.t @ run.whole.basis.mT)
     deviation = normalise(view.top, network.apply(network.last, inputs))[2]
-    return inputs, found.d * (deviation / factor[:, None]), found.mask if view.drops_units else None
+    return inputs, found.d * (deviation / factor[:, None]), found.mask > 0 if view.drops_units else None
 
 
 def _active(

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.network.problem import NetworkView
+from spear.network.spaces import Levels
 
 Kind = Literal["batch", "layer", "rms"]
 
@@ -73,7 +74,10 @@ class NormalisedView:
     @property
     def is_curved(self) -> bool:
         """Whether at the last hidden layer a gradient is not 0 or h_j, in every entry, beside known directions."""
-        return self.afters[-1] is not None or not self.network.activations[-1].is_relu
+        activation = self.network.activations[-1]
+        if self.afters[-1] is not None or activation.is_relu:
+            return self.afters[-1] is not None
+        return self.top is not None or not self.drops_units or Levels.of(activation, activation.units) is None
 
     @property
     def is_uniform(self) -> bool:

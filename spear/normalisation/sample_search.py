@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from spear.directions import complement, unit_rows, zero_entries
 from spear.network.exact_step import Tolerances, accepted, refine, solve_mask
 from spear.network.phase_retrieval import Iterate, Reflections, retrieve_phases
-from spear.network.spaces import Solved, Spaces, possible_errors
+from spear.network.spaces import Levels, Solved, Spaces, possible_errors
 from spear.network.starts import FEW_CLASSES, FEW_LEFT, Starts, prior_outputs
 from spear.normalisation.problem import Norm, NormalisedView, normalise
 from spear.published.lowrank import LowRank
@@ -54,6 +54,8 @@ class SampleSearch:
         problem = view.network
         self.problem, self.norm, self.low, self.dropped = problem, view.top, low, view.drops_units
         self.scale = view.scale(problem.last)
+        levels = Levels.of(problem.activations[problem.last], len(self.scale))
+        self.levels = levels and replace(levels, dropped=self.dropped)
         self.columns = columns(view.top, low, problem.affine(problem.last))
         self.head = problem.weights[-1] * self.scale / (1 - view.drops[-1])
         self.outputs = possible_errors(problem, low.rank)
@@ -67,7 +69,7 @@ class SampleSearch:
     def _spaces(self, spanning: Float[Tensor, "m k"]) -> Spaces:
         basis = torch.linalg.qr(spanning)[0]
         ones = basis.new_ones(basis.shape[1])
-        return Spaces(basis, ones, basis.new_zeros(len(ones), 1), basis, self.head, self.outputs)
+        return Spaces(basis, ones, basis.new_zeros(len(ones), 1), basis, self.head, self.outputs, self.levels)
 
     @property
     def left(self) -> int:
@@ -84,7 +86,7 @@ class SampleSearch:
         before, singular = self.left, self.low.R.norm(dim=1)
         free = complement(unit_rows(self.coordinates() / singular))
         lift = self.problem.affine(self.problem.last) @ (self.low.R / singular[:, None]).mT @ free
-        if self.left == 1:
+        if self.left == 1 and self.levels is None:
             y = normalise(self.norm, (lift / (self.low.R[:, -1] / singular @ free)).mT)[0]
             exact = solve_mask(self.whole, self._kept(y > 0) if self.dropped else y > 0)
             self.found = self.found.join(exact.solved(accepted(exact, self.tolerances)), room=1, cosine=SAME)
@@ -95,7 +97,7 @@ class SampleSearch:
         weight, moving = WEIGHTS[self.rounds % len(WEIGHTS)] * (not self.dropped), self.idle % 2 > 0
         steps, near = STEPS * min(1 + self.idle, LONGEST), 0.0 if moving else self.tolerances.near
         options = Reflections(steps, partner if weight else None, weight, self.heads if moving else None, near=near)
-        options = replace(options, until=self.until)
+        options = replace(options, until=self.until, levels=spaces.to(torch.float32).levels)
         end = retrieve_phases(start, spaces.basis.float(), options)
         new = refine(spaces, end, head=self.heads, tolerances=self.tolerances)
         new = replace(new, t=unit_rows(new.t @ (spaces.basis.mT @ self.whole.basis)))
