@@ -162,7 +162,13 @@ def relax_levels(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflect
         sign = evidence.sign_()
         target = torch.addcmul(middle, half, sign)
         if levels.dropped:
-            target = target * ((2 * torch.lerp(u, pu, 2.0) - target) * target > 0)
+            gain = (2 * torch.lerp(u, pu, 2.0) - target) * target
+            if partner is not None:
+                gain -= options.weight * (rv * sign).clamp_max(0).square()
+            kept = gain > 0
+            target = target * kept
+            if partner is not None:
+                sign = torch.where(kept, sign, rv.sign())
         u.add_(target, alpha=relaxation).sub_(pu, alpha=relaxation)
         if partner is not None:
             v.add_(size.mul_(sign).add_(rv), alpha=relaxation / 2).sub_(pv, alpha=relaxation)
@@ -187,11 +193,16 @@ def _relax_both(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflecti
         target = torch.where(active, levels.active, levels.inactive) * x
         if levels.dropped:
             rh, ru = torch.lerp(h, ph, 2.0), torch.lerp(u, pu, 2.0)
-            gone = ru * ru < torch.where(active, *costs)
+            cost = torch.where(active, *costs)
+            if partner is not None:
+                cost = cost + options.weight * (rv * torch.where(active, 1.0, -1.0)).clamp_max(0).square()
+            gone = ru * ru < cost
             x, target = torch.where(gone, rh, x), target.masked_fill(gone, 0.0)
         u, h = u + relaxation * (target - pu), h + relaxation * (x - ph)
         if partner is not None:
-            v = unit_rows(v + relaxation * (rv.abs() * torch.where(active, 0.5, -0.5) + rv / 2 - pv))
+            side = rv.abs() * torch.where(active, 0.5, -0.5)
+            side = torch.where(gone, rv / 2, side) if levels.dropped else side
+            v = unit_rows(v + relaxation * (side + rv / 2 - pv))
         scale = h.norm(dim=1, keepdim=True).clamp_min(TINY)
         u, h, target = u / scale, h / scale, target / scale
     return Iterate(u, h, v, target)

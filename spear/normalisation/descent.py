@@ -27,6 +27,7 @@ WHOLE = 1e-4  # relative distance of a variance from γ² under which ReLU took 
 ROUNDING = 1e-14  # of the largest entry: no zero is known better
 ROUNDS, FINE = 6, 1e-13  # of σ by the samples, each of which halves its error; the error under which there is no need
 SPARE = 8  # equations beyond the unknowns of a sample
+MOST_OPEN = 12  # activations of a unit beyond the number of outputs of which 0 or not is told in all ways
 INEXACT = 1e-9  # of the largest activation: how near to another branch an inverse is not trusted
 
 
@@ -57,7 +58,7 @@ def descend(
     """
     network, top = view.network, view.network.last
     y, normal, deviation = normalise(view.norms[top], network.apply(top, inputs))
-    kept: list[Tensor | None] = [None if mask is None else mask | (network.activations[top].slope(y) == 0)]
+    kept: list[Tensor | None] = [None if mask is None else _kept(view, mask, y, errors)]
     on = 1 if mask is None else kept[0].to(y) / (1 - view.drops[top])
     v, *behind = normalise(view.afters[top], network.activations[top].value(y) * on)
     activated = network.activate(network.apply(top + 1, v))
@@ -72,6 +73,36 @@ def descend(
         kept.insert(0, one | (y <= 0) if view.drops[k] and network.activations[k].is_relu else one)
         x = solve_inputs(view, k, deltas)
     return x, targets, tuple(kept)
+
+
+def _kept(
+    view: NormalisedView, mask: Bool[Tensor, "b m"], y: Float[Tensor, "b m"], errors: Float[Tensor, "b outputs"]
+) -> Bool[Tensor, "b m"]:
+    """What dropout kept at the last hidden layer, by the units whose gradient shows that they were.
+
+    The gradient of the others, where phi is flat, says nothing: where phi is 0 it does not matter, and elsewhere the
+    output layer's gradient tells, ∂L/∂logitsᵀ A.
+    """
+    network, k = view.network, view.network.last
+    flat, a = network.activations[k].slope(y) == 0, network.activations[k].value(y) / (1 - view.drops[k])
+    kept = mask | (flat & (a == 0))
+    rest = network.weight_gradients[k + 1] - errors.mT @ (a * kept)
+    for unit in (flat & ~kept).any(0).nonzero()[:, 0].tolist():
+        who = (flat & ~kept)[:, unit].nonzero()[:, 0]
+        kept[who, unit] = _summed(a[who, unit] * errors[who].mT, rest[:, unit])
+    return kept
+
+
+def _summed(columns: Float[Tensor, "outputs k"], total: Float[Tensor, " outputs"]) -> Bool[Tensor, " k"]:
+    """Which of the columns sum to the total: those beyond their rank in all ways, the others by least squares."""
+    rank = int(torch.linalg.matrix_rank(columns))
+    if (more := columns.shape[1] - rank) > MOST_OPEN:
+        raise Refusal(f"the output layer's gradient does not tell which of {rank + more} saturated activations it kept")
+    bits = torch.arange(more, device=columns.device)
+    ways = (torch.arange(2**more, device=columns.device)[:, None] >> bits & 1).to(columns)
+    first = torch.linalg.lstsq(columns[:, more:], (total - ways @ columns[:, :more].mT).mT, driver="gelsd").solution.mT
+    best = (first - (first > 0.5).to(first)).abs().amax(1).argmin()
+    return torch.cat([ways, first], 1)[best] > 0.5
 
 
 def _through_after(

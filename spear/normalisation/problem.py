@@ -77,7 +77,7 @@ class NormalisedView:
         activation = self.network.activations[-1]
         if self.afters[-1] is not None or activation.is_relu:
             return self.afters[-1] is not None
-        return self.top is not None or not self.drops_units or Levels.of(activation, activation.units) is None
+        return self.mixes or not self.drops_units or Levels.of(activation, activation.units) is None
 
     @property
     def is_uniform(self) -> bool:

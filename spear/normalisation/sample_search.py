@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from spear.directions import complement, unit_rows, zero_entries
 from spear.network.exact_step import Tolerances, accepted, refine, solve_mask
 from spear.network.phase_retrieval import Iterate, Reflections, retrieve_phases
-from spear.network.spaces import Levels, Solved, Spaces, possible_errors
+from spear.network.spaces import ACTIVE, GONE, INACTIVE, Levels, Mask, Solved, Spaces, possible_errors
 from spear.network.starts import FEW_CLASSES, FEW_LEFT, Starts, prior_outputs
 from spear.normalisation.problem import Norm, NormalisedView, normalise
 from spear.published.lowrank import LowRank
@@ -53,9 +53,11 @@ class SampleSearch:
     def __init__(self, view: NormalisedView, low: LowRank, generator: Generator) -> None:
         problem = view.network
         self.problem, self.norm, self.low, self.dropped = problem, view.top, low, view.drops_units
+        self.drop = view.drops[-1]
         self.scale = view.scale(problem.last)
         levels = Levels.of(problem.activations[problem.last], len(self.scale))
         self.levels = levels and replace(levels, dropped=self.dropped)
+        self.told = not self.dropped if levels is None else levels.signed
         self.columns = columns(view.top, low, problem.affine(problem.last))
         self.head = problem.weights[-1] * self.scale / (1 - view.drops[-1])
         self.outputs = possible_errors(problem, low.rank)
@@ -86,15 +88,15 @@ class SampleSearch:
         before, singular = self.left, self.low.R.norm(dim=1)
         free = complement(unit_rows(self.coordinates() / singular))
         lift = self.problem.affine(self.problem.last) @ (self.low.R / singular[:, None]).mT @ free
-        if self.left == 1 and self.levels is None:
+        if self.left == 1:
             y = normalise(self.norm, (lift / (self.low.R[:, -1] / singular @ free)).mT)[0]
-            exact = solve_mask(self.whole, self._kept(y > 0) if self.dropped else y > 0)
+            exact = solve_mask(self.whole, self._last(y))
             self.found = self.found.join(exact.solved(accepted(exact, self.tolerances)), room=1, cosine=SAME)
         place = torch.cat([self.columns[:, self.low.rank : -self.low.rank], unit_rows(lift.mT).mT], 1)
         wide = self.columns if self.norm is None else torch.cat([self.columns[:, : self.low.rank], place], 1)
         spaces = self._spaces(wide)
         labels, start, partner = self._draw(place)
-        weight, moving = WEIGHTS[self.rounds % len(WEIGHTS)] * (not self.dropped), self.idle % 2 > 0
+        weight, moving = WEIGHTS[self.rounds % len(WEIGHTS)] * self.told, self.idle % 2 > 0
         steps, near = STEPS * min(1 + self.idle, LONGEST), 0.0 if moving else self.tolerances.near
         options = Reflections(steps, partner if weight else None, weight, self.heads if moving else None, near=near)
         options = replace(options, until=self.until, levels=spaces.to(torch.float32).levels)
@@ -104,6 +106,24 @@ class SampleSearch:
         self.found = self.found.join(new, room=self.left, cosine=SAME)
         self.starts, self.rounds = self.starts + len(labels), self.rounds + 1
         self.idle = 0 if self.left < before else self.idle + 1
+
+    def _last(self, y: Float[Tensor, "1 m"]) -> Mask:
+        """Masks of the last sample, of which y is known."""
+        if self.levels is None:
+            return self._kept(y > 0) if self.dropped else y > 0
+        problem, generator = self.problem, self.drawn.generator
+        activation = problem.activations[problem.last]
+        slopes, value = activation.slope(y), activation.value(y)
+        spaces = replace(self.whole, head=self.head * slopes, levels=None)
+        labels = self.drawn.labels(STARTS[1], self.found.labels, left=1, rank=self.low.rank)
+        kept = torch.rand(len(labels), y.shape[1], generator=generator).to(y) >= self.drop
+        outputs = problem.activate(problem.apply(problem.last + 1, kept * value / (1 - self.drop)))
+        h = unit_rows((outputs - problem.one_hot(labels)) @ spaces.head).float()
+        heads = torch.linalg.qr(spaces.head_space)[0].float()
+        options = Reflections(STEPS, head=heads, near=self.tolerances.near, until=self.until)
+        end = retrieve_phases(Iterate(kept * h, h, h, kept * h), spaces.basis.float(), options)
+        found = refine(spaces, end, head=heads, tolerances=self.tolerances)
+        return torch.where(found.mask, torch.where(slopes == self.levels.active, ACTIVE, INACTIVE), GONE)
 
     def _kept(self, active: Bool[Tensor, "1 m"]) -> Bool[Tensor, "1 m"]:
         """Which active units dropout kept: g vanishes on the others, which tells it, and then shows where it does."""
