@@ -17,7 +17,7 @@ from spear.network.problem import NetworkView
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
 MOST_LEVERAGE = 0.95  # of an entry on its own projection: past it the other units know nothing of it
 SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by the root of rounding
-GONE, INACTIVE, ACTIVE = range(3)  # the slope of a unit where dropout may take it
+GONE, INACTIVE, ACTIVE = range(3)  # which slope a unit has, where dropout may have taken it
 
 Mask = Bool[Tensor, "k m"] | Int[Tensor, "k m"]
 
@@ -88,8 +88,9 @@ class Levels:
         active = self.evidence(u, h) > 0
         if not self.dropped:
             return active
-        wanted = self.slopes(INACTIVE + active.to(torch.int8)) * h
-        return torch.where((2 * u - wanted) * wanted > 0, INACTIVE + active.to(torch.int8), GONE)
+        nearer = torch.where(active, ACTIVE, INACTIVE)
+        wanted = self.slopes(nearer) * h
+        return torch.where((2 * u - wanted) * wanted > 0, nearer, GONE)
 
     def evidence(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
         """How much nearer, squared, u is to h at the active slope than at the other."""

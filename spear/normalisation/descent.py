@@ -27,7 +27,7 @@ WHOLE = 1e-4  # relative distance of a variance from γ² under which ReLU took 
 ROUNDING = 1e-14  # of the largest entry: no zero is known better
 ROUNDS, FINE = 6, 1e-13  # of σ by the samples, each of which halves its error; the error under which there is no need
 SPARE = 8  # equations beyond the unknowns of a sample
-MOST_OPEN = 12  # activations of a unit beyond the number of outputs of which 0 or not is told in all ways
+MOST_OPEN = 16  # saturated activations of a unit that are tried in all ways
 INEXACT = 1e-9  # of the largest activation: how near to another branch an inverse is not trusted
 
 
@@ -50,9 +50,8 @@ def descend(
 ) -> tuple[Float[Tensor, "b n0"], Targets, Kept]:
     """Inputs of the network, targets and what dropout kept, from the inputs of the last hidden layer and ∂L/∂logits.
 
-    `inputs` are less their mean where BatchNorm follows; so are those that are returned. `mask` are the active units of
-    the last hidden layer where dropout follows ReLU: of a unit that is not positive it does not matter, and is taken to
-    be kept. Of another activation they are those that were kept.
+    `inputs` are less their mean where BatchNorm follows; so are those that are returned. `mask` are the units of the
+    last hidden layer that have a gradient, where dropout follows.
 
     Raises `Refusal` where activations do not tell their pre-activations.
     """
@@ -78,26 +77,27 @@ def descend(
 def _kept(
     view: NormalisedView, mask: Bool[Tensor, "b m"], y: Float[Tensor, "b m"], errors: Float[Tensor, "b outputs"]
 ) -> Bool[Tensor, "b m"]:
-    """What dropout kept at the last hidden layer, by the units whose gradient shows that they were.
+    """What dropout kept at the last hidden layer, from the units that have a gradient.
 
-    The gradient of the others, where phi is flat, says nothing: where phi is 0 it does not matter, and elsewhere the
-    output layer's gradient tells, ∂L/∂logitsᵀ A.
+    Where phi is flat they have none in any case. Where it is 0, it does not matter, and the unit is taken to be kept;
+    elsewhere the output layer's gradient tells, ∂L/∂logitsᵀ A.
     """
     network, k = view.network, view.network.last
     flat, a = network.activations[k].slope(y) == 0, network.activations[k].value(y) / (1 - view.drops[k])
     kept = mask | (flat & (a == 0))
-    rest = network.weight_gradients[k + 1] - errors.mT @ (a * kept)
-    for unit in (flat & ~kept).any(0).nonzero()[:, 0].tolist():
-        who = (flat & ~kept)[:, unit].nonzero()[:, 0]
-        kept[who, unit] = _summed(a[who, unit] * errors[who].mT, rest[:, unit])
+    rest, doubtful = network.weight_gradients[k + 1] - errors.mT @ (a * kept), flat & ~kept
+    for unit in doubtful.any(0).nonzero()[:, 0].tolist():
+        who = doubtful[:, unit].nonzero()[:, 0]
+        kept[who, unit] = summed(a[who, unit] * errors[who].mT, rest[:, unit])
     return kept
 
 
-def _summed(columns: Float[Tensor, "outputs k"], total: Float[Tensor, " outputs"]) -> Bool[Tensor, " k"]:
-    """Which of the columns sum to the total: those beyond their rank in all ways, the others by least squares."""
-    rank = int(torch.linalg.matrix_rank(columns))
-    if (more := columns.shape[1] - rank) > MOST_OPEN:
-        raise Refusal(f"the output layer's gradient does not tell which of {rank + more} saturated activations it kept")
+def summed(columns: Float[Tensor, "outputs k"], total: Float[Tensor, " outputs"]) -> Bool[Tensor, " k"]:
+    """Which of the columns sum to the total: those beyond their rank are tried in all ways, least squares tells the
+    others."""
+    more = columns.shape[1] - int(torch.linalg.matrix_rank(columns))
+    if more > MOST_OPEN:
+        raise Refusal(f"which of {columns.shape[1]} saturated activations of a unit dropout kept is not searched")
     bits = torch.arange(more, device=columns.device)
     ways = (torch.arange(2**more, device=columns.device)[:, None] >> bits & 1).to(columns)
     first = torch.linalg.lstsq(columns[:, more:], (total - ways @ columns[:, :more].mT).mT, driver="gelsd").solution.mT

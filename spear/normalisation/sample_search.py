@@ -5,7 +5,8 @@ With g = γ ∘ dY, σ_i G_i = g_i - mean(g_i) 1 - mean(g_i ∘ x̂_i) x̂_i, x�
     g_i in span[U, 1, A] (without the 1 behind RMSNorm), 0 or γ_j h_j in every entry
 
 is phase retrieval in a space of 2 b + 1 dimensions. The part in U is σ_i G_i, known up to a factor, and all of these
-together give the inputs, as in a network that does not normalise.
+together give the inputs, as in a network that does not normalise. Of LeakyReLU and the like with dropout an entry is 0,
+or γ_j h_j times one of two slopes.
 """
 
 import math
@@ -29,6 +30,7 @@ LONGEST = 5  # times as many, after rounds that found nothing
 SAME = 1 - 1e-7  # cosine of two solutions that are one
 ZERO = 1e-6  # of the largest entry of g: what dropout took
 WEIGHTS = (0.0, 0.5, 1.0)  # of the pre-activations' signs, in turn
+SLIGHT = 0.1  # the same behind dropout, where a sign shows between two slopes, and is hidden in a unit that is gone
 
 
 def columns(norm: Norm | None, low: LowRank, affine: Float[Tensor, "m n1"]) -> Float[Tensor, "m k"]:
@@ -45,21 +47,22 @@ class SampleSearch:
 
     Directions found are in the coordinates of the `whole` spaces. The parts in U of those found confine the z of the
     others, as ⟨s_k, S⁻¹ t_i⟩ = 0 for i ≠ k, and with them the spaces of every round. Where dropout follows, an entry
-    that is zero says nothing of z. A round under way ends when `time.monotonic` shows `until`.
+    that is zero says nothing of z; of two slopes each other entry does. A round under way ends when `time.monotonic`
+    shows `until`.
     """
 
     until = math.inf
 
     def __init__(self, view: NormalisedView, low: LowRank, generator: Generator) -> None:
         problem = view.network
-        self.problem, self.norm, self.low, self.dropped = problem, view.top, low, view.drops_units
-        self.drop = view.drops[-1]
+        self.problem, self.norm, self.low, self.drop = problem, view.top, low, view.drops[-1]
         self.scale = view.scale(problem.last)
         levels = Levels.of(problem.activations[problem.last], len(self.scale))
-        self.levels = levels and replace(levels, dropped=self.dropped)
-        self.told = not self.dropped if levels is None else levels.signed
+        self.levels = levels and replace(levels, dropped=True)
+        slight = 0.0 if levels is None else SLIGHT * levels.signed
+        self.weights = (slight,) if self.drop else WEIGHTS
         self.columns = columns(view.top, low, problem.affine(problem.last))
-        self.head = problem.weights[-1] * self.scale / (1 - view.drops[-1])
+        self.head = problem.weights[-1] * self.scale / (1 - self.drop)
         self.outputs = possible_errors(problem, low.rank)
         self.whole = self._spaces(self.columns)
         self.heads = torch.linalg.qr(self.whole.head_space)[0].float()
@@ -90,13 +93,14 @@ class SampleSearch:
         lift = self.problem.affine(self.problem.last) @ (self.low.R / singular[:, None]).mT @ free
         if self.left == 1:
             y = normalise(self.norm, (lift / (self.low.R[:, -1] / singular @ free)).mT)[0]
-            exact = solve_mask(self.whole, self._last(y))
-            self.found = self.found.join(exact.solved(accepted(exact, self.tolerances)), room=1, cosine=SAME)
+            if len(mask := self._last(y)):
+                exact = solve_mask(self.whole, mask)
+                self.found = self.found.join(exact.solved(accepted(exact, self.tolerances)), room=1, cosine=SAME)
         place = torch.cat([self.columns[:, self.low.rank : -self.low.rank], unit_rows(lift.mT).mT], 1)
         wide = self.columns if self.norm is None else torch.cat([self.columns[:, : self.low.rank], place], 1)
         spaces = self._spaces(wide)
         labels, start, partner = self._draw(place)
-        weight, moving = WEIGHTS[self.rounds % len(WEIGHTS)] * self.told, self.idle % 2 > 0
+        weight, moving = self.weights[self.rounds % len(self.weights)], self.idle % 2 > 0
         steps, near = STEPS * min(1 + self.idle, LONGEST), 0.0 if moving else self.tolerances.near
         options = Reflections(steps, partner if weight else None, weight, self.heads if moving else None, near=near)
         options = replace(options, until=self.until, levels=spaces.to(torch.float32).levels)
@@ -108,9 +112,9 @@ class SampleSearch:
         self.idle = 0 if self.left < before else self.idle + 1
 
     def _last(self, y: Float[Tensor, "1 m"]) -> Mask:
-        """Masks of the last sample, of which y is known."""
+        """Masks of the last sample, of which y is known, and so which slope each unit has, if any."""
         if self.levels is None:
-            return self._kept(y > 0) if self.dropped else y > 0
+            return self._kept(y > 0) if self.drop else y > 0
         problem, generator = self.problem, self.drawn.generator
         activation = problem.activations[problem.last]
         slopes, value = activation.slope(y), activation.value(y)
