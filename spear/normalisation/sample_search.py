@@ -103,7 +103,7 @@ class SampleSearch:
         weight, moving = self.weights[self.rounds % len(self.weights)], self.idle % 2 > 0
         steps, near = STEPS * min(1 + self.idle, LONGEST), 0.0 if moving else self.tolerances.near
         options = Reflections(steps, partner if weight else None, weight, self.heads if moving else None, near=near)
-        options = replace(options, until=self.until, levels=spaces.to(torch.float32).levels)
+        options = replace(options, until=self.until, levels=self.levels and self.levels.to(torch.float32))
         end = retrieve_phases(start, spaces.basis.float(), options)
         new = refine(spaces, end, head=self.heads, tolerances=self.tolerances)
         new = replace(new, t=unit_rows(new.t @ (spaces.basis.mT @ self.whole.basis)))
