@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from spear import data, federated
 from spear.inversion import attack
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "leaky": lambda: nn.LeakyReLU(0.1)}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "hardtanh": nn.Hardtanh}
+ACTIVATIONS |= {"leaky": lambda: nn.LeakyReLU(0.1)}
 DROPPED = 0.2  # of the data, where dropout stands before the first layer
 ENTRIES = {"": [], "batch": [nn.BatchNorm1d], "dropout": [lambda _: nn.Dropout(DROPPED)]}
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -117,6 +118,8 @@ CASES = [
     Case("none", "mnist", 1, 400, 48, drop=0.5, activation="gelu"),
     Case("none", "cifar10", 1, 400, 64, drop=0.2, activation="silu"),
     Case("none", "mnist", 2, 400, 32, drop=0.2, activation="gelu"),
+    Case("none", "cifar10", 1, 400, 64, drop=0.2, activation="leaky"),
+    Case("none", "mnist", 2, 400, 32, drop=0.5, activation="hardtanh"),
     Case("batch", "mnist", 1, 200, 24, drop=0.3, activation="gelu"),
     Case("batch", "mnist", 1, 400, 32, buffers=False, dtype=torch.float32),
     Case("batch", "mnist", 1, 400, 64, activation="gelu"),

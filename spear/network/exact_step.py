@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from spear.directions import TINY, first_of_each, unit_rows
 from spear.network.phase_retrieval import Iterate, Reflections, retrieve_phases
 from spear.network.side_by_side import SideBySide
-from spear.network.spaces import Solved, Spaces, misfit
+from spear.network.spaces import Mask, Solved, Spaces, misfit
 
 STAGES, STEPS = 10, 50  # near misses go on with a better h, essential past b/m = 0.4; steps of each stage
 HOPEFUL = 0.3  # the sine of a mask's best t under which its h leads on
@@ -31,7 +31,7 @@ class Exact(SideBySide):
     d: Float[Tensor, "k outputs"]
     sine: Float[Tensor, " k"]
     second: Float[Tensor, " k"]
-    mask: Bool[Tensor, "k m"]
+    mask: Mask
     settled: Bool[Tensor, " k"]
     lever: Float[Tensor, " k"]
 
@@ -44,7 +44,7 @@ class Exact(SideBySide):
         return Exact(*(getattr(self, f.name).index_copy(0, index, getattr(other, f.name)) for f in fields(self)))
 
 
-def solve_mask(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) -> Exact:
+def solve_mask(spaces: Spaces, mask: Mask, *, rounds: int = 4) -> Exact:
     """For a fixed mask the best (t, d) is a generalised eigenpair: the smallest of (EᵀE - (UᵀE)ᵀ(UᵀE), EᵀE).
 
     Here E = D ∘ W_outᵀ Z, D the slopes, Z a basis of the possible d. Masks are renewed from the solution until they
@@ -59,7 +59,7 @@ def solve_mask(spaces: Spaces, mask: Bool[Tensor, "k m"], *, rounds: int = 4) ->
     return exact
 
 
-def _exact_once(spaces: Spaces, mask: Bool[Tensor, "k m"]) -> Exact:
+def _exact_once(spaces: Spaces, mask: Mask) -> Exact:
     heads = spaces.head_space
     slopes = mask if spaces.levels is None else spaces.levels.slopes(mask)
     gram, t_all = _normal_equations(spaces.basis, heads, slopes)
@@ -119,7 +119,7 @@ def _smallest(
     return values[:, :2], d
 
 
-def different_masks(mask: Bool[Tensor, "k m"], order: Float[Tensor, " k"]) -> Int[Tensor, " j"]:
+def different_masks(mask: Mask, order: Float[Tensor, " k"]) -> Int[Tensor, " j"]:
     """One index for each different mask, smallest `order` first (masks are compared by a random linear hash)."""
     weights = torch.rand(mask.shape[1], generator=Generator().manual_seed(0), dtype=torch.float64)
     code = mask.double() @ weights.to(mask.device)

@@ -144,7 +144,8 @@ def relax(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -
 
 
 def relax_levels(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflections) -> Iterate:
-    """The same with two slopes for each unit: u in span(U) whose entries are h_j times one or the other."""
+    """The same with two slopes for each unit: u in span(U) whose entries are h_j times one or the other, or, behind
+    dropout, 0 whatever v is."""
     if options.head is not None:
         return _relax_both(iterate, basis, options)
     partner, levels, relaxation, h = options.partner, options.levels, options.relaxation, iterate.h
@@ -161,6 +162,10 @@ def relax_levels(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflect
             evidence.addcmul_(rv, size, value=options.weight)
         sign = evidence.sign_()
         target = torch.addcmul(middle, half, sign)
+        if levels.dropped:
+            wrong = 0.0 if partner is None else options.weight * (rv * sign).clamp_max(0).square()
+            kept = (2 * torch.lerp(u, pu, 2.0) - target) * target > wrong
+            target, sign = target * kept, sign if partner is None else torch.where(kept, sign, rv.sign())
         u.add_(target, alpha=relaxation).sub_(pu, alpha=relaxation)
         if partner is not None:
             v.add_(size.mul_(sign).add_(rv), alpha=relaxation / 2).sub_(pv, alpha=relaxation)
@@ -174,7 +179,8 @@ def _relax_both(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflecti
     u, h, v, target, inside = iterate.u, iterate.h, iterate.v, iterate.target, options.onto(basis, iterate.u)
     for _ in range(options.steps):
         pu, ph = inside(u), project(h, head)
-        points, costs = _nearest(levels, torch.lerp(u, pu, 2.0), torch.lerp(h, ph, 2.0))
+        ru, rh = torch.lerp(u, pu, 2.0), torch.lerp(h, ph, 2.0)
+        points, costs = _nearest(levels, ru, rh)
         evidence = costs[1] - costs[0]
         if partner is not None:
             pv = project(v, partner)
@@ -182,10 +188,15 @@ def _relax_both(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflecti
             evidence = torch.addcmul(evidence, rv, rv.abs(), value=options.weight)
         active = evidence > 0
         x = torch.where(active, *points)
-        target = levels.slopes(active) * x
+        target, sign = torch.where(active, levels.active, levels.inactive) * x, torch.where(active, 1.0, -1.0)
+        if levels.dropped:
+            wrong = 0.0 if partner is None else options.weight * (rv * sign).clamp_max(0).square()
+            kept = ru * ru > torch.where(active, *costs) + wrong
+            target, x = target * kept, torch.where(kept, x, rh)
+            sign = sign if partner is None else torch.where(kept, sign, rv.sign())
         u, h = u + relaxation * (target - pu), h + relaxation * (x - ph)
         if partner is not None:
-            v = unit_rows(v + relaxation * (rv.abs() * torch.where(active, 0.5, -0.5) + rv / 2 - pv))
+            v = unit_rows(v + relaxation * ((rv.abs() * sign + rv) / 2 - pv))
         scale = h.norm(dim=1, keepdim=True).clamp_min(TINY)
         u, h, target = u / scale, h / scale, target / scale
     return Iterate(u, h, v, target)

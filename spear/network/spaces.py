@@ -3,7 +3,7 @@
 Vectors are rows: u, h, v are (starts, m), t (samples, b), d (samples, outputs).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,9 @@ from spear.network.problem import NetworkView
 VANISHED = 1e-3  # squared length of a target, of |h| = 1, that has no unit left to speak of
 MOST_LEVERAGE = 0.95  # of an entry on its own projection: past it the other units know nothing of it
 SAME = 1 - 1e-9  # cosine of two exact solutions that are one: each is off by the root of rounding
+GONE, INACTIVE, ACTIVE = range(3)  # which slope a unit has, where dropout may have taken it
+
+Mask = Bool[Tensor, "k m"] | Int[Tensor, "k m"]
 
 
 def project(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k m"]:
@@ -47,12 +50,14 @@ def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[T
 class Levels:
     """The two slopes of a piecewise linear activation: each unit's when it is active, and when it is not.
 
-    ReLU's are 1 and 0. A unit is active where z > 0 if `signed`; else the pre-activation's sign says nothing.
+    ReLU's are 1 and 0. A unit is active where z > 0 if `signed`; else the pre-activation's sign says nothing. Where
+    units may be `dropped`, 0 is a third slope, and masks say which: `GONE`, `INACTIVE` or `ACTIVE`.
     """
 
     active: Float[Tensor, " m"]
     inactive: Float[Tensor, " m"]
     signed: bool
+    dropped: bool = False
 
     @classmethod
     def of(cls, activation: Activation, units: int) -> "Levels | None":
@@ -70,11 +75,22 @@ class Levels:
 
     def to(self, dtype: torch.dtype) -> "Levels":
         """The same in another precision."""
-        return Levels(self.active.to(dtype), self.inactive.to(dtype), self.signed)
+        return replace(self, active=self.active.to(dtype), inactive=self.inactive.to(dtype))
 
-    def slopes(self, mask: Bool[Tensor, "k m"]) -> Float[Tensor, "k m"]:
+    def slopes(self, mask: Mask) -> Float[Tensor, "k m"]:
         """The slopes of these masks."""
-        return torch.where(mask, self.active, self.inactive)
+        if not self.dropped:
+            return torch.where(mask, self.active, self.inactive)
+        return torch.where(mask == ACTIVE, self.active, (mask == INACTIVE) * self.inactive)
+
+    def mask(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Mask:
+        """At which slope h is nearest to u."""
+        active = self.evidence(u, h) > 0
+        if not self.dropped:
+            return active
+        nearer = torch.where(active, ACTIVE, INACTIVE)
+        wanted = self.slopes(nearer) * h
+        return torch.where((2 * u - wanted) * wanted > 0, nearer, GONE)
 
     def evidence(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
         """How much nearer, squared, u is to h at the active slope than at the other."""
@@ -108,7 +124,7 @@ class Spaces:
         parts = (getattr(self, f.name) for f in fields(self))
         return Spaces(*(None if part is None else part.to(dtype) for part in parts))
 
-    def scaled(self, mask: Bool[Tensor, "k m"], h: Float[Tensor, "*k m"]) -> Float[Tensor, "k m"]:
+    def scaled(self, mask: Mask, h: Float[Tensor, "*k m"]) -> Float[Tensor, "k m"]:
         """D ∘ h: each h at the slopes of a mask."""
         return mask * h if self.levels is None else self.levels.slopes(mask) * h
 
@@ -116,9 +132,9 @@ class Spaces:
         """How much nearer, squared, u is to h at the active slope than at the other."""
         return (2 * u - h) * h if self.levels is None else self.levels.evidence(u, h)
 
-    def active(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Bool[Tensor, "k m"]:
+    def active(self, u: Float[Tensor, "k m"], h: Float[Tensor, "k m"]) -> Mask:
         """The mask that u implies."""
-        return self.evidence(u, h) > 0
+        return self.evidence(u, h) > 0 if self.levels is None else self.levels.mask(u, h)
 
     def without_itself(self, u: Float[Tensor, "k m"], wanted: Float[Tensor, "k m"]) -> Float[Tensor, "k m"]:
         """What the other units say of each entry, u being the projection of `wanted` on span(U)."""
@@ -151,14 +167,14 @@ class Solved:
 
     t: Float[Tensor, "f b"]
     d: Float[Tensor, "f outputs"]
-    mask: Bool[Tensor, "f m"]
+    mask: Mask
 
     @classmethod
     def none(cls, spaces: Spaces) -> "Solved":
         """Before any direction was found."""
         m, b = spaces.basis.shape
         empty = spaces.basis.new_zeros
-        return cls(empty(0, b), empty(0, len(spaces.head)), empty(0, m).bool())
+        return cls(empty(0, b), empty(0, len(spaces.head)), spaces.active(empty(0, m), empty(0, m)))
 
     def __len__(self) -> int:
         return len(self.t)

@@ -27,6 +27,7 @@ WHOLE = 1e-4  # relative distance of a variance from γ² under which ReLU took 
 ROUNDING = 1e-14  # of the largest entry: no zero is known better
 ROUNDS, FINE = 6, 1e-13  # of σ by the samples, each of which halves its error; the error under which there is no need
 SPARE = 8  # equations beyond the unknowns of a sample
+MOST_OPEN = 16  # saturated activations of a unit that are tried in all ways
 INEXACT = 1e-9  # of the largest activation: how near to another branch an inverse is not trusted
 
 
@@ -49,16 +50,14 @@ def descend(
 ) -> tuple[Float[Tensor, "b n0"], Targets, Kept]:
     """Inputs of the network, targets and what dropout kept, from the inputs of the last hidden layer and ∂L/∂logits.
 
-    `inputs` are less their mean where BatchNorm follows; so are those that are returned. `mask` are the active units of
-    the last hidden layer where dropout follows ReLU: of a unit that is not positive it does not matter, and is taken to
-    be kept. Of another activation they are those that were kept.
+    `inputs` are less their mean where BatchNorm follows; so are those that are returned. `mask` are the units of the
+    last hidden layer that have a gradient, where dropout follows.
 
     Raises `Refusal` where activations do not tell their pre-activations.
     """
     network, top = view.network, view.network.last
     y, normal, deviation = normalise(view.norms[top], network.apply(top, inputs))
-    all_told = mask is None or not network.activations[top].is_relu
-    kept: list[Tensor | None] = [mask if all_told else mask | (y <= 0)]
+    kept: list[Tensor | None] = [None if mask is None else _kept(view, mask, y, errors)]
     on = 1 if mask is None else kept[0].to(y) / (1 - view.drops[top])
     v, *behind = normalise(view.afters[top], network.activations[top].value(y) * on)
     activated = network.activate(network.apply(top + 1, v))
@@ -73,6 +72,37 @@ def descend(
         kept.insert(0, one | (y <= 0) if view.drops[k] and network.activations[k].is_relu else one)
         x = solve_inputs(view, k, deltas)
     return x, targets, tuple(kept)
+
+
+def _kept(
+    view: NormalisedView, mask: Bool[Tensor, "b m"], y: Float[Tensor, "b m"], errors: Float[Tensor, "b outputs"]
+) -> Bool[Tensor, "b m"]:
+    """What dropout kept at the last hidden layer, from the units that have a gradient.
+
+    Where phi is flat they have none in any case. Where it is 0, it does not matter, and the unit is taken to be kept;
+    elsewhere the output layer's gradient tells, ∂L/∂logitsᵀ A.
+    """
+    network, k = view.network, view.network.last
+    flat, a = network.activations[k].slope(y) == 0, network.activations[k].value(y) / (1 - view.drops[k])
+    kept = mask | (flat & (a == 0))
+    rest, doubtful = network.weight_gradients[k + 1] - errors.mT @ (a * kept), flat & ~kept
+    for unit in doubtful.any(0).nonzero()[:, 0].tolist():
+        who = doubtful[:, unit].nonzero()[:, 0]
+        kept[who, unit] = summed(a[who, unit] * errors[who].mT, rest[:, unit])
+    return kept
+
+
+def summed(columns: Float[Tensor, "outputs k"], total: Float[Tensor, " outputs"]) -> Bool[Tensor, " k"]:
+    """Which of the columns sum to the total: those beyond their rank are tried in all ways, least squares tells the
+    others."""
+    more = columns.shape[1] - int(torch.linalg.matrix_rank(columns))
+    if more > MOST_OPEN:
+        raise Refusal(f"which of {columns.shape[1]} saturated activations of a unit dropout kept is not searched")
+    bits = torch.arange(more, device=columns.device)
+    ways = (torch.arange(2**more, device=columns.device)[:, None] >> bits & 1).to(columns)
+    first = torch.linalg.lstsq(columns[:, more:], (total - ways @ columns[:, :more].mT).mT, driver="gelsd").solution.mT
+    best = (first - (first > 0.5).to(first)).abs().amax(1).argmin()
+    return torch.cat([ways, first], 1)[best] > 0.5
 
 
 def _through_after(

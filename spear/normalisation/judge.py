@@ -118,7 +118,7 @@ def _dropped(view: NormalisedView, own: Run) -> str:
             took = positive - int(own.active[k].sum())
             those = "positive units" if view.network.activations[k].is_relu else "units"
             said.append(f"{took / max(positive, 1):.1%} of the {those} of layer {k + 1} (p = {share:g})")
-    unknown = "of the others it cannot be told, and does not matter"
+    unknown = "where an activation is zero in any case it cannot be told, and does not matter"
     return f"; dropout took {', '.join(said)}; {unknown}" if said else ""
 
 

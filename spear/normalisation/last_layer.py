@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from spear.network.curves.fit import finish
 from spear.network.curves.search import CurveSearch
 from spear.network.exact_step import solve_mask
+from spear.network.spaces import GONE
 from spear.normalisation.batch_search import BatchSearch
 from spear.normalisation.calibration import calibrated
 from spear.normalisation.curves import top
@@ -81,7 +82,8 @@ def anew(view: NormalisedView, known: Known, run: Search, mask: Bool[Tensor, "b 
         w = finish(new.curves, start, run.known.labels, arrived=0.0, pieces=pieces)[0]
         new.known = replace(run.known, s=new.curves.samples(w))
     elif isinstance(new, SampleSearch):
-        new.found = solve_mask(new.whole, mask, rounds=1).solved(torch.arange(len(mask), device=mask.device))
+        every = torch.arange(len(run.found), device=mask.device)
+        new.found = solve_mask(new.whole, run.found.mask, rounds=1).solved(every)
     else:
         new.found = new.solved(mask[:, new.spaces.live])
     return new
@@ -91,7 +93,7 @@ def solved(
     view: NormalisedView, known: Known, run: Search
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b outputs"], Bool[Tensor, "b m"] | None]:
     """The inputs of the last hidden layer, less their mean behind BatchNorm, ∂L/∂logits, and the active units there
-    where dropout follows; of an activation that is not ReLU those that it kept."""
+    where dropout follows; of a curved activation those that it kept."""
     network, low = view.network, known.low
     if isinstance(run, CurveSearch):
         at, s = run.points(), run.known.s
@@ -111,7 +113,7 @@ def solved(
         )
     inputs, factor = inputs_behind(view, network.last, low, found.t @ run.whole.basis.mT)
     deviation = normalise(view.top, network.apply(network.last, inputs))[2]
-    return inputs, found.d * (deviation / factor[:, None]), found.mask if view.drops_units else None
+    return inputs, found.d * (deviation / factor[:, None]), found.mask > GONE if view.drops_units else None
 
 
 def _active(

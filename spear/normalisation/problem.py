@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.network.problem import NetworkView
+from spear.network.spaces import Levels
 
 Kind = Literal["batch", "layer", "rms"]
 
@@ -72,8 +73,11 @@ class NormalisedView:
 
     @property
     def is_curved(self) -> bool:
-        """Whether at the last hidden layer a gradient is not 0 or h_j, in every entry, beside known directions."""
-        return self.afters[-1] is not None or not self.network.activations[-1].is_relu
+        """Whether at the last hidden layer a gradient is not 0 or h_j, in every entry, beside known directions; nor,
+        behind dropout, h_j times one of two slopes."""
+        activation, alone = self.network.activations[-1], self.drops_units and not self.mixes
+        two = alone and Levels.of(activation, activation.units) is not None
+        return self.afters[-1] is not None or not (activation.is_relu or two)
 
     @property
     def is_uniform(self) -> bool:

@@ -125,11 +125,11 @@ def _not_searched(view: NormalisedView, k: int) -> str:
     norm, activation = view.norms[k], view.network.activations[k]
     if view.afters[k] is not None:
         return "batch normalisation"
-    if k < view.network.last or activation.is_relu:
+    if k < view.network.last or not view.is_curved:
         return ""
     if norm is not None and not norm.mixes:
-        return "a normalisation of each sample and an activation other than ReLU"
-    return "a piecewise linear activation other than ReLU" if norm is None and activation.is_flat else ""
+        return "a normalisation of each sample and an activation that has not two slopes"
+    return "a piecewise linear activation of more than two slopes" if norm is None and activation.is_flat else ""
 
 
 def _check_reach(view: NormalisedView, low: LowRank) -> None:
