@@ -67,10 +67,9 @@ class BatchSearch:
         counts = size * self.prior - gradient / problem.unit(size)
         return (torch.cat([size - counts, counts]) if problem.outputs == 1 else counts).clamp_min(0)
 
-    @property
-    def labels(self) -> Int[Tensor, " f"]:
-        """The class of each sample found, by the sign of its d."""
-        d = self.found.d @ self.contrasts.mT
+    def labels(self, d: Float[Tensor, "k c"]) -> Int[Tensor, " k"]:
+        """The class of each sample, by the sign of its d."""
+        d = d @ self.contrasts.mT
         return (d[:, 0] < 0).long() if self.problem.outputs == 1 else d.argmin(1)
 
     def outputs(self, y: Float[Tensor, "k m"]) -> Float[Tensor, "k outputs"]:
@@ -131,7 +130,7 @@ class BatchSearch:
         if few:
             labels = torch.arange(count) % number
         else:
-            need = self.counts.cpu() - torch.bincount(self.labels.cpu(), minlength=number)
+            need = self.counts.cpu() - torch.bincount(self.labels(self.found.d).cpu(), minlength=number)
             labels = torch.multinomial(need.clamp_min(0.2), count, replacement=True, generator=self.generator)
         labels = labels.to(self.head.device)
         wanted = self.problem.one_hot(labels)

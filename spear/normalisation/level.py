@@ -1,0 +1,156 @@
+"""Batches behind BatchNorm that has no shift, or sends no gradient of it: a = mean g is m unknowns, common to all.
+
+a is small beside g, as 1 to √b: reflections at a rough one end near samples. That one is D regressed on relu(y) for
+normal y, times h, summed over the batch: both sums are known. Then every right mask leaves equations that are linear in
+a,
+
+    sum_i (1 - Q_i Q_iᵀ) a = 0,   Q_i a basis of the columns of sample i's exact step,
+
+solved by λ a and by a common shift (τ, ς) of every t and s, which moves a in span [(σ/γ) U, c ∘ P]. These 2 b - 1
+numbers follow from ⟨s_k, S⁻¹ t_i⟩ = [k = i] - 1/b and from the forward pass, d_i = p(y_i) - onehot; of τ a part does
+not, on which nothing depends before all samples are found.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+from torch.func import jacfwd
+
+from spear.directions import distinct, unit_rows
+from spear.normalisation.batch_search import NEAR, BatchSearch
+from spear.normalisation.exact_step import ExactStep, evidence, settle
+from spear.normalisation.problem import NormalisedView
+from spear.normalisation.spaces import BatchSpaces, Found, Plane, plane
+
+ACTIVE, RISE = 0.2665, 0.5852  # D over relu(y) of a normal y, by regression: intercept and slope
+ROUGH = 0.4  # mean square error of the rough a, of its mean square
+MISSED, ALIKE = 0.4, 0.7  # distance of a mask from its pieces up to which it serves; cosine from which two are of one
+FEWEST = 4  # samples that tell a
+STEPS, LEAST = 12, 4  # renewals of masks and a, at most and at least
+OUTLIERS, CAUTION = 3, 3  # times the median distance: masks that are no samples'; times the noise that the prior fears
+DETERMINED = 1e-6  # eigenvalue, of the largest, from which a direction of a is told
+NEWTON, RIDGE = 20, 1e-10  # steps for (λ, τ, ς), and their ridge, of the mean diagonal
+
+
+def rough_level(view: NormalisedView, spaces: BatchSpaces) -> Float[Tensor, " m"]:
+    """a by regression, per sample in units of `NetworkView.unit`."""
+    network, bias = view.network, view.network.bias_gradients[-1]
+    summed = 0.0 if bias is None else bias @ network.weights[-1][:, spaces.live]
+    total = network.unit(spaces.batch) * spaces.batch
+    return ACTIVE * summed / total + RISE * spaces.scale.sign() * spaces.slope
+
+
+class LevelSearch(BatchSearch):
+    """A search that finds a with the samples: near misses tell it, then the usual rounds go on."""
+
+    def __init__(self, view: NormalisedView, spaces: BatchSpaces, accept: float, generator: Generator) -> None:
+        self.rough = rough_level(view, spaces)
+        super().__init__(view, replace(spaces, level=self.rough, loose=True), accept, generator)
+        self.misses = self.found.mask
+
+    @property
+    def here(self) -> Plane:
+        """The plane of all samples."""
+        return plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size)
+
+    def round(self) -> None:
+        if not len(self.found):
+            self._begin()
+            return
+        before = self.left
+        super().round()
+        if self.left < before:
+            self._move(self.found)
+            self.found = super().solved(self.found.mask)
+
+    def solved(self, mask: Bool[Tensor, "k m"]) -> Found:
+        """Samples of these masks, which tell a."""
+        self._told(self._left_over(mask, torch.ones_like(mask)))
+        self.found = super().solved(mask)
+        self._move(self.found)
+        return super().solved(mask)
+
+    def _begin(self) -> None:
+        """Near misses, one of each sample, until some of them are solved exactly by a common a."""
+        both = torch.cat([self.misses, self.near_misses(MISSED)])
+        self.misses = both[distinct(unit_rows(2.0 * both - 1), ALIKE, signed=True)]
+        found = self._renewed(self.misses)
+        for _ in range(2 * (found is not None)):
+            found = super().solved(self._move(found))
+        if found is not None:
+            step = ExactStep.of(self.here, self.heads)
+            mask = settle(step, found.mask, accept=self.accept, near=NEAR, weight=self.weight, dropped=False)
+            self._accept(self.here, mask)
+        self.idle = 0 if len(self.found) else self.idle + 1
+        if self.idle:
+            self.spaces = replace(self.spaces, level=self.rough)
+
+    def _renewed(self, mask: Bool[Tensor, "k m"]) -> Found | None:
+        """Masks renewed with a, by turns, from the rough one; the samples for an a that is right but for λ, τ and ς."""
+        at, N = ExactStep.of(self.here, self.heads)(mask), torch.zeros_like(self.rough)
+        for k in range(STEPS):
+            sure = evidence(at.g, at.y, at.h, self.weight, dropped=False)
+            if k >= LEAST and torch.equal(mask, sure > 0):
+                break
+            away = (at.g - at.h).square() + (self.weight * at.y.clamp_max(0)).square() + sure.clamp_max(0)
+            off = away.sum(1) / at.h.square().sum(1)
+            good = off < OUTLIERS * off.median()
+            if int(good.sum()) < min(FEWEST, self.spaces.batch):
+                return None
+            mask, margin = sure[good] > 0, sure[good].abs()
+            rows = ExactStep.of(self.here, self.heads).sure(margin)
+            N = self._left_over(mask, torch.zeros_like(mask).scatter(1, rows, True))
+            noise = CAUTION * off.median() * (mask * at.h[good]).square().mean()
+            prior = noise / (ROUGH * (self.size * self.rough).square().mean())
+            level = torch.linalg.solve(N + prior * torch.eye(len(N)).to(N), prior * self.rough)
+            self.spaces = replace(self.spaces, level=level * (self.rough.norm() / level.norm()))
+            at = ExactStep.of(self.here, self.heads).trimmed(mask, margin)
+        if not self._told(N):
+            return None
+        at = ExactStep.of(self.here, self.heads).trimmed(mask, margin)
+        return Found(*self.here.coordinates(at.x), at.d, mask)
+
+    def _left_over(self, mask: Bool[Tensor, "k m"], rows: Bool[Tensor, "k m"]) -> Float[Tensor, "m m"]:
+        """The sum of the 1 - Q_i Q_iᵀ, each on its own rows."""
+        total = torch.zeros_like(self.rough).diag()
+        for one, kept in zip(mask, rows.to(total), strict=True):
+            columns = torch.cat([self.here.g_basis, one[:, None] * self.heads], 1)
+            basis = torch.linalg.qr(kept[:, None] * columns)[0]
+            total += kept.diag() - basis @ basis.mT
+        return total
+
+    def _told(self, N: Float[Tensor, "m m"]) -> bool:
+        """Set a to what is nearest to the rough one where nothing is left over; whether no more of it is free than
+        λ, τ and ς."""
+        values, vectors = torch.linalg.eigh(N)
+        free = vectors[:, : 2 * self.spaces.batch - 1]
+        self.spaces = replace(self.spaces, level=free @ (free.mT @ self.rough))
+        return bool(values[free.shape[1]] > DETERMINED * values[-1])
+
+    def _move(self, found: Found) -> Bool[Tensor, "f m"]:
+        """Move a by the λ, τ and ς of samples, by Newton's steps; their masks then."""
+        r, root = found.t.shape[1], self.spaces.singular.sqrt()
+        t, s = found.t / root, found.s / root
+        wanted = torch.eye(len(t)).to(t) - 1 / self.spaces.batch
+        labels = self.problem.one_hot(self.labels(found.d))
+        place = self.spaces.scale[:, None] * self.spaces.place * root
+
+        def off(x: Tensor) -> Tensor:
+            own, turned = x[0] * s + x[r + 1 :], x[0] * t + x[1 : r + 1]
+            y = (self.spaces.shift + own @ place.mT).clamp_min(0)
+            errors = (self.outputs(y) - labels) @ self.contrasts
+            return torch.cat([(own @ turned.mT - wanted).flatten(), (errors - x[0] * found.d).flatten()])
+
+        x = torch.zeros(2 * r + 1).to(t)
+        x[0] = ((1 - 1 / self.spaces.batch) / (s * t).sum(1)).clamp_min(0).median().sqrt()
+        for _ in range(NEWTON):
+            J = jacfwd(off)(x)
+            gram = J.mT @ J
+            ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(x)).to(x)
+            x = x - torch.linalg.solve(gram + ridge, J.mT @ off(x))
+        turn, place = root * x[1 : r + 1], root * x[r + 1 :]
+        level = x[0] * self.spaces.level - self.spaces.turned @ turn - self.spaces.slope * (self.spaces.place @ place)
+        self.spaces = replace(self.spaces, level=level)
+        return self.spaces.outputs(x[0] * found.s + place) > 0
