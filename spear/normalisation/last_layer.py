@@ -13,6 +13,7 @@ from spear.normalisation.batch_search import BatchSearch
 from spear.normalisation.calibration import calibrated
 from spear.normalisation.curves import top
 from spear.normalisation.descent import Known
+from spear.normalisation.level import LevelSearch
 from spear.normalisation.problem import NormalisedView, normalise
 from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.sample_search import SampleSearch
@@ -36,7 +37,8 @@ def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
         return SampleSearch(view, known.low, generator)
     spaces = open_spaces(view.network, view.top, view.network.last, known.low, known.before)
     accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * known.before.usual)
-    return BatchSearch(view, spaces, accept, generator)
+    search = BatchSearch if view.top.shift_gradient is not None else LevelSearch
+    return search(view, spaces, accept, generator)
 
 
 def _on_curves(view: NormalisedView, known: Known, generator: Generator) -> CurveSearch:
@@ -55,7 +57,7 @@ def searched(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, S
     """Rounds until all samples are found, the budget is spent or they find no more; with σ as it served for that."""
     run = opened(view, known, terms.generator())
     run.until = terms.budget.until
-    if isinstance(run, BatchSearch) and run.accept > ROUGHEST and not view.drops_units:
+    if type(run) is BatchSearch and run.accept > ROUGHEST and not view.drops_units:
         rough = replace(known.before, error=torch.full_like(known.before.error, known.before.usual))
         spaces = open_spaces(view.network, view.top, view.network.last, known.low, rough)
         found = calibrated(BatchSearch(view, spaces, 0.0, terms.generator()), known.before, run.until)

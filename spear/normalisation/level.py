@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
-from torch.func import jacfwd
 
 from spear.directions import distinct, unit_rows
+from spear.federated import losses
 from spear.normalisation.batch_search import NEAR, BatchSearch
 from spear.normalisation.exact_step import ExactStep, evidence, settle
 from spear.normalisation.problem import NormalisedView
@@ -133,24 +133,43 @@ class LevelSearch(BatchSearch):
         """Move a by the λ, τ and ς of samples, by Newton's steps; their masks then."""
         r, root = found.t.shape[1], self.spaces.singular.sqrt()
         t, s = found.t / root, found.s / root
-        wanted = torch.eye(len(t)).to(t) - 1 / self.spaces.batch
-        labels = self.problem.one_hot(self.labels(found.d))
-        place = self.spaces.scale[:, None] * self.spaces.place * root
-
-        def off(x: Tensor) -> Tensor:
-            own, turned = x[0] * s + x[r + 1 :], x[0] * t + x[1 : r + 1]
-            y = (self.spaces.shift + own @ place.mT).clamp_min(0)
-            errors = (self.outputs(y) - labels) @ self.contrasts
-            return torch.cat([(own @ turned.mT - wanted).flatten(), (errors - x[0] * found.d).flatten()])
-
         x = torch.zeros(2 * r + 1).to(t)
         x[0] = ((1 - 1 / self.spaces.batch) / (s * t).sum(1)).clamp_min(0).median().sqrt()
         for _ in range(NEWTON):
-            J = jacfwd(off)(x)
+            pairs, to_pairs = self._pairs(x, t, s)
+            errors, to_errors = self._errors(x, s, found.d)
+            off, J = torch.cat([pairs, errors]), torch.cat([to_pairs, to_errors])
             gram = J.mT @ J
             ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(x)).to(x)
-            x = x - torch.linalg.solve(gram + ridge, J.mT @ off(x))
-        turn, place = root * x[1 : r + 1], root * x[r + 1 :]
-        level = x[0] * self.spaces.level - self.spaces.turned @ turn - self.spaces.slope * (self.spaces.place @ place)
-        self.spaces = replace(self.spaces, level=level)
-        return self.spaces.outputs(x[0] * found.s + place) > 0
+            x = x - torch.linalg.solve(gram + ridge, J.mT @ off)
+        turn, place, spaces = root * x[1 : r + 1], root * x[r + 1 :], self.spaces
+        level = x[0] * spaces.level - spaces.turned @ turn - spaces.slope * (spaces.place @ place)
+        self.spaces = replace(spaces, level=level)
+        return spaces.outputs(x[0] * found.s + place) > 0
+
+    def _pairs(
+        self, x: Float[Tensor, " u"], t: Float[Tensor, "f r"], s: Float[Tensor, "f r"]
+    ) -> tuple[Float[Tensor, " f2"], Float[Tensor, "f2 u"]]:
+        """How far ⟨s_k, S⁻¹ t_i⟩ is off for x = (λ, τ, ς), and its derivative; t and s over √S."""
+        f, r = t.shape
+        turned, placed = x[0] * t + x[1 : r + 1], x[0] * s + x[r + 1 :]
+        off = placed @ turned.mT - torch.eye(f).to(t) + 1 / self.spaces.batch
+        by_scale = s @ turned.mT + placed @ t.mT
+        by_shifts = placed[:, None].expand(f, f, r), turned.expand(f, f, r)
+        return off.flatten(), torch.cat([by_scale[:, :, None], *by_shifts], 2).flatten(0, 1)
+
+    def _errors(
+        self, x: Float[Tensor, " u"], s: Float[Tensor, "f r"], d: Float[Tensor, "f c"]
+    ) -> tuple[Float[Tensor, " fc"], Float[Tensor, "fc u"]]:
+        """How far λ d is from that of the forward pass, and its derivative."""
+        (f, r), place = s.shape, self.spaces.scale[:, None] * self.spaces.place * self.spaces.singular.sqrt()
+        y = self.spaces.shift + (x[0] * s + x[r + 1 :]) @ place.mT
+        logits = y.clamp_min(0) @ self.head.mT + self.bias
+        made = (self.problem.activate(logits) - self.problem.one_hot(self.labels(d))) @ self.contrasts
+        by_shift = torch.einsum("cm,fm,mr->frc", self.head, (y > 0).to(y), place)
+        along = torch.cat([torch.zeros_like(by_shift), by_shift], 1)
+        along = torch.cat([(by_shift * s[:, :, None]).sum(1, keepdim=True), along], 1)
+        bent = losses.activate_along(self.problem.loss, logits.repeat_interleave(len(x), 0), along.flatten(0, 1))
+        J = (bent @ self.contrasts).unflatten(0, (f, len(x)))
+        J[:, 0] -= d
+        return (made - x[0] * d).flatten(), J.mT.flatten(0, 1)

@@ -56,7 +56,7 @@ def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: 
     if isinstance(run, BatchSearch) and run.accept > ROUGHEST:
         off = f"epsilon tells the batch's deviations to {known[-1].before.usual:.0e} only"
         return replace(empty, reason=f"{reached}; {off}: too rough for samples to be told apart from what is none")
-    if not reached.found:
+    if not reached.found or not view.is_told:
         return empty
     if isinstance(run, SampleSearch):
         g = run.found.t @ run.whole.basis.mT
@@ -125,6 +125,8 @@ def _not_searched(view: NormalisedView, k: int) -> str:
     norm, activation = view.norms[k], view.network.activations[k]
     if view.afters[k] is not None:
         return "batch normalisation"
+    if k == view.network.last and view.mixes and norm.shift_gradient is None:
+        return "batch normalisation without the gradient of a shift"
     if k < view.network.last or activation.is_relu:
         return ""
     if norm is not None and not norm.mixes:
