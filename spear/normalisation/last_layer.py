@@ -35,9 +35,9 @@ def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
         return _on_curves(view, known, generator)
     if not view.mixes:
         return SampleSearch(view, known.low, generator)
-    spaces = open_spaces(view.network, view.top, view.network.last, known.low, known.before)
-    accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * known.before.usual)
-    search = BatchSearch if view.top.shift_gradient is not None else LevelSearch
+    search, before = (BatchSearch, known.before) if view.is_told else (LevelSearch, known.before.of_all())
+    spaces = open_spaces(view.network, view.top, view.network.last, known.low, before)
+    accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * before.usual)
     return search(view, spaces, accept, generator)
 
 

@@ -99,7 +99,7 @@ class LevelSearch(BatchSearch):
             good = off < OUTLIERS * off.median()
             if int(good.sum()) < min(FEWEST, self.spaces.batch):
                 return None
-            mask, margin = sure[good] > 0, sure[good].abs()
+            mask, margin = sure[good] > 0, sure[good].abs() / sure[good].abs().mean(0)  # some of each unit's rows
             rows = ExactStep.of(self.here, self.heads).sure(margin)
             N = self._left_over(mask, torch.zeros_like(mask).scatter(1, rows, True))
             noise = CAUTION * off.median() * (mask * at.h[good]).square().mean()
