@@ -27,10 +27,11 @@ from spear.normalisation.spaces import BatchSpaces, Found, Plane, plane
 ACTIVE, RISE = 0.2665, 0.5852  # D over relu(y) of a normal y, by regression: intercept and slope
 ROUGH = 0.4  # mean square error of the rough a, of its mean square
 MISSED, ALIKE = 0.4, 0.7  # distance of a mask from its pieces up to which it serves; cosine from which two are of one
-FEWEST = 4  # samples that tell a
+BEST, FITS = 4, 1e-3  # masks that are surely samples'; distance of a mask that surely is
 STEPS, LEAST = 12, 4  # renewals of masks and a, at most and at least
-OUTLIERS, CAUTION = 3, 3  # times the median distance: masks that are no samples'; times the noise that the prior fears
+OUTLIERS, CAUTION = 3, 3  # times the distance of the best: masks that are no samples'; times the noise that the prior fears
 DETERMINED = 1e-6  # eigenvalue, of the largest, from which a direction of a is told
+MOVES = 2  # of a by masks that are not yet right
 NEWTON, RIDGE = 20, 1e-10  # steps for (λ, τ, ς), and their ridge, of the mean diagonal
 
 
@@ -62,8 +63,7 @@ class LevelSearch(BatchSearch):
         before = self.left
         super().round()
         if self.left < before:
-            self._move(self.found)
-            self.found = super().solved(self.found.mask)
+            self.found = super().solved(self._move(self.found))
 
     def solved(self, mask: Bool[Tensor, "k m"]) -> Found:
         """Samples of these masks, which tell a."""
@@ -77,9 +77,10 @@ class LevelSearch(BatchSearch):
         both = torch.cat([self.misses, self.near_misses(MISSED)])
         self.misses = both[distinct(unit_rows(2.0 * both - 1), ALIKE, signed=True)]
         found = self._renewed(self.misses)
-        for _ in range(2 * (found is not None)):
-            found = super().solved(self._move(found))
         if found is not None:
+            self.misses = found.mask
+            for _ in range(MOVES):
+                found = super().solved(self._move(found))
             step = ExactStep.of(self.here, self.heads)
             mask = settle(step, found.mask, accept=self.accept, near=NEAR, weight=self.weight, dropped=False)
             self._accept(self.here, mask)
@@ -90,19 +91,21 @@ class LevelSearch(BatchSearch):
     def _renewed(self, mask: Bool[Tensor, "k m"]) -> Found | None:
         """Masks renewed with a, by turns, from the rough one; the samples for an a that is right but for λ, τ and ς."""
         at, N = ExactStep.of(self.here, self.heads)(mask), torch.zeros_like(self.rough)
+        own = self.here.g_basis.shape[1] + self.heads.shape[1]
         for k in range(STEPS):
             sure = evidence(at.g, at.y, at.h, self.weight, dropped=False)
             if k >= LEAST and torch.equal(mask, sure > 0):
                 break
             away = (at.g - at.h).square() + (self.weight * at.y.clamp_max(0)).square() + sure.clamp_max(0)
             off = away.sum(1) / at.h.square().sum(1)
-            good = off < OUTLIERS * off.median()
-            if int(good.sum()) < min(FEWEST, self.spaces.batch):
-                return None
+            usual = off.kthvalue(min(BEST, len(off))).values
+            good = off < (OUTLIERS * usual).clamp_min(FITS)
             mask, margin = sure[good] > 0, sure[good].abs() / sure[good].abs().mean(0)  # some of each unit's rows
             rows = ExactStep.of(self.here, self.heads).sure(margin)
+            if len(rows) * (rows.shape[1] - own) < len(N):
+                return None
             N = self._left_over(mask, torch.zeros_like(mask).scatter(1, rows, True))
-            noise = CAUTION * off.median() * (mask * at.h[good]).square().mean()
+            noise = CAUTION * usual * (mask * at.h[good]).square().mean()
             prior = noise / (ROUGH * (self.size * self.rough).square().mean())
             level = torch.linalg.solve(N + prior * torch.eye(len(N)).to(N), prior * self.rough)
             self.spaces = replace(self.spaces, level=level * (self.rough.norm() / level.norm()))
@@ -110,7 +113,8 @@ class LevelSearch(BatchSearch):
         if not self._told(N):
             return None
         at = ExactStep.of(self.here, self.heads).trimmed(mask, margin)
-        return Found(*self.here.coordinates(at.x), at.d, mask)
+        every = Found(*self.here.coordinates(at.x), at.d, mask)
+        return every[distinct(unit_rows(2.0 * mask - 1), ALIKE, order=at.residual, signed=True)]
 
     def _left_over(self, mask: Bool[Tensor, "k m"], rows: Bool[Tensor, "k m"]) -> Float[Tensor, "m m"]:
         """The sum of the 1 - Q_i Q_iᵀ, each on its own rows."""
@@ -165,7 +169,10 @@ class LevelSearch(BatchSearch):
         (f, r), place = s.shape, self.spaces.scale[:, None] * self.spaces.place * self.spaces.singular.sqrt()
         y = self.spaces.shift + (x[0] * s + x[r + 1 :]) @ place.mT
         logits = y.clamp_min(0) @ self.head.mT + self.bias
-        made = (self.problem.activate(logits) - self.problem.one_hot(self.labels(d))) @ self.contrasts
+        outputs = self.problem.activate(logits)
+        wanted = outputs - x[0] * d @ self.contrasts.mT
+        labels = (wanted[:, 0] > 0.5).long() if wanted.shape[1] == 1 else wanted.argmax(1)
+        made = (outputs - self.problem.one_hot(labels)) @ self.contrasts
         by_shift = torch.einsum("cm,fm,mr->frc", self.head, (y > 0).to(y), place)
         along = torch.cat([torch.zeros_like(by_shift), by_shift], 1)
         along = torch.cat([(by_shift * s[:, :, None]).sum(1, keepdim=True), along], 1)
