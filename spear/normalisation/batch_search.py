@@ -92,13 +92,13 @@ class BatchSearch:
         """One round of starts, of a smaller h where the last found nothing."""
         shrinks = self.idle and self.problem.loss != "squared_error"
         before, size = self.left, SHRINK[self.idle % len(SHRINK)] if shrinks else 1.0
-        here = plane(self.spaces, self.found, self.size)
+        here, near = (plane(spaces, self.found, self.size) for spaces in (self.spaces, self.spaces.as_told))
         if self.left == 1:  # the last one is what the others leave
             t, s = -self.found.t.sum(0), -self.found.s.sum(0)
             g, y = self.spaces.gradients(t[None], s[None]), self.spaces.outputs(s[None])
             self._accept(here, g.abs() > ZERO * g.abs().amax() if self.drop else y > 0)
         weight = self.weight * min(1.0, size)
-        mask = self._searched(here, weight, size, self.ridge, NEAR)
+        mask = self._searched(near, weight, size, self.ridge, NEAR)
         if len(mask):
             step = ExactStep.of(here, self.heads)
             self._accept(here, settle(step, mask, accept=self.accept, near=NEAR, weight=weight, dropped=self.drop > 0))

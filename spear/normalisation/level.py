@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from spear.directions import distinct, unit_rows
+from spear.directions import complement, distinct, unit_rows
 from spear.federated import losses
 from spear.normalisation.batch_search import NEAR, BatchSearch
 from spear.normalisation.exact_step import ExactStep, evidence, settle
@@ -148,7 +148,9 @@ class LevelSearch(BatchSearch):
             x = x - torch.linalg.solve(gram + ridge, J.mT @ off)
         turn, place, spaces = root * x[1 : r + 1], root * x[r + 1 :], self.spaces
         level = x[0] * spaces.level - spaces.turned @ turn - spaces.slope * (spaces.place @ place)
-        self.spaces = replace(spaces, level=level)
+        free = spaces.turned @ complement((x[0] * found.s + place) / spaces.singular)
+        nearest = torch.linalg.lstsq(free, (level - self.rough)[:, None], driver="gels").solution[:, 0]
+        self.spaces = replace(spaces, level=level - free @ nearest)
         return spaces.outputs(x[0] * found.s + place) > 0
 
     def _pairs(

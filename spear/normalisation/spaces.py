@@ -56,6 +56,11 @@ class BatchSpaces:
         """y of each sample."""
         return self.shift + self.scale * (s @ self.place.mT)
 
+    @property
+    def as_told(self) -> "BatchSpaces":
+        """The same, a shift common to the t neglected: for a search, not for a solution."""
+        return replace(self, loose=False)
+
     def with_deviation(self, factor: Float[Tensor, " m"]) -> "BatchSpaces":
         """The same where σ is so many times as large."""
         return replace(self, turned=factor[:, None] * self.turned, place=self.place / factor[:, None])
