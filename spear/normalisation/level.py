@@ -6,9 +6,15 @@ a,
 
     sum_i (1 - Q_i Q_iᵀ) a = 0,   Q_i a basis of the columns of sample i's exact step,
 
-solved by λ a and by a common shift (τ, ς) of every t and s, which moves a in span [(σ/γ) U, c ∘ P]. These 2 b - 1
-numbers follow from ⟨s_k, S⁻¹ t_i⟩ = [k = i] - 1/b and from the forward pass, d_i = p(y_i) - onehot; of τ a part does
-not, on which nothing depends before all samples are found.
+solved by λ a, and by a common shift (τ, ς) of every t and s, which moves a in span [(σ/γ) U, c ∘ P]. These 2 b - 1
+numbers follow from the samples (`common_shift`) but for a part of τ, which nothing feels that is asked before all of
+them are found.
+
+**Theorem.** Where b samples leave no more of a free, no other batch of b samples with these activation patterns gives
+the update, but for one image added to every input.
+
+*Proof.* Any such batch has (t, s, d) off by (λ, τ, ς) in common. Its t and s sum to zero, hence τ = ς = 0; and
+⟨s_i, S⁻¹ t_i⟩ = 1 - 1/b, hence λ = ±1, of which -1 turns the signs of all y.
 """
 
 from dataclasses import replace
@@ -18,21 +24,22 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from spear.directions import complement, distinct, unit_rows
-from spear.federated import losses
 from spear.normalisation.batch_search import NEAR, BatchSearch
+from spear.normalisation.common_shift import common_shift
 from spear.normalisation.exact_step import ExactStep, evidence, settle
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.spaces import BatchSpaces, Found, Plane, plane
+from spear.reconstruction import Refusal
 
 ACTIVE, RISE = 0.2665, 0.5852  # D over relu(y) of a normal y, by regression: intercept and slope
 ROUGH = 0.4  # mean square error of the rough a, of its mean square
 MISSED, ALIKE = 0.4, 0.7  # distance of a mask from its pieces up to which it serves; cosine from which two are of one
 BEST, FITS = 4, 1e-3  # masks that are surely samples'; distance of a mask that surely is
 STEPS, LEAST = 12, 4  # renewals of masks and a, at most and at least
-OUTLIERS, CAUTION = 3, 3  # times the distance of the best: masks that are no samples'; times the noise that the prior fears
+OUTLIERS = 3  # times the distance of the best: masks that are no samples'
+CAUTION = 3  # times the noise that the prior reckons with
 DETERMINED = 1e-6  # eigenvalue, of the largest, from which a direction of a is told
 MOVES = 2  # of a by masks that are not yet right
-NEWTON, RIDGE = 20, 1e-10  # steps for (λ, τ, ς), and their ridge, of the mean diagonal
 
 
 def rough_level(view: NormalisedView, spaces: BatchSpaces) -> Float[Tensor, " m"]:
@@ -66,10 +73,13 @@ class LevelSearch(BatchSearch):
             self.found = super().solved(self._move(self.found))
 
     def solved(self, mask: Bool[Tensor, "k m"]) -> Found:
-        """Samples of these masks, which tell a."""
-        self._told(self._left_over(mask, torch.ones_like(mask)))
-        self.found = super().solved(mask)
-        self._move(self.found)
+        """Samples of these masks, which tell a.
+
+        Raises `Refusal` where they do not.
+        """
+        if not self._told(self._left_over(mask, torch.ones_like(mask))):
+            raise Refusal("other mean gradients fit these activation patterns as well")
+        self._move(super().solved(mask))
         return super().solved(mask)
 
     def _begin(self) -> None:
@@ -134,51 +144,10 @@ class LevelSearch(BatchSearch):
         return bool(values[free.shape[1]] > DETERMINED * values[-1])
 
     def _move(self, found: Found) -> Bool[Tensor, "f m"]:
-        """Move a by the λ, τ and ς of samples, by Newton's steps; their masks then."""
-        r, root = found.t.shape[1], self.spaces.singular.sqrt()
-        t, s = found.t / root, found.s / root
-        x = torch.zeros(2 * r + 1).to(t)
-        x[0] = ((1 - 1 / self.spaces.batch) / (s * t).sum(1)).clamp_min(0).median().sqrt()
-        for _ in range(NEWTON):
-            pairs, to_pairs = self._pairs(x, t, s)
-            errors, to_errors = self._errors(x, s, found.d)
-            off, J = torch.cat([pairs, errors]), torch.cat([to_pairs, to_errors])
-            gram = J.mT @ J
-            ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(x)).to(x)
-            x = x - torch.linalg.solve(gram + ridge, J.mT @ off)
-        turn, place, spaces = root * x[1 : r + 1], root * x[r + 1 :], self.spaces
-        level = x[0] * spaces.level - spaces.turned @ turn - spaces.slope * (spaces.place @ place)
-        free = spaces.turned @ complement((x[0] * found.s + place) / spaces.singular)
-        nearest = torch.linalg.lstsq(free, (level - self.rough)[:, None], driver="gels").solution[:, 0]
-        self.spaces = replace(spaces, level=level - free @ nearest)
-        return spaces.outputs(x[0] * found.s + place) > 0
-
-    def _pairs(
-        self, x: Float[Tensor, " u"], t: Float[Tensor, "f r"], s: Float[Tensor, "f r"]
-    ) -> tuple[Float[Tensor, " f2"], Float[Tensor, "f2 u"]]:
-        """How far ⟨s_k, S⁻¹ t_i⟩ is off for x = (λ, τ, ς), and its derivative; t and s over √S."""
-        f, r = t.shape
-        turned, placed = x[0] * t + x[1 : r + 1], x[0] * s + x[r + 1 :]
-        off = placed @ turned.mT - torch.eye(f).to(t) + 1 / self.spaces.batch
-        by_scale = s @ turned.mT + placed @ t.mT
-        by_shifts = placed[:, None].expand(f, f, r), turned.expand(f, f, r)
-        return off.flatten(), torch.cat([by_scale[:, :, None], *by_shifts], 2).flatten(0, 1)
-
-    def _errors(
-        self, x: Float[Tensor, " u"], s: Float[Tensor, "f r"], d: Float[Tensor, "f c"]
-    ) -> tuple[Float[Tensor, " fc"], Float[Tensor, "fc u"]]:
-        """How far λ d is from that of the forward pass, and its derivative."""
-        (f, r), place = s.shape, self.spaces.scale[:, None] * self.spaces.place * self.spaces.singular.sqrt()
-        y = self.spaces.shift + (x[0] * s + x[r + 1 :]) @ place.mT
-        logits = y.clamp_min(0) @ self.head.mT + self.bias
-        outputs = self.problem.activate(logits)
-        wanted = outputs - x[0] * d @ self.contrasts.mT
-        labels = (wanted[:, 0] > 0.5).long() if wanted.shape[1] == 1 else wanted.argmax(1)
-        made = (outputs - self.problem.one_hot(labels)) @ self.contrasts
-        by_shift = torch.einsum("cm,fm,mr->frc", self.head, (y > 0).to(y), place)
-        along = torch.cat([torch.zeros_like(by_shift), by_shift], 1)
-        along = torch.cat([(by_shift * s[:, :, None]).sum(1, keepdim=True), along], 1)
-        bent = losses.activate_along(self.problem.loss, logits.repeat_interleave(len(x), 0), along.flatten(0, 1))
-        J = (bent @ self.contrasts).unflatten(0, (f, len(x)))
-        J[:, 0] -= d
-        return (made - x[0] * d).flatten(), J.mT.flatten(0, 1)
+        """Move a by what samples have in common, as near to the rough one as that lets it; their masks then."""
+        scale, turn, place = common_shift(self, found)
+        spaces, s = self.spaces, scale * found.s + place
+        level = scale * spaces.level - spaces.turned @ turn - spaces.slope * (spaces.place @ place)
+        free = torch.linalg.qr(spaces.turned @ complement(s / spaces.singular))[0]
+        self.spaces = replace(spaces, level=level - free @ (free.mT @ (level - self.rough)))
+        return spaces.outputs(s) > 0

@@ -93,13 +93,14 @@ def _check_after(layer: Layer, norm: Norm) -> Norm:
 
 
 def _check_before(layer: Layer, norm: Norm, *, homogeneous: bool) -> Norm:
-    """Raises `Refusal` where what BatchNorm in front of an activation takes from a gradient is neither known nor
+    """Raises `Refusal` where what BatchNorm in front of an activation takes from a gradient is neither told nor
     searched."""
-    if norm.scale_gradient is not None and (norm.shift_gradient is not None or homogeneous and not norm.shift.any()):
+    searched = homogeneous and not bool(norm.shift.any())
+    if norm.scale_gradient is not None and (norm.shift_gradient is not None or searched):
         return norm
-    why = "without the gradients of its scale and shift, what it takes from a sample's gradient are two unknowns of each"
-    only = "unit: searched only where ReLU alone follows, and the shift is zero"
-    raise Refusal(f"batch normalisation behind {layer.name}: {why} {only}")
+    why = "without the gradients of its scale and shift, what it takes from a sample's gradient is two unknowns a unit"
+    only = "searched where ReLU alone follows and the shift is zero"
+    raise Refusal(f"batch normalisation behind {layer.name}: {why}: {only}")
 
 
 def _norm(
