@@ -1,7 +1,8 @@
 """Batches behind BatchNorm that has no shift, or sends no gradient of it: a = mean g is m unknowns, common to all.
 
-a is small beside g, as 1 to √b: reflections at a rough one end near samples. That one is D regressed on relu(y) for
-normal y, times h, summed over the batch: both sums are known. Then every right mask leaves equations that are linear in
+a is small beside g, as 1 to √b: reflections at a rough one end near samples; not near those of which a trained network
+is sure, whose g is small beside a. The rough one is D regressed on relu(y) for normal y, times h, summed over the
+batch: both sums are known. Then every right mask leaves equations that are linear in
 a,
 
     sum_i (1 - Q_i Q_iᵀ) a = 0,   Q_i a basis of the columns of sample i's exact step,
@@ -86,7 +87,7 @@ class LevelSearch(BatchSearch):
         """Near misses, one of each sample, until some of them are solved exactly by a common a."""
         both = torch.cat([self.misses, self.near_misses(MISSED)])
         self.misses = both[distinct(unit_rows(2.0 * both - 1), ALIKE, signed=True)]
-        found = self._renewed(self.misses)
+        found = self._renewed(self.misses) if len(self.misses) else None
         if found is not None:
             self.misses = found.mask
             for _ in range(MOVES):
@@ -112,7 +113,7 @@ class LevelSearch(BatchSearch):
             good = off < (OUTLIERS * usual).clamp_min(FITS)
             mask, margin = sure[good] > 0, sure[good].abs() / sure[good].abs().mean(0)  # some of each unit's rows
             rows = ExactStep.of(self.here, self.heads).sure(margin)
-            if len(rows) * (rows.shape[1] - own) < len(N):
+            if len(rows) * (rows.shape[1] - own) <= len(N) - 2 * self.spaces.batch:
                 return None
             N = self._left_over(mask, torch.zeros_like(mask).scatter(1, rows, True))
             noise = CAUTION * usual * (mask * at.h[good]).square().mean()

@@ -84,8 +84,8 @@ def _check_after(layer: Layer, norm: Norm) -> Norm:
     """Raises `Refusal` where BatchNorm behind the activation is not known."""
     behind = f"batch normalisation behind the activation of {layer.name}"
     if norm.mean is None:
-        why = "where the buffers do not tell them, its mean and deviation are two unknowns of each unit: not searched"
-        raise Refusal(f"{behind}: {why}")
+        why = "its mean, which the buffers do not tell, is an unknown of each unit; behind ReLU epsilon tells its deviation"
+        raise Refusal(f"{behind}: {why}: not searched")
     if norm.shift_gradient is None or norm.scale_gradient is None:
         why = "neither its shift nor the next layer's bias has a gradient that tells the batch's mean one: not searched"
         raise Refusal(f"{behind}: {why}")

@@ -56,10 +56,12 @@ def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: 
     if isinstance(run, BatchSearch) and run.accept > ROUGHEST:
         off = f"epsilon tells the batch's deviations to {known[-1].before.usual:.0e} only"
         return replace(empty, reason=f"{reached}; {off}: too rough for samples to be told apart from what is none")
+    if not view.is_told:
+        few = "no search ends at samples from the rough mean gradient that is known where no shift tells it"
+        why = "only all samples tell what batch normalisation without a shift takes" if reached.found else few
+        return replace(empty, reason=f"{reached}; {why}")
     if not reached.found:
         return empty
-    if not view.is_told:
-        return replace(empty, reason=f"{reached}; only all samples tell what batch normalisation without a shift takes")
     if isinstance(run, SampleSearch):
         g = run.found.t @ run.whole.basis.mT
         inputs = from_gradient(view, network.last, g / view.scale(network.last), known[-1], reached.rank)
