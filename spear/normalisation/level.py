@@ -2,8 +2,7 @@
 
 a is small beside g, as 1 to √b: reflections at a rough one end near samples; not near those of which a trained network
 is sure, whose g is small beside a. The rough one is D regressed on relu(y) for normal y, times h, summed over the
-batch: both sums are known. Then every right mask leaves equations that are linear in
-a,
+batch: both sums are known. Then every right mask leaves equations that are linear in a,
 
     sum_i (1 - Q_i Q_iᵀ) a = 0,   Q_i a basis of the columns of sample i's exact step,
 
@@ -29,7 +28,7 @@ from spear.normalisation.batch_search import NEAR, BatchSearch
 from spear.normalisation.common_shift import common_shift
 from spear.normalisation.exact_step import ExactStep, evidence, settle
 from spear.normalisation.problem import NormalisedView
-from spear.normalisation.spaces import BatchSpaces, Found, Plane, plane
+from spear.normalisation.spaces import BatchSpaces, Found, plane
 from spear.reconstruction import Refusal
 
 ACTIVE, RISE = 0.2665, 0.5852  # D over relu(y) of a normal y, by regression: intercept and slope
@@ -60,9 +59,10 @@ class LevelSearch(BatchSearch):
         self.misses = self.found.mask
 
     @property
-    def here(self) -> Plane:
-        """The plane of all samples."""
-        return plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size)
+    def step(self) -> ExactStep:
+        """In the plane of all samples."""
+        none = Found.none(self.spaces, self.heads.shape[1])
+        return ExactStep.of(plane(self.spaces, none, self.size), self.heads)
 
     def round(self) -> None:
         if not len(self.found):
@@ -92,17 +92,17 @@ class LevelSearch(BatchSearch):
             self.misses = found.mask
             for _ in range(MOVES):
                 found = super().solved(self._move(found))
-            step = ExactStep.of(self.here, self.heads)
+            step = self.step
             mask = settle(step, found.mask, accept=self.accept, near=NEAR, weight=self.weight, dropped=False)
-            self._accept(self.here, mask)
+            self._accept(step.plane, mask)
         self.idle = 0 if len(self.found) else self.idle + 1
         if self.idle:
             self.spaces = replace(self.spaces, level=self.rough)
 
     def _renewed(self, mask: Bool[Tensor, "k m"]) -> Found | None:
         """Masks renewed with a, by turns, from the rough one; the samples for an a that is right but for λ, τ and ς."""
-        at, N = ExactStep.of(self.here, self.heads)(mask), torch.zeros_like(self.rough)
-        own = self.here.g_basis.shape[1] + self.heads.shape[1]
+        step = self.step
+        at, unknowns = step(mask), step.basis.shape[1] + self.heads.shape[1]
         for k in range(STEPS):
             sure = evidence(at.g, at.y, at.h, self.weight, dropped=False)
             if k >= LEAST and torch.equal(mask, sure > 0):
@@ -112,26 +112,28 @@ class LevelSearch(BatchSearch):
             usual = off.kthvalue(min(BEST, len(off))).values
             good = off < (OUTLIERS * usual).clamp_min(FITS)
             mask, margin = sure[good] > 0, sure[good].abs() / sure[good].abs().mean(0)  # some of each unit's rows
-            rows = ExactStep.of(self.here, self.heads).sure(margin)
-            if len(rows) * (rows.shape[1] - own) <= len(N) - 2 * self.spaces.batch:
+            rows = step.sure(margin)
+            if len(rows) * (rows.shape[1] - unknowns) <= len(self.rough) - 2 * self.spaces.batch:
                 return None
             N = self._left_over(mask, torch.zeros_like(mask).scatter(1, rows, True))
             noise = CAUTION * usual * (mask * at.h[good]).square().mean()
             prior = noise / (ROUGH * (self.size * self.rough).square().mean())
             level = torch.linalg.solve(N + prior * torch.eye(len(N)).to(N), prior * self.rough)
             self.spaces = replace(self.spaces, level=level * (self.rough.norm() / level.norm()))
-            at = ExactStep.of(self.here, self.heads).trimmed(mask, margin)
+            step = self.step
+            at = step.trimmed(mask, margin)
         if not self._told(N):
             return None
-        at = ExactStep.of(self.here, self.heads).trimmed(mask, margin)
-        every = Found(*self.here.coordinates(at.x), at.d, mask)
+        step = self.step
+        at = step.trimmed(mask, margin)
+        every = Found(*step.plane.coordinates(at.x), at.d, mask)
         return every[distinct(unit_rows(2.0 * mask - 1), ALIKE, order=at.residual, signed=True)]
 
     def _left_over(self, mask: Bool[Tensor, "k m"], rows: Bool[Tensor, "k m"]) -> Float[Tensor, "m m"]:
         """The sum of the 1 - Q_i Q_iᵀ, each on its own rows."""
-        total = torch.zeros_like(self.rough).diag()
+        total, turned = torch.zeros_like(self.rough).diag(), self.step.plane.g_basis
         for one, kept in zip(mask, rows.to(total), strict=True):
-            columns = torch.cat([self.here.g_basis, one[:, None] * self.heads], 1)
+            columns = torch.cat([turned, one[:, None] * self.heads], 1)
             basis = torch.linalg.qr(kept[:, None] * columns)[0]
             total += kept.diag() - basis @ basis.mT
         return total

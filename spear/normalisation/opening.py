@@ -84,7 +84,9 @@ def _check_after(layer: Layer, norm: Norm) -> Norm:
     """Raises `Refusal` where BatchNorm behind the activation is not known."""
     behind = f"batch normalisation behind the activation of {layer.name}"
     if norm.mean is None:
-        why = "its mean, which the buffers do not tell, is an unknown of each unit; behind ReLU epsilon tells its deviation"
+        why = (
+            "its mean, which the buffers do not tell, is an unknown of each unit (behind ReLU epsilon tells deviations)"
+        )
         raise Refusal(f"{behind}: {why}: not searched")
     if norm.shift_gradient is None or norm.scale_gradient is None:
         why = "neither its shift nor the next layer's bias has a gradient that tells the batch's mean one: not searched"
