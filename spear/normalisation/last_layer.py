@@ -35,7 +35,7 @@ def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
         return _on_curves(view, known, generator)
     if not view.mixes:
         return SampleSearch(view, known.low, generator)
-    search, before = (BatchSearch, known.before) if view.is_told else (LevelSearch, known.before.of_all())
+    search, before = (LevelSearch, known.before.of_all()) if view.lacks_level else (BatchSearch, known.before)
     spaces = open_spaces(view.network, view.top, view.network.last, known.low, before)
     accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * before.usual)
     return search(view, spaces, accept, generator)

@@ -99,6 +99,11 @@ class NormalisedView:
         return self.top is not None and self.top.mixes
 
     @property
+    def lacks_level(self) -> bool:
+        """Whether they do, and the update does not hold their mean gradient there, that of BatchNorm's shift."""
+        return self.mixes and self.top.shift_gradient is None
+
+    @property
     def loses_mean(self) -> bool:
         """Whether the update does not depend on the mean input: BatchNorm follows the first layer."""
         return self.norms[0] is not None and self.norms[0].mixes
