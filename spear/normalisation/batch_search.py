@@ -58,6 +58,12 @@ class BatchSearch:
         return self.spaces.batch - len(self.found)
 
     @property
+    def ridge(self) -> float:
+        """That of the fits of d in this round."""
+        ridges = FIRM if self.problem.loss == "squared_error" else RIDGES
+        return ridges[self.rounds % len(ridges)]
+
+    @property
     def counts(self) -> Float[Tensor, " classes"]:
         """How often each label occurs, by the gradient of the output bias."""
         problem, size = self.problem, self.spaces.batch
@@ -84,16 +90,15 @@ class BatchSearch:
 
     def round(self) -> None:
         """One round of starts, of a smaller h where the last found nothing."""
-        squared = self.problem.loss == "squared_error"
-        ridges = FIRM if squared else RIDGES
-        before, size = self.left, SHRINK[self.idle % len(SHRINK)] if self.idle and not squared else 1.0
-        here = plane(self.spaces, self.found, self.size)
+        shrinks = self.idle and self.problem.loss != "squared_error"
+        before, size = self.left, SHRINK[self.idle % len(SHRINK)] if shrinks else 1.0
+        here, near = (plane(spaces, self.found, self.size) for spaces in (self.spaces, self.spaces.as_told))
         if self.left == 1:  # the last one is what the others leave
             t, s = -self.found.t.sum(0), -self.found.s.sum(0)
             g, y = self.spaces.gradients(t[None], s[None]), self.spaces.outputs(s[None])
             self._accept(here, g.abs() > ZERO * g.abs().amax() if self.drop else y > 0)
         weight = self.weight * min(1.0, size)
-        mask = self._searched(here, weight, size, ridges[self.rounds % len(ridges)], NEAR)
+        mask = self._searched(near, weight, size, self.ridge, NEAR)
         if len(mask):
             step = ExactStep.of(here, self.heads)
             self._accept(here, settle(step, mask, accept=self.accept, near=NEAR, weight=weight, dropped=self.drop > 0))
@@ -102,9 +107,10 @@ class BatchSearch:
 
     def near_misses(self, near: float) -> Bool[Tensor, "k m"]:
         """Different masks of starts that end this near to their pieces, the nearest first; nothing is accepted."""
-        self.rounds += 1
         here = plane(self.spaces, Found.none(self.spaces, self.heads.shape[1]), self.size)
-        return self._searched(here, self.weight, 1.0, RIDGES[0], near)
+        mask = self._searched(here, self.weight, 1.0, self.ridge, near)
+        self.rounds += 1
+        return mask
 
     def _searched(self, here: Plane, weight: float, size: float, ridge: float, near: float) -> Bool[Tensor, "k m"]:
         labels, d = self._draw(size)

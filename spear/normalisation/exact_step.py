@@ -55,10 +55,14 @@ class ExactStep:
         x = (d[:, None] @ inside.reshape(k, c, -1))[:, 0] - origin
         return self._at(mask, _solve_triangular(self.triangle, x[:, :, None]), d)
 
-    def trimmed(self, mask: Bool[Tensor, "k m"], margin: Float[Tensor, "k m"]) -> Solution:
-        """Without the rows of least margin: half of those that the unknowns do not need."""
+    def sure(self, margin: Float[Tensor, "k m"]) -> Int[Tensor, "k j"]:
+        """The rows of most margin: all but half of those that the unknowns do not need."""
         spare = len(self.heads) - self.plane.g_basis.shape[1] - self.heads.shape[1]
-        rows = margin.topk(len(self.heads) - max(spare, 0) // 2, dim=1).indices
+        return margin.topk(len(self.heads) - max(spare, 0) // 2, dim=1).indices
+
+    def trimmed(self, mask: Bool[Tensor, "k m"], margin: Float[Tensor, "k m"]) -> Solution:
+        """By the rows that are sure."""
+        rows = self.sure(margin)
         A = torch.cat([self.plane.g_basis.expand(len(mask), -1, -1), mask[:, :, None] * -self.heads], 2)
         A = A.gather(1, rows[:, :, None].expand(-1, -1, A.shape[2]))
         wanted = -self.plane.g0[rows]

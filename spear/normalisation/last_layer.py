@@ -14,6 +14,7 @@ from spear.normalisation.batch_search import BatchSearch
 from spear.normalisation.calibration import calibrated
 from spear.normalisation.curves import top
 from spear.normalisation.descent import Known
+from spear.normalisation.level import LevelSearch
 from spear.normalisation.problem import NormalisedView, normalise
 from spear.normalisation.sample_descent import inputs_behind
 from spear.normalisation.sample_search import SampleSearch
@@ -35,9 +36,10 @@ def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
         return _on_curves(view, known, generator)
     if not view.mixes:
         return SampleSearch(view, known.low, generator)
-    spaces = open_spaces(view.network, view.top, view.network.last, known.low, known.before)
-    accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * known.before.usual)
-    return BatchSearch(view, spaces, accept, generator)
+    search, before = (LevelSearch, known.before.of_all()) if view.lacks_level else (BatchSearch, known.before)
+    spaces = open_spaces(view.network, view.top, view.network.last, known.low, before)
+    accept = max(EXACT, ROUNDINGS * 2 * view.network.precision, ERRORS * before.usual)
+    return search(view, spaces, accept, generator)
 
 
 def _on_curves(view: NormalisedView, known: Known, generator: Generator) -> CurveSearch:
@@ -56,7 +58,7 @@ def searched(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, S
     """Rounds until all samples are found, the budget is spent or they find no more; with σ as it served for that."""
     run = opened(view, known, terms.generator())
     run.until = terms.budget.until
-    if isinstance(run, BatchSearch) and run.accept > ROUGHEST and not view.drops_units:
+    if type(run) is BatchSearch and run.accept > ROUGHEST and not view.drops_units:
         rough = replace(known.before, error=torch.full_like(known.before.error, known.before.usual))
         spaces = open_spaces(view.network, view.top, view.network.last, known.low, rough)
         found = calibrated(BatchSearch(view, spaces, 0.0, terms.generator()), known.before, run.until)

@@ -11,7 +11,7 @@ from spear.federated.received import check_gradients
 from spear.federated.update import SharedUpdate
 from spear.models.layers import Layer
 from spear.models.normalised import Normaliser, normalised_chain
-from spear.network.problem import view_of
+from spear.network.problem import NetworkView, view_of
 from spear.normalisation.problem import Norm, NormalisedView
 from spear.reconstruction import Refusal
 
@@ -40,23 +40,69 @@ def open_normalised(
     gradients = check_gradients(model, update)
     device = network.weights[0].device
 
-    def norms(those: Iterable[Normaliser | None]) -> tuple[Norm | None, ...]:
+    def norms(those: Iterable[Normaliser | None]) -> list[Norm | None]:
         made = (_norm(model, update, gradients, layer, norm) for layer, norm in zip(layers, those, strict=False))
-        return tuple(norm and norm.to(device) for norm in made)
+        return [norm and norm.to(device) for norm in made]
 
-    afters = norms(one.after for one in found)
-    mixed = [norm is not None and norm.kind == "batch" for norm in [*behind[1:], None]]
-    afters = tuple(
-        norm and (replace(norm, shift_gradient=torch.zeros_like(norm.shift)) if mixes else norm)
-        for norm, mixes in zip(afters, mixed, strict=True)  # the next one takes a shift off again
-    )
-    for layer, norm in zip(layers, afters, strict=False):
-        if norm is not None and norm.mean is None:
-            why = (
-                "where the buffers do not tell them, its mean and deviation are two unknowns of each unit: not searched"
-            )
-            raise Refusal(f"batch normalisation behind the activation of {layer.name}: {why}")
-    return NormalisedView(network, norms(behind), tuple(one.drop for one in found), afters)
+    befores, afters = norms(behind), norms(one.after for one in found)
+    for k, layer in enumerate(layers[:-1]):
+        before, after = befores[k], afters[k]
+        next_mixes = k < network.last and befores[k + 1] is not None and befores[k + 1].mixes
+        if after is not None:
+            afters[k] = _check_after(layer, _completed(after, network, k, _shift_behind(after, network, k, next_mixes)))
+        if before is not None and before.mixes:
+            homogeneous = network.activations[k].is_relu and after is None
+            told = _completed(before, network, k, before.shift_gradient) if homogeneous else before
+            befores[k] = _check_before(layer, told, homogeneous=homogeneous)
+    return NormalisedView(network, tuple(befores), tuple(one.drop for one in found), tuple(afters))
+
+
+def _completed(norm: Norm, network: NetworkView, k: int, shift: Float[Tensor, " m"] | None) -> Norm:
+    """With this gradient of the shift, and that of the scale as the next layer tells it where the update does not.
+
+    W ∘ ∂L/∂W of that layer, summed over its outputs, is v · ∂L/∂v over the batch for what enters it, hence
+    γ ∂L/∂γ + η ∂L/∂η of a BatchNorm that gives v; a ReLU between them, which is homogeneous, changes nothing.
+    """
+    scale = norm.scale_gradient
+    if scale is None and (shift is not None or not bool(norm.shift.any())):
+        both = (network.weights[k + 1] * network.weight_gradients[k + 1]).sum(0)
+        rest = both if shift is None else both - norm.shift * shift
+        scale = torch.where(norm.scale == 0, 0, rest / norm.scale)
+    return replace(norm, scale_gradient=scale, shift_gradient=shift)
+
+
+def _shift_behind(norm: Norm, network: NetworkView, k: int, next_mixes: bool) -> Float[Tensor, " m"] | None:
+    """∂L/∂η behind an activation: nothing where a next BatchNorm takes the shift off again, else as that is sent, or as
+    the next layer's bias tells."""
+    bias = network.bias_gradients[k + 1]
+    if next_mixes:
+        return torch.zeros_like(norm.shift)
+    return norm.shift_gradient if norm.shift_gradient is not None or bias is None else bias @ network.weights[k + 1]
+
+
+def _check_after(layer: Layer, norm: Norm) -> Norm:
+    """Raises `Refusal` where BatchNorm behind the activation is not known."""
+    behind = f"batch normalisation behind the activation of {layer.name}"
+    if norm.mean is None:
+        why = (
+            "its mean, which the buffers do not tell, is an unknown of each unit (behind ReLU epsilon tells deviations)"
+        )
+        raise Refusal(f"{behind}: {why}: not searched")
+    if norm.shift_gradient is None or norm.scale_gradient is None:
+        why = "neither its shift nor the next layer's bias has a gradient that tells the batch's mean one: not searched"
+        raise Refusal(f"{behind}: {why}")
+    return norm
+
+
+def _check_before(layer: Layer, norm: Norm, *, homogeneous: bool) -> Norm:
+    """Raises `Refusal` where what BatchNorm in front of an activation takes from a gradient is neither told nor
+    searched."""
+    searched = homogeneous and not bool(norm.shift.any())
+    if norm.scale_gradient is not None and (norm.shift_gradient is not None or searched):
+        return norm
+    why = "without the gradients of its scale and shift, what it takes from a sample's gradient is two unknowns a unit"
+    only = "searched where ReLU alone follows and the shift is zero"
+    raise Refusal(f"batch normalisation behind {layer.name}: {why}: {only}")
 
 
 def _norm(
@@ -70,9 +116,6 @@ def _norm(
     norm = Norm(found.kind, found.scale.double(), found.shift.double(), found.eps, scale, shift)
     if found.kind != "batch":
         return norm
-    if scale is None or shift is None:
-        why = "without the gradients of its scale and shift, what it takes from a sample's gradient is not known"
-        raise Refusal(f"batch normalisation behind {layer.name}: {why}")
     bias = layer.linear.bias
     norm = replace(norm, offset=torch.zeros_like(norm.shift) if bias is None else bias.detach().double())
     told = told_statistics(found, dict(model.named_buffers()), update.buffers or {})

@@ -23,7 +23,8 @@ Kind = Literal["batch", "layer", "rms"]
 class Norm:
     """A normalisation: over what, its `scale` γ (m,), `shift` η (m,) and `eps`, and the gradients of γ and η.
 
-    The gradients are `None` where the model has no such parameter, or the update no such gradient. Of BatchNorm, `mean`
+    The gradients are `None` where the model has no such parameter, or the update no such gradient, unless the next
+    layer tells the same. Of BatchNorm, `mean`
     and `variance` (m,) are the batch's own, the latter over b - 1, as far as the client's buffers tell, with the
     rounding of each (`mean_error`, `variance_error`), and `offset` (m,) is the linear layer's β, of which nothing but
     these depends.
@@ -82,9 +83,14 @@ class NormalisedView:
     @property
     def is_uniform(self) -> bool:
         """Whether ReLU follows every layer, and BatchNorm in front of it either all of them or none: theorems bound
-        the errors of samples there."""
+        the errors of samples there, where all of it is told."""
         mixing = {norm is not None and norm.mixes for norm in self.norms}
-        return self.network.is_relu and len(mixing) == 1 and not any(self.afters)
+        return self.network.is_relu and len(mixing) == 1 and not any(self.afters) and self.is_told
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the gradient of each BatchNorm's shift is: what it takes from a sample's gradient is known then."""
+        return not any(norm is not None and norm.mixes and norm.shift_gradient is None for norm in self.norms)
 
     @property
     def needs_all(self) -> bool:
@@ -95,6 +101,11 @@ class NormalisedView:
     def mixes(self) -> bool:
         """Whether samples mix between the last hidden layer and its activation."""
         return self.top is not None and self.top.mixes
+
+    @property
+    def lacks_level(self) -> bool:
+        """Whether they do, and the update does not hold their mean gradient there, that of BatchNorm's shift."""
+        return self.mixes and self.top.shift_gradient is None
 
     @property
     def loses_mean(self) -> bool:

@@ -57,7 +57,10 @@ def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: 
         off = f"epsilon tells the batch's deviations to {known[-1].before.usual:.0e} only"
         return replace(empty, reason=f"{reached}; {off}: too rough for samples to be told apart from what is none")
     if not reached.found:
-        return empty
+        why = "; searched from a rough mean gradient, as no shift tells it" * view.lacks_level
+        return replace(empty, reason=f"{reached}{why}")
+    if not view.is_told:
+        return replace(empty, reason=f"{reached}; only all samples tell what batch normalisation without a shift takes")
     if isinstance(run, SampleSearch):
         g = run.found.t @ run.whole.basis.mT
         inputs = from_gradient(view, network.last, g / view.scale(network.last), known[-1], reached.rank)
@@ -125,6 +128,8 @@ def _not_searched(view: NormalisedView, k: int) -> str:
     norm, activation = view.norms[k], view.network.activations[k]
     if view.afters[k] is not None:
         return "batch normalisation"
+    if k == view.network.last and view.lacks_level:
+        return "batch normalisation without the gradient of a shift"
     if k < view.network.last or not view.is_curved:
         return ""
     if norm is not None and not norm.mixes:

@@ -28,7 +28,8 @@ DEAD = 1e-9  # of the largest γ: units under it have no gradient
 class BatchSpaces:
     """What is known of a hidden layer behind BatchNorm: spans and means, rows of `live` units alone.
 
-    `turned` (m, r) is (σ/γ) ∘ U, `place` (m, r) is P, `level` (m,) a and `slope` (m,) c; `lift` (m, r) is W Rᵀ.
+    `turned` (m, r) is (σ/γ) ∘ U, `place` (m, r) is P, `level` (m,) a and `slope` (m,) c. Where a is not told, they are
+    `loose`: the t of samples found are known but for a shift common to all.
     """
 
     turned: Float[Tensor, "m r"]
@@ -40,6 +41,7 @@ class BatchSpaces:
     scale: Float[Tensor, " m"]
     shift: Float[Tensor, " m"]
     live: Bool[Tensor, " units"]
+    loose: bool = False
 
     @property
     def batch(self) -> int:
@@ -53,6 +55,11 @@ class BatchSpaces:
     def outputs(self, s: Float[Tensor, "k r"]) -> Float[Tensor, "k m"]:
         """y of each sample."""
         return self.shift + self.scale * (s @ self.place.mT)
+
+    @property
+    def as_told(self) -> "BatchSpaces":
+        """The same, a shift common to the t neglected: for a search, not for a solution."""
+        return replace(self, loose=False)
 
     def with_deviation(self, factor: Float[Tensor, " m"]) -> "BatchSpaces":
         """The same where σ is so many times as large."""
@@ -70,7 +77,7 @@ def open_spaces(problem: NetworkView, norm: Norm, k: int, low: LowRank, deviatio
         place=(problem.weights[k][live] @ rows.mT) / sigma[:, None],
         singular=singular / abs(unit),
         rows=rows,
-        level=norm.shift_gradient[live] / (unit * size),
+        level=torch.zeros_like(sigma) if norm.shift_gradient is None else norm.shift_gradient[live] / (unit * size),
         slope=norm.scale_gradient[live] / (unit * size),
         scale=scale,
         shift=norm.shift[live],
@@ -109,31 +116,32 @@ class Found:
 
 @dataclass(frozen=True)
 class Plane:
-    """Where (g, y) of a sample that is not found lies: g = `g0` + `g_basis` x, y = `y0` + `y_basis` x, x (2k,).
+    """Where (g, y) of a sample that is not found lies: g = `g0` + `g_basis` x, y = `y0` + `y_basis` x, x (k,).
 
-    (t, s) = (`t0` + `t_basis` x_1, `s0` + `s_basis` x_2) with the halves of x. g is in units in which h is about 1.
+    (t, s) = (`t0` + `t_basis` x_1, `s0` + `s_basis` x_2) with the parts of x. g is in units in which h is about 1.
     """
 
     g0: Float[Tensor, " m"]
-    g_basis: Float[Tensor, "m k2"]
+    g_basis: Float[Tensor, "m k"]
     y0: Float[Tensor, " m"]
-    y_basis: Float[Tensor, "m k2"]
+    y_basis: Float[Tensor, "m k"]
     t0: Float[Tensor, " r"]
-    t_basis: Float[Tensor, "r k"]
+    t_basis: Float[Tensor, "r kt"]
     s0: Float[Tensor, " r"]
-    s_basis: Float[Tensor, "r k"]
+    s_basis: Float[Tensor, "r ks"]
 
-    def coordinates(self, x: Float[Tensor, "j k2"]) -> tuple[Float[Tensor, "j r"], Float[Tensor, "j r"]]:
+    def coordinates(self, x: Float[Tensor, "j k"]) -> tuple[Float[Tensor, "j r"], Float[Tensor, "j r"]]:
         """t and s of points of the plane."""
-        half = self.t_basis.shape[1]
-        return self.t0 + x[:, :half] @ self.t_basis.mT, self.s0 + x[:, half:] @ self.s_basis.mT
+        first = self.t_basis.shape[1]
+        return self.t0 + x[:, :first] @ self.t_basis.mT, self.s0 + x[:, first:] @ self.s_basis.mT
 
 
 def plane(spaces: BatchSpaces, found: Found, size: float) -> Plane:
     """The plane of the samples that are left beside `found` ones; g is multiplied by `size`."""
     found = found[torch.arange(min(len(found), spaces.batch - 2))]
     left = spaces.batch - len(found)
-    t_basis, s_basis = (directions.complement(v / spaces.singular) for v in (found.s, found.t))
+    certain = found.t[1:] - found.t[:1] if spaces.loose else found.t
+    t_basis, s_basis = (directions.complement(v / spaces.singular) for v in (found.s, certain))
     t0, s0 = -found.t.sum(0) / left, -found.s.sum(0) / left
     place = spaces.place @ s_basis
     turned = size * spaces.turned @ t_basis
