@@ -38,16 +38,20 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Normalised before each of its layers; of T5 by RMSNorm, and without biases."""
+    """Normalised before each of its layers; `bare`, as T5's and LLaMA's, by RMSNorm, and without biases."""
 
-    def __init__(self, entries: int, width: int, activation: Callable[[], nn.Module], t5: bool = False) -> None:
+    def __init__(
+        self, entries: int, width: int, activation: Callable[[], nn.Module], bare: bool = False, gated: bool = False
+    ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(entries, 1e-6) if t5 else nn.LayerNorm(entries) for _ in range(2))
-        self.attention, self.activation = Attention(entries, HEADS, not t5), activation()
-        self.up, self.down = nn.Linear(entries, width, not t5), nn.Linear(width, entries, not t5)
+        self.norm1, self.norm2 = (nn.RMSNorm(entries, 1e-6) if bare else nn.LayerNorm(entries) for _ in range(2))
+        self.attention, self.activation = Attention(entries, HEADS, not bare), activation()
+        self.up, self.down = nn.Linear(entries, width, not bare), nn.Linear(width, entries, not bare)
+        self.gate = nn.Linear(entries, width, not bare) if gated else None
 
     def feed(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        a = self.activation(self.up(x))
+        return self.down(a if self.gate is None else a * self.gate(x))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -57,11 +61,13 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Patches, learned positions, blocks, the mean of the tokens."""
 
-    def __init__(self, entries: int, width: int, activation: Callable[[], nn.Module], t5: bool = False) -> None:
+    def __init__(
+        self, entries: int, width: int, activation: Callable[[], nn.Module], bare: bool = False, gated: bool = False
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, entries, PATCH, PATCH)
         self.position = nn.Parameter(0.02 * torch.randn(1, (SIDE // PATCH) ** 2, entries))
-        self.blocks = nn.Sequential(*(Block(entries, width, activation, t5) for _ in range(DEPTH)))
+        self.blocks = nn.Sequential(*(Block(entries, width, activation, bare, gated) for _ in range(DEPTH)))
         self.norm, self.head = nn.LayerNorm(entries), nn.Linear(entries, 10)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -84,15 +90,16 @@ class Feed(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """Entries d of a token, units m, an activation; n tokens of a block, or b images of a transformer, or one of T5's
-    blocks."""
+    """Entries d of a token, units m, an activation; n tokens of a block, or b images of a transformer, whose blocks
+    may be `bare` (T5's) and `gated` (with it, LLaMA's)."""
 
     entries: int
     width: int
     activation: Callable[[], nn.Module]
     tokens: int = 0
     images: int = 0
-    t5: bool = False
+    bare: bool = False
+    gated: bool = False
     dtype: torch.dtype = torch.float64
 
 
@@ -105,7 +112,8 @@ CASES |= {
     "vit-256-gelu-4": Case(256, 1024, nn.GELU, images=4),
     "vit-256-relu-4": Case(256, 1024, nn.ReLU, images=4),
     "vit-192-gelu-4": Case(192, 768, nn.GELU, images=4),
-    "t5-400-64": Case(192, 400, nn.ReLU, images=4, t5=True),
+    "t5-400-64": Case(192, 400, nn.ReLU, images=4, bare=True),
+    "llama-400-64": Case(192, 400, nn.SiLU, images=4, bare=True, gated=True),
     "vit-256-gelu-4-float32": Case(256, 1024, nn.GELU, images=4, dtype=torch.float32),
 }
 
@@ -129,7 +137,7 @@ class Row:
 def model_of(case: Case, seed: int) -> ViT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ViT(case.entries, case.width, case.activation, case.t5).to(case.dtype).eval()
+        return ViT(case.entries, case.width, case.activation, case.bare, case.gated).to(case.dtype).eval()
 
 
 def of_block(case: Case, seed: int) -> tuple[nn.Module, SharedUpdate, Tensor]:

@@ -32,6 +32,7 @@ DROPPED = 0.2  # of the data, where dropout stands before the first layer
 ENTRIES = {"": [], "batch": [nn.BatchNorm1d], "dropout": [lambda _: nn.Dropout(DROPPED)]}
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm1d,
+    "bare-batch": lambda m: nn.BatchNorm1d(m, affine=False),
     "layer": nn.LayerNorm,
     "rms": nn.RMSNorm,
     "group": lambda m: nn.GroupNorm(1, m),
@@ -104,6 +105,8 @@ CASES = [
     Case("batch", "cifar10", 1, 400, 32, buffers=False, dtype=torch.float32),
     Case("batch", "mnist", 1, 200, 16, steps=200),
     Case("batch", "mnist", 1, 400, 32, steps=200),
+    Case("bare-batch", "mnist", 1, 200, 16),
+    Case("bare-batch", "cifar10", 1, 400, 32),
     Case("layer", "cifar10", 1, 400, 32, bar=10),
     Case("layer", "mnist", 1, 400, 90),
     Case("layer", "cifar10", 2, 400, 64),

@@ -2,7 +2,7 @@
 
 A max-pool's winner is mistaken as long as the input is off by more than neighbouring entries differ, and least squares
 of the sharp front end in such mistakes. With kinks that are rounded off (`Softness`) there is little to mistake: a path
-leads from no image to the image. A stage of it is some steps of quasi-Newton at one temperature, in coordinates of
+leads from any image to the image. A stage of it is some steps of quasi-Newton at one temperature, in coordinates of
 images' frequencies, the coarse ones the longer the hotter (`Spectrum`). The next is as cold as the residual allows, and
 hotter where a stage did not help.
 
@@ -25,12 +25,12 @@ from spear.fronts.spectrum import Spectrum
 from spear.reconstruction import Terms
 
 AT_ONCE = 2**22  # entries of features and inputs that are worked on together
-START = 0.01  # spread of the first candidates' coordinates
+START = 1.0  # spread of the first candidates' coordinates
 HOT, TRUE = 0.7, 0.3  # the first temperature, and that from which the true input solves a stage
 COOLED, COLDEST = 0.7, 0.5  # of a temperature: down to `TRUE`, and the least after that
-ALLOWED, AGAIN = 2.0, 10.0  # temperatures per residual: what follows a stage that helped, and one that did not
+ALLOWED, AGAIN = 2.0, 50.0  # temperatures per residual: what follows a stage that helped, and one that did not
 HELPED = 0.9  # of the residual before
-DECAY = 1.2  # of the frequencies, times the root of the temperature
+DECAY = 1.8  # of the frequencies, times the root of the temperature
 STEPS, STAGES = 40, 40  # in a stage, and stages before double precision is tried
 NATURAL = 1.5  # decay of random inputs by which temperatures are measured
 SIZED = 4  # rounds in which these get features of the right size
@@ -107,7 +107,7 @@ class Cooling:
         like = _sized(problem, Spectrum.of(problem.shape, torch.full_like(far, NATURAL)).inputs(random))
         turns, hot = torch.zeros_like(far, dtype=torch.int64), torch.full_like(far, HOT)
         made = cls(problem, generator, like, torch.zeros_like(like), far, random, far.clone(), turns, hot)
-        made.path = made._nothing(random)
+        made.path = made._anything(random)
         return made
 
     def run(self, open_: Bool[Tensor, " k"], near: float, until: float) -> None:
@@ -135,7 +135,7 @@ class Cooling:
 
     def _next(self, index: Tensor, x: Float[Tensor, "_i *shape"], far: Float[Tensor, " _i"]) -> None:
         """Where the paths go on, and how cold: where a stage as cold as its residual did not help, hot again or, every
-        other time, from nothing; after that slower."""
+        other time, from another start; after that slower."""
         t, turns, before = self.temperature[index], self.turns[index], self.path_far[index]
         allowed = torch.where(turns > 0, 2 * ALLOWED, ALLOWED) * far
         colder = torch.maximum(torch.where(turns > 0, COOLED, COLDEST) * t, torch.minimum(t, allowed))
@@ -144,13 +144,13 @@ class Cooling:
         colder = torch.where(stuck | (t > TRUE), COOLED * t, colder)
         colder = torch.where(turned, (AGAIN * far).clamp_max(TRUE), colder)
         anew = turned & (turns % 2 == 1)
-        self.path[index] = torch.where(anew.reshape(-1, *[1] * (x.ndim - 1)), self._nothing(x), x)
+        self.path[index] = torch.where(anew.reshape(-1, *[1] * (x.ndim - 1)), self._anything(x), x)
         self.path_far[index] = torch.where(anew, 1.0, far)
         self.temperature[index] = torch.where(anew, HOT, colder)
         self.turns[index] = turns + turned
 
-    def _nothing(self, like: Float[Tensor, "_i *shape"]) -> Float[Tensor, "_i *shape"]:
-        """Inputs next to nothing, whose spectrum is that of images."""
+    def _anything(self, like: Float[Tensor, "_i *shape"]) -> Float[Tensor, "_i *shape"]:
+        """Inputs at random, whose spectrum is that of images."""
         c = torch.randn(like.shape, generator=self.generator).to(like)
         return Spectrum.of(self.problem.shape, _decay(torch.full_like(c.flatten(1)[:, 0], HOT))).inputs(START * c)
 

@@ -83,7 +83,7 @@ def test_statistics_of_another_batch(network):
 
 def test_statistics_that_are_needed():
     case = sent(WIDTH, 8, NETWORKS["behind"])
-    with pytest.raises(Refusal, match="behind the activation of 0: where the buffers do not tell them"):
+    with pytest.raises(Refusal, match="behind the activation of 0: its mean, which the buffers do not tell"):
         spear.attack(case.model, replace(case.update, buffers=None), method="network")
 
 
