@@ -4,8 +4,8 @@
 
 Networks in torch's default initialisation, or after 200 steps of SGD on other samples of the data set (`trained`).
 Seconds are of processor time, one thread. `--csv` writes one row a run as it ends, and skips the runs that the file
-has; FILE-cases.csv beside it has one row a case. Past half the width (b = 220) runs need --limit 1800. Data sets that are
-not there are skipped.
+has; FILE-cases.csv beside it has one row a case. Batches past half the width (220) need `--limit 1800`. Data sets that
+are not there are skipped.
 """
 
 import argparse
