@@ -1,14 +1,15 @@
 """Small networks that normalise while they train, and what their clients send."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+import spear
 from spear.federated import SharedUpdate, gradient
-from spear.reconstruction import Reconstruction
+from spear.reconstruction import Reconstruction, Refusal
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,16 @@ def differences_back(result: Reconstruction, case: Sent, error: float = 1e-6) ->
     assert bool(result.differences.all()), result.reason
     if result.difference_bound is not None:
         assert bool((errors <= result.difference_bound).all())
+
+
+def nothing_certified_if_changed(case: Sent, name: str, size: float, proposals: int = 60) -> None:
+    """Of an update with noise of that size on one gradient: refused, or nothing certified, differences included."""
+    g = dict(case.update.gradients)
+    noise = torch.randn(g[name].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g[name] = g[name] + size * g[name].abs().max() * noise
+    try:
+        result = spear.attack(case.model, replace(case.update, gradients=g), method="network", max_proposals=proposals)
+    except Refusal:
+        return
+    assert not result.certified.any()
+    assert not result.differences.any()

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spear.blocks.curves import TokenCurves
+from spear.blocks.view import BlockView
+
 VOCABULARY, CLASSES, LENGTH = 300, 5, 8
 NAME = "layers.0.wi"
 
@@ -104,3 +107,18 @@ def nearest(found: Tensor, truth: Tensor) -> Tensor:
     """The relative distance of each token found to a true one."""
     apart = torch.cdist(found, truth, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
     return apart / found.norm(dim=1)
+
+
+def derivatives_hold(view: BlockView, truth: Tensor) -> None:
+    """Forth is the derivative of the residual, back its transpose, the matrix holds both; true tokens leave none."""
+    curves, labels = TokenCurves.of(view, *view.factors()), torch.zeros(len(truth), dtype=torch.long)
+    assert float(curves.at(curves.coordinates(truth), labels).sine.max()) < 1e-12
+    generator = torch.Generator().manual_seed(0)
+    w, v = torch.randn(2, len(truth), curves.frame.shape[1], generator=generator, dtype=torch.float64)
+    at, u = curves.at(w, labels), torch.randn(len(truth), len(curves.span), generator=generator, dtype=torch.float64)
+    u = u - u @ curves.span @ curves.span.T
+    step = 1e-6
+    slope = (curves.at(w + step * v, labels).rest - curves.at(w - step * v, labels).rest) / (2 * step)
+    torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
+    torch.testing.assert_close(torch.einsum("kqm,kq->km", curves.matrix(at), v), curves.forth(at, v))

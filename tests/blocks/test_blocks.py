@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from t5_problems import derivatives_hold
 from torch import Tensor, nn
 
 import spear
 from spear import federated
-from spear.blocks.curves import TokenCurves
 from spear.blocks.view import open_block
 from spear.federated.update import SharedUpdate
 from spear.models.tracing import find_block, linear_layers
@@ -219,19 +219,7 @@ def test_derivatives_of_the_curves(activation: nn.Module) -> None:
     """Forth is the derivative of the residual, back its transpose, the matrix holds both; true tokens leave none."""
     model, (x, y) = transformer(activation, 9), batch(9)
     view = open_block(model, federated.gradient(model, x, y))
-    curves = TokenCurves.of(view, *view.factors())
-    truth = torch.cat([entering(model, "blocks.0.up", x), torch.ones(9, 1, dtype=torch.float64)], 1)
-    labels = torch.zeros(9, dtype=torch.long)
-    assert float(curves.at(curves.coordinates(truth), labels).sine.max()) < 1e-12
-    generator = torch.Generator().manual_seed(0)
-    w, v = torch.randn(2, 9, curves.frame.shape[1], generator=generator, dtype=torch.float64)
-    at, u = curves.at(w, labels), torch.randn(9, len(curves.span), generator=generator, dtype=torch.float64)
-    u = u - u @ curves.span @ curves.span.T
-    step = 1e-6
-    slope = (curves.at(w + step * v, labels).rest - curves.at(w - step * v, labels).rest) / (2 * step)
-    torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
-    torch.testing.assert_close(torch.einsum("kqm,kq->km", curves.matrix(at), v), curves.forth(at, v))
+    derivatives_hold(view, torch.cat([entering(model, "blocks.0.up", x), torch.ones(9, 1, dtype=torch.float64)], 1))
 
 
 def test_rows_of_each_layer() -> None:

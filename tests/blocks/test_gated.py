@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from t5_problems import LENGTH, NAME, given, nearest, sent
+from t5_problems import LENGTH, NAME, derivatives_hold, given, nearest, sent
 from torch import Tensor, nn
 
 import spear
 from spear import federated
 from spear.audit.leaks import jointly
-from spear.blocks.curves import TokenCurves
 from spear.blocks.view import open_block
 from spear.models.tracing import find_block
 
@@ -86,15 +85,5 @@ def test_derivatives_of_the_curves(kind: str) -> None:
     """Forth is the derivative of the residual, back its transpose, the matrix holds both; true tokens leave none."""
     model, ids, y = gated(kind, 7)
     view, truth = open_block(model, federated.gradient(model, ids, y), layer=NAME), given(model, NAME, ids)
-    curves, labels = TokenCurves.of(view, *view.factors()), torch.zeros(len(truth), dtype=torch.long)
     extended = torch.cat([truth, torch.ones_like(truth[:, :1])], 1) if view.anchored[0] else truth
-    assert float(curves.at(curves.coordinates(extended), labels).sine.max()) < 1e-12
-    generator = torch.Generator().manual_seed(0)
-    w, v = torch.randn(2, len(truth), curves.frame.shape[1], generator=generator, dtype=torch.float64)
-    at, u = curves.at(w, labels), torch.randn(len(truth), len(curves.span), generator=generator, dtype=torch.float64)
-    u = u - u @ curves.span @ curves.span.T
-    step = 1e-6
-    slope = (curves.at(w + step * v, labels).rest - curves.at(w - step * v, labels).rest) / (2 * step)
-    torch.testing.assert_close(curves.forth(at, v), slope, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close((curves.forth(at, v) * u).sum(1), (v * curves.back(at, u)).sum(1))
-    torch.testing.assert_close(torch.einsum("kqm,kq->km", curves.matrix(at), v), curves.forth(at, v))
+    derivatives_hold(view, extended)
