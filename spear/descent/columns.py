@@ -28,9 +28,9 @@ RIDGE = 1e-13  # keeps the Gram matrix of rows with a kernel positive definite
 CONVERGING = 0.5  # factor by which a round of the polish must bring the residual down, from the third on
 SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could make them)
 ALIKE = 0.95  # |cosine| of two search results that lead to the same column
-LEAST_STARTS, MOST_STARTS = 16, 64
+LEAST_STARTS = 16
 IDLE = 10  # rounds in a row of the longest search without a new column, after which there is no hope
-CURIOSITY = 1.2  # factor by which the promise of the searches that wait grows in each round
+CURIOSITY = 1.2  # factor by which the promise of a search that waits grows in each round
 HOPE = 0.1  # columns that a round counts for where it found none: one failure is no proof
 Search = Callable[[Float[Tensor, "f b"], int, int, torch.Generator], Float[Tensor, "k b"]]
 
@@ -40,6 +40,7 @@ class Lengths:
     """The steps that a search may take, `shortest` to `longest`: `factor` times as many where few starts succeed.
 
     `few` and `many` are shares of the starts of a round, each of a search's ends counting for those that led to it.
+    A round has as many starts as columns are left, at most `starts`: fewer, and what they find confines others sooner.
     """
 
     shortest: int
@@ -47,6 +48,7 @@ class Lengths:
     factor: int = 3
     few: float = 0.5
     many: float = 0.95
+    starts: int = 64
 
     def next(self, steps: int, success: float) -> int:
         """Longer if that can pay, shorter if it is not needed; `success`: the share of starts that led to a column."""
@@ -59,13 +61,19 @@ class Lengths:
 class Arm:
     """A search, the steps it takes at present, the rounds it had, and the new columns that a start and step brings.
 
-    The last round counts for half of that `promise`, the one before for a quarter, and so on.
+    The last round counts for half of that `gain`, the one before for a quarter, and so on.
     """
 
     search: Search
     steps: int
     rounds: int = 0
-    promise: float = math.inf
+    gain: float = math.inf
+    waited: int = 0
+
+    @property
+    def promise(self) -> float:
+        """Its gain, and more for every round that it has waited."""
+        return self.gain * CURIOSITY**self.waited
 
 
 def collect(
@@ -91,7 +99,7 @@ def collect(
     ways, starts, rounds, idle, spent = [Arm(search, lengths.shortest) for search in searches], 0, 0, 0, ""
     while matching < goal and not (spent := terms.budget.spent(starts)):
         known = q[basis] if len(basis) < b else q[:0]
-        count = min(MOST_STARTS, max(LEAST_STARTS, b - len(known)))
+        count = min(lengths.starts, max(LEAST_STARTS, b - len(known)))
         way = max(ways, key=lambda w: (w.promise, -w.rounds))
         ends = way.search(known, count, way.steps, generator)
         new, hits = settle(observed, ends, least)
@@ -112,10 +120,10 @@ def collect(
 
 
 def _judged(ways: Sequence[Arm], used: Arm, steps: int, gain: float) -> list[Arm]:
-    """The ways after a round of one of them: that one with its gain, the others with a little more promise."""
-    promise = gain if math.isinf(used.promise) else (used.promise + gain) / 2
-    after = Arm(used.search, steps, used.rounds + 1, promise)
-    return [after if w is used else replace(w, promise=CURIOSITY * w.promise) for w in ways]
+    """The ways after a round of one of them: that one with its gain, the others have waited for one round more."""
+    gain = gain if math.isinf(used.gain) else (used.gain + gain) / 2
+    after = Arm(used.search, steps, used.rounds + 1, gain)
+    return [after if w is used else replace(w, waited=w.waited + 1) for w in ways]
 
 
 def different(q: Float[Tensor, "h b"], tolerance: float) -> Int[Tensor, " k"]:

@@ -26,7 +26,7 @@ from spear.published.greedy import Candidates
 from spear.published.view import Observed
 from spear.reconstruction import Terms
 
-LENGTHS = Lengths(shortest=60, longest=240, factor=2, few=0.15, many=0.35)
+LENGTHS = Lengths(shortest=60, longest=240, factor=2, few=0.15, many=0.35, starts=32)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ APART = (
 def schedule(steps: int, *, coupled: bool = True) -> tuple[Stage, ...]:
     """The search itself, of that many steps; and where q and v are not coupled, the stages in which it settles."""
     if coupled:
-        return (Stage(steps, 1.0, 8.0, 0.3, 0.04, 0.15),)
+        return (Stage(steps, 1.0, 8.0, 0.3, 0.02, 0.15),)
     return Stage(steps, 1.0, 20.0, 0.0), *APART
 
 
