@@ -14,6 +14,7 @@ SOFTNESS = 0.05  # of a sign, in standard deviations of its function: a mean lie
 WIDEST, NARROWING = 0.6, 0.5  # softness at first, and by how much it lessens in a step
 STEPS = 24  # of regression
 DAMPING = 2.0  # of Newton steps, whose curvature is a mean
+FRESH = 5  # steps for which a curvature serves once the softness stays
 
 
 def given_signs(
@@ -33,7 +34,9 @@ def given_signs(
     for step in range(STEPS):
         softness = max(SOFTNESS, WIDEST * NARROWING**step)
         against = torch.sigmoid(-(offset + a @ slope.T) * sign / softness)
-        curvature = (slope.T * (against * (1 - against)).mean(0)) @ slope / softness**2
+        if step % FRESH == 0 or softness > SOFTNESS:
+            curvature = (slope.T * (against * (1 - against)).mean(0)) @ slope / softness**2
+            factor = torch.linalg.cholesky_ex(DAMPING * curvature + prior)[0]
         rise = (against * sign / softness) @ slope - a @ prior
-        a = a + torch.cholesky_solve(rise.T, torch.linalg.cholesky_ex(DAMPING * curvature + prior)[0]).T
+        a = a + torch.cholesky_solve(rise.T, factor).T
     return a, torch.cholesky_inverse(torch.linalg.cholesky_ex(curvature + prior)[0])

@@ -233,17 +233,18 @@ def smallest_rows(
     """
     if not len(q):
         return q, q[:, 0]
-    (m, b), position = L.shape, torch.arange(len(L), device=q.device)
-    count = count.clamp(min(m, b + SPARE), m)
-    most = int(count.max())
-    index = (q @ L.mT).abs().topk(most, largest=False, sorted=True).indices
-    rows = L[index] * (position[:most] < count[:, None])[:, :, None]
-    gram = rows.mT @ rows
+    m, b = L.shape
+    count = count.clamp(min(m, b + SPARE), m).tolist()
+    order = (q @ L.mT).abs().argsort(1)
+    rows = [L[smallest[:k]] for smallest, k in zip(order, count, strict=True)]
+    gram = torch.stack([A.mT @ A for A in rows])
     gram.diagonal(dim1=1, dim2=2).add_(RIDGE)
     factor = torch.linalg.cholesky(gram)
     q = q[:, :, None]
     for _ in range(2):
         q = unit_rows(torch.cholesky_solve(q, factor).mT).mT
-    step = torch.cholesky_solve(rows.mT @ (rows @ q), factor)
+    left = torch.stack([A.mT @ (A @ x) for A, x in zip(rows, q, strict=True)])
+    step = torch.cholesky_solve(left, factor)
     q = unit_rows((q - (step - q * (q.mT @ step))).mT).mT
-    return q[:, :, 0], (rows @ q).abs().amax((1, 2)) / (L @ q).abs().amax((1, 2))
+    left = torch.stack([(A @ x).abs().max() for A, x in zip(rows, q, strict=True)])
+    return q[:, :, 0], left / (q[:, :, 0] @ L.mT).abs().amax(1)

@@ -62,11 +62,10 @@ class Coupling:
         normal[b:, b:] += (coupling + ridge) * t**2 * right @ inner @ right.mT
         normal[:b, b:] = -coupling * t * turned
         normal[b:, :b] = normal[:b, b:].mT
-        inverse = torch.linalg.inv(normal)
-        inverse[b:] *= s[:, None]
-        inverse[:, b:] *= s
-        turn = torch.block_diag(torch.eye(b, dtype=s.dtype, device=s.device), left)
-        return turn @ inverse @ turn.mT
+        inverse, turn = torch.linalg.inv(normal), left * s
+        inverse[b:] = turn @ inverse[b:]
+        inverse[:, b:] = inverse[:, b:] @ turn.mT
+        return inverse
 
 
 def uncoupled(known: Float[Tensor, "f b"]) -> Coupling:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spear.directions import distinct
+from spear.directions import distinct, unit_rows
 from spear.published import sparsity
 from spear.published.sparsity import zero_pattern
 from spear.published.view import Observed
@@ -43,22 +43,23 @@ def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: f
     choice of its ratio: that row alone carries the rank b-1 of the zero rows (leverage 1). In a column of Q with zeros
     to spare none does.
     """
-    zero = zero_rows(L, q, tolerance=tolerance)
+    zero, q = zero_rows(L, q, tolerance=tolerance), unit_rows(q)
     if L.shape[1] == 1:
         return torch.ones_like(zero[:, 0])
-    values, vectors = torch.linalg.eigh(gram(L, zero))
-    floor = max(1e-9, (3 * tolerance) ** 2) * values[:, -1]
-    return (values[:, 1] > floor) & (_leverage(L, zero, values, vectors).amax(1) <= FULL_LEVERAGE)
+    floor, sure = max(1e-9, (3 * tolerance) ** 2), torch.zeros_like(zero[:, 0])
+    for k, rows in enumerate(zero):
+        A = L[rows]
+        gram, size = A.mT @ A, A.square().sum(0).max()
+        factor, failed = torch.linalg.cholesky_ex(gram + size * q[k, :, None] * q[k])  # q is all of their kernel
+        inverse = torch.cholesky_inverse(factor)
+        fixed = (failed == 0) & (torch.linalg.matrix_norm(inverse) * floor * size < 1)
+        sure[k] = fixed & (((A @ inverse) * A).sum(1) <= FULL_LEVERAGE).all()
+    return sure
 
 
 def leverage(L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"]) -> Float[Tensor, "h m"]:
     """How much of the rank of the rows A each of them carries, l (A^T A)^+ l^T, where A has a kernel; 0 elsewhere."""
-    return _leverage(L, rows, *torch.linalg.eigh(gram(L, rows)))
-
-
-def _leverage(
-    L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"], values: Float[Tensor, "h b"], vectors: Float[Tensor, "h b b"]
-) -> Float[Tensor, "h m"]:
+    values, vectors = torch.linalg.eigh(gram(L, rows))
     spread = vectors[:, :, 1:] / values[:, None, 1:].clamp_min(1e-300).sqrt()
     return ((L @ spread) ** 2).sum(2) * rows
 
@@ -66,8 +67,8 @@ def _leverage(
 def gram(L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"]) -> Float[Tensor, "h b b"]:
     """L_A^T L_A for every set of rows A: by products of L's columns where there are more sets than these."""
     if len(rows) < L.shape[1]:
-        parts = rows.split(max(1, MOST_ENTRIES // L.numel()))
-        return torch.cat([L.mT @ (part[:, :, None] * L) for part in parts])
+        parts = [L[part] for part in rows]
+        return torch.stack([part.mT @ part for part in parts]) if parts else L.new_zeros(0, *2 * L.shape[1:])
     products = (L[:, :, None] * L[:, None, :]).flatten(1)
     return (rows.to(L.dtype) @ products).unflatten(1, (L.shape[1], L.shape[1]))
 
