@@ -29,7 +29,6 @@ CONVERGING = 0.5  # factor by which a round of the polish must bring the residua
 SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could make them)
 ALIKE = 0.95  # |cosine| of two search results that lead to the same column
 LEAST_STARTS = 16
-IDLE = 10  # rounds in a row of the longest search without a new column, after which there is no hope
 CURIOSITY = 1.2  # factor by which the promise of a search that waits grows in each round
 HOPE = 0.1  # columns that a round counts for where it found none: one failure is no proof
 Search = Callable[[Float[Tensor, "f b"], int, int, torch.Generator], Float[Tensor, "k b"]]
@@ -41,6 +40,7 @@ class Lengths:
 
     `few` and `many` are shares of the starts of a round, each of a search's ends counting for those that led to it.
     A round has as many starts as columns are left, at most `starts`: fewer, and what they find confines others sooner.
+    After `idle` rounds in a row of the longest search without a new column there is no hope.
     """
 
     shortest: int
@@ -49,6 +49,7 @@ class Lengths:
     few: float = 0.5
     many: float = 0.95
     starts: int = 64
+    idle: int = 10
 
     def next(self, steps: int, success: float) -> int:
         """Longer if that can pay, shorter if it is not needed; `success`: the share of starts that led to a column."""
@@ -113,8 +114,8 @@ def collect(
         gain = max(len(basis) - reached[0], HOPE) / (count * way.steps)
         ways = _judged(ways, way, lengths.next(way.steps, hits / count), gain)
         terms.report(name, len(basis), b, starts)
-        if idle == IDLE and matching < goal:
-            spent = f"{IDLE} rounds of {lengths.longest:,} steps found no further column"
+        if idle == lengths.idle and matching < goal:
+            spent = f"{idle} rounds of {lengths.longest:,} steps found no further column"
             break
     return Candidates(q, basis, matching, starts, rounds, spent)
 

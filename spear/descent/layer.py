@@ -26,7 +26,7 @@ from spear.published.greedy import Candidates
 from spear.published.view import Observed
 from spear.reconstruction import Terms
 
-LENGTHS = Lengths(shortest=60, longest=240, factor=2, few=0.15, many=0.35, starts=32)
+LENGTHS = Lengths(shortest=60, longest=240, factor=2, few=0.15, many=0.35, starts=32, idle=20)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from spear.published.view import Observed
 
 SAME_DIRECTION = 1 - 1e-6  # |cosine| of two polished directions that are one; images apart differ by far more
 FULL_LEVERAGE = 1 - 1e-6  # share of the rank that only a row carries without which it is lost
-MOST_ENTRIES = 2**24  # of the copies of L that are held at once
 CROWD = 8  # candidates for each column that are kept: noise lets false ones through in numbers
 FEWEST_ZEROS = 0.15  # share of a layer's rows: networks that were trained leave down to 0.21 of them zero
 
@@ -49,11 +48,12 @@ def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: f
     floor, sure = max(1e-9, (3 * tolerance) ** 2), torch.zeros_like(zero[:, 0])
     for k, rows in enumerate(zero):
         A = L[rows]
-        gram, size = A.mT @ A, A.square().sum(0).max()
-        factor, failed = torch.linalg.cholesky_ex(gram + size * q[k, :, None] * q[k])  # q is all of their kernel
-        inverse = torch.cholesky_inverse(factor)
-        fixed = (failed == 0) & (torch.linalg.matrix_norm(inverse) * floor * size < 1)
-        sure[k] = fixed & (((A @ inverse) * A).sum(1) <= FULL_LEVERAGE).all()
+        size = A.square().sum(0).max()
+        factor, failed = torch.linalg.cholesky_ex(A.mT @ A + size * q[k, :, None] * q[k])  # q is all of its kernel
+        if not failed:
+            inverse = torch.cholesky_inverse(factor)
+            carried = ((A @ inverse) * A).sum(1)
+            sure[k] = (torch.linalg.matrix_norm(inverse) * floor * size < 1) & (carried <= FULL_LEVERAGE).all()
     return sure
 
 

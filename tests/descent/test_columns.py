@@ -1,5 +1,8 @@
 """The loop over columns that the descents share: starts, polish, mixtures."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from problems import make
@@ -140,12 +143,34 @@ def test_a_search_that_failed_once_is_not_given_up_for_one_that_never_found_anyt
     assert calls["brings"] > calls["barren"] > 0
 
 
+def test_a_search_that_brings_nothing_waits_as_long_after_each_try():
+    """One search brings a column a round; ten times less is hoped of the other: it waits until 1.2^rounds is ten."""
+    problem, rounds = make(40, 300, 80), []
+
+    def brings(known, count, steps, generator):
+        rounds.append("brings")
+        return problem.q[[len(known)] * count]
+
+    def barren(known, count, steps, generator):
+        rounds.append("barren")
+        return known[:0]
+
+    lengths = Lengths(shortest=10, longest=10, starts=16)
+    found = columns.collect(problem.observed, (brings, barren), lengths, Terms())
+    assert found.matching == 1, found.spent
+    assert found.proposals == 16 * len(rounds)
+    tries = [k for k, name in enumerate(rounds) if name == "barren"]
+    waits = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert len(tries) >= 3
+    assert min(waits) > math.log(5, columns.CURIOSITY)
+
+
 def test_collecting_stops_where_no_search_brings_anything():
-    problem = make(10, 120, 60)
+    problem, lengths = make(10, 120, 60), Lengths(10, 10, idle=7)
 
     def barren(known, count, steps, generator):
         return unit_rows(torch.randn(count, 10, generator=generator, dtype=torch.float64))
 
-    found = columns.collect(problem.observed, (barren,), Lengths(10, 10), Terms())
-    assert (found.matching, found.rounds) == (0, columns.IDLE)
-    assert f"{columns.IDLE} rounds of 10 steps found no further column" in found.spent
+    found = columns.collect(problem.observed, (barren,), lengths, Terms())
+    assert (found.matching, found.rounds) == (0, lengths.idle)
+    assert f"{lengths.idle} rounds of 10 steps found no further column" in found.spent
