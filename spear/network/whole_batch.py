@@ -96,6 +96,16 @@ def _more(first: Judged, second: Judged) -> Judged:
     return first if len(first.inputs) > len(second.inputs) else second
 
 
+def _better(first: Judged, second: Judged) -> Judged:
+    """The result with more samples; of as many, that whose inputs can be less far from the truth."""
+    return max(second, first, key=lambda one: (len(one.inputs), -_off(one)))
+
+
+def _off(result: Judged) -> float:
+    """How far an input of a result can be from the truth."""
+    return float(result.error_bound.max()) if len(result.inputs) else math.inf
+
+
 def blurred(problem: NetworkView, run: PhaseSearch) -> bool:
     """Whether the last hidden layer no longer tells all samples apart: its gradient has less rank than the first."""
     return problem.last > 0 and problem.factors(0).rank > run.whole.rank
@@ -140,27 +150,32 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
     if not problem.is_relu:
         found = curves.conclude_slopes(problem.widened, rows, solved, reached) if len(solved) else None
         return found or nothing(problem, str(reached), reached)
-    for positive, spans in masks_by(problem) if len(solved) else ():
+    for positive, spans, computed in ways(problem) if len(solved) else ():
         if best is not None and time.monotonic() > until:
             break
-        inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
+        inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans, computed=computed)
         result = judge(problem, inputs, targets, reached)
         if len(result.inputs) < reached.rank:
             same = consistent(problem, spaces, solved, inputs, targets)
-            result = _more(judge(problem, inputs[same], targets[same], reached), result) if same.any() else result
-        if len(result.inputs) == reached.rank:
-            return result
-        best = _more(result, best) if best else result
+            if same.any() and not same.all():
+                result = _better(judge(problem, inputs[same], targets[same], reached), result)
+        best = _better(result, best) if best else result
+        if len(best.inputs) == reached.rank and _off(best) <= problem.accuracy.recovered:
+            break
     return best or nothing(problem, str(reached), reached)
 
 
-def masks_by(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:
-    """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients."""
-    yield above_gap, None
+def ways(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] | None, bool]]:
+    """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients.
+
+    The last takes dLoss/dlogits as measured, not as computed: see `Targets`.
+    """
+    yield above_gap, None, True
     if problem.last:
-        yield above_first_gap, None
-        yield above_noise, None
-        yield above_gap, [problem.factors(k).L for k in range(problem.last)]
+        yield above_first_gap, None, True
+        yield above_noise, None, True
+        yield above_gap, [problem.factors(k).L for k in range(problem.last)], True
+    yield above_gap, None, False
 
 
 def plausible(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved) -> Bool[Tensor, " s"]:
