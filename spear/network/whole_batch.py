@@ -17,6 +17,7 @@ from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Judged, Reached, nothing
 from spear.network.spaces import Levels, Solved, Spaces, possible_errors
+from spear.network.starts import mostly_saturated
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
@@ -150,10 +151,12 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
     if not problem.is_relu:
         found = curves.conclude_slopes(problem.widened, rows, solved, reached) if len(solved) else None
         return found or nothing(problem, str(reached), reached)
-    for positive, spans, computed in ways(problem) if len(solved) else ():
+    for positive, spans, computed in ways(problem, solved) if len(solved) else ():
         if best is not None and time.monotonic() > until:
             break
-        inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans, computed=computed)
+        inputs, targets = descend(
+            problem, rows, solved.mask, solved.d, positive=positive, spans=spans, computed=computed
+        )
         result = judge(problem, inputs, targets, reached)
         if len(result.inputs) < reached.rank:
             same = consistent(problem, spaces, solved, inputs, targets)
@@ -165,17 +168,21 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
     return best or nothing(problem, str(reached), reached)
 
 
-def ways(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] | None, bool]]:
+def ways(problem: NetworkView, solved: Solved) -> Iterator[tuple[PositiveRule, list[Tensor] | None, bool]]:
     """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients.
 
-    The last takes dLoss/dlogits as measured, not as computed: see `Targets`.
+    One takes dLoss/dlogits as measured, not as computed (see `Targets`): the first where most softmaxes are saturated.
     """
+    measured, at_first = (above_gap, None, False), mostly_saturated(solved.d)
+    if at_first:
+        yield measured
     yield above_gap, None, True
     if problem.last:
         yield above_first_gap, None, True
         yield above_noise, None, True
         yield above_gap, [problem.factors(k).L for k in range(problem.last)], True
-    yield above_gap, None, False
+    if not at_first:
+        yield measured
 
 
 def plausible(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved) -> Bool[Tensor, " s"]:
