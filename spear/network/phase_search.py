@@ -113,7 +113,7 @@ class PhaseSearch:
 
     def _saturates(self) -> bool:
         """Whether most solved samples have a softmax that knows two classes only, and a third there is."""
-        if len(self.solved) < ENOUGH or "saturated" in self.policy.shares or self.problem.outputs < 3:
+        if len(self.solved) < ENOUGH or "saturated" in self.policy.shares:
             return False
         return mostly_saturated(self.solved.d)
 

@@ -88,8 +88,8 @@ def saturated(d: Float[Tensor, "f outputs"]) -> Bool[Tensor, " f"]:
 
 
 def mostly_saturated(d: Float[Tensor, "f outputs"]) -> bool:
-    """Whether most have such a softmax."""
-    return bool(saturated(d).double().mean() > MOSTLY)
+    """Whether most have such a softmax, and a third class there is."""
+    return d.shape[1] > 2 and bool(saturated(d).double().mean() > MOSTLY)
 
 
 def prior_outputs(problem: NetworkView) -> Float[Tensor, " outputs"]:
