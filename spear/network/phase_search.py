@@ -19,7 +19,7 @@ from spear.network.policy import Plan, Policy, Standing
 from spear.network.problem import NetworkView
 from spear.network.repulsion import Repulsion
 from spear.network.spaces import SAME, Foretold, Solved, Spaces, complement
-from spear.network.starts import TELLING, Starts, mean_probabilities, mostly_saturated, prior_outputs
+from spear.network.starts import TELLING, Starts, mean_probabilities, prior_outputs, saturated
 from spear.network.two_layers import FewInputs, TwoLayers
 from spear.published.lowrank import LowRank
 
@@ -29,7 +29,7 @@ CLOSER = 10  # times nearer a start must come to a crowded span to have arrived:
 BLUR = 20  # times the gradient's noise, over the last singular value: how far two solutions of one sample may differ
 MOST_BLURRED = 1e-5  # of the cosine, however large the noise: two samples are seldom that near
 REPEATED = 0.35  # share of solutions that had been found before, from which starts keep away from what is solved
-ENOUGH = 8  # solved samples that say whether others have a saturated softmax
+ENOUGH, MOSTLY = 8, 0.5  # solved samples, and the share with a saturated softmax from which others are expected to
 PIECEWISE = 200  # steps of reflections between the pieces of a curve
 TAIL = 0.01  # of the width: so few samples left that their vertices are degenerate
 MOST_PROGRAMMES = 12  # linear programmes in a round
@@ -113,9 +113,9 @@ class PhaseSearch:
 
     def _saturates(self) -> bool:
         """Whether most solved samples have a softmax that knows two classes only, and a third there is."""
-        if len(self.solved) < ENOUGH or "saturated" in self.policy.shares:
+        if len(self.solved) < ENOUGH or "saturated" in self.policy.shares or self.problem.outputs < 3:
             return False
-        return mostly_saturated(self.solved.d)
+        return bool(saturated(self.solved.d).double().mean() > MOSTLY)
 
     def release(self) -> None:
         """Let h differ from sample to sample: of what one h a class has found, what the exact step accepts stays."""

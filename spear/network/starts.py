@@ -17,7 +17,6 @@ TELLING = 20  # solved samples whose mean softmax is nearer to the batch's than 
 LEAST_NEED = (0.3, 0.02)  # samples that a class is thought to lack at least: with few classes, with many
 SHARP_LOGITS = 3.0  # spread of the logits of a network that was trained a little
 SATURATED = 0.01  # of |d| in all other entries, where a softmax knows but the label and the class that it took for it
-MOSTLY = 0.5  # share of samples
 SEEN, MIXED = 0.5, 0.9  # shares of pairs of classes: up to the first such as were solved, up to the second of theirs
 
 
@@ -85,11 +84,6 @@ def saturated(d: Float[Tensor, "f outputs"]) -> Bool[Tensor, " f"]:
     """Whose softmax knows two classes only, so that d is their difference up to a factor."""
     size = d.abs()
     return size.sum(1) - size.topk(2, dim=1).values.sum(1) < SATURATED * size.sum(1)
-
-
-def mostly_saturated(d: Float[Tensor, "f outputs"]) -> bool:
-    """Whether most have such a softmax, and a third class there is."""
-    return d.shape[1] > 2 and bool(saturated(d).double().mean() > MOSTLY)
 
 
 def prior_outputs(problem: NetworkView) -> Float[Tensor, " outputs"]:

@@ -17,12 +17,12 @@ from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
 from spear.network.recovery import Judged, Reached, nothing
 from spear.network.spaces import Levels, Solved, Spaces, possible_errors
-from spear.network.starts import mostly_saturated
 from spear.published.lowrank import MIN_GAP, LowRank
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
 MARGIN = 8  # units beyond the unknowns: equations that a wrong answer fails
 LARGEST = 1.01  # times what a loss allows of dLoss/dlogits: scales are known to a per cent at worst
+LARGE = 10.0  # logits from which a softmax may be saturated
 PARALLEL = 0.999  # cosine of a direction found to the sample's own
 IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 
@@ -97,16 +97,6 @@ def _more(first: Judged, second: Judged) -> Judged:
     return first if len(first.inputs) > len(second.inputs) else second
 
 
-def _better(first: Judged, second: Judged) -> Judged:
-    """The result with more samples; of as many, that whose inputs can be less far from the truth."""
-    return max(second, first, key=lambda one: (len(one.inputs), -_off(one)))
-
-
-def _off(result: Judged) -> float:
-    """How far an input of a result can be from the truth."""
-    return float(result.error_bound.max()) if len(result.inputs) else math.inf
-
-
 def blurred(problem: NetworkView, run: PhaseSearch) -> bool:
     """Whether the last hidden layer no longer tells all samples apart: its gradient has less rank than the first."""
     return problem.last > 0 and problem.factors(0).rank > run.whole.rank
@@ -151,38 +141,49 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
     if not problem.is_relu:
         found = curves.conclude_slopes(problem.widened, rows, solved, reached) if len(solved) else None
         return found or nothing(problem, str(reached), reached)
-    for positive, spans, computed in ways(problem, solved) if len(solved) else ():
+    for positive, spans in masks_by(problem) if len(solved) else ():
         if best is not None and time.monotonic() > until:
             break
-        inputs, targets = descend(
-            problem, rows, solved.mask, solved.d, positive=positive, spans=spans, computed=computed
-        )
+        inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
         result = judge(problem, inputs, targets, reached)
         if len(result.inputs) < reached.rank:
             same = consistent(problem, spaces, solved, inputs, targets)
             if same.any() and not same.all():
-                result = _better(judge(problem, inputs[same], targets[same], reached), result)
-        best = _better(result, best) if best else result
-        if len(best.inputs) == reached.rank and _off(best) <= problem.accuracy.recovered:
+                result = _more(judge(problem, inputs[same], targets[same], reached), result)
+        best = _more(result, best) if best else result
+        if len(best.inputs) == reached.rank:
             break
-    return best or nothing(problem, str(reached), reached)
+    if best is None:
+        return nothing(problem, str(reached), reached)
+    return best if best.complete else as_measured(problem, rows, solved, best)
 
 
-def ways(problem: NetworkView, solved: Solved) -> Iterator[tuple[PositiveRule, list[Tensor] | None, bool]]:
-    """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients.
+def as_measured(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved, best: Judged) -> Judged:
+    """The batch with dLoss/dlogits as measured, where these are better: large logits have their rounding multiplied.
 
-    One takes dLoss/dlogits as measured, not as computed (see `Targets`): the first where most softmaxes are saturated.
+    Nothing is certified so: that a sample's softmax is the measured one is seen to a per cent only.
     """
-    measured, at_first = (above_gap, None, False), mostly_saturated(solved.d)
-    if at_first:
-        yield measured
-    yield above_gap, None, True
+    y, _ = activations(problem, rows, solved.mask, solved.d)
+    logits = problem.apply(problem.last + 1, problem.apply(problem.last, y) * solved.mask)
+    if problem.loss != "cross_entropy" or float(logits.abs().amax()) < LARGE:
+        return best
+    inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=above_gap, computed=False)
+    return max(best, judge(problem, inputs, targets, best.reached), key=_known)
+
+
+def _known(result: Judged) -> tuple[int, int, float]:
+    """How many samples there are, how many are certified, and how near to the truth the last of them is."""
+    off = float(result.error_bound.max()) if len(result.inputs) else math.inf
+    return len(result.inputs), int(result.certified.sum()), -off
+
+
+def masks_by(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:
+    """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients."""
+    yield above_gap, None
     if problem.last:
-        yield above_first_gap, None, True
-        yield above_noise, None, True
-        yield above_gap, [problem.factors(k).L for k in range(problem.last)], True
-    if not at_first:
-        yield measured
+        yield above_first_gap, None
+        yield above_noise, None
+        yield above_gap, [problem.factors(k).L for k in range(problem.last)]
 
 
 def plausible(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved) -> Bool[Tensor, " s"]:
