@@ -66,6 +66,11 @@ def descend(
     deltas = denormalise(view.norms[top], slopes * network.activations[top].slope(y) * on, normal, deviation)
     x = solve_inputs(view, top, deltas)
     for k in range(top - 1, -1, -1):
+        if view.lacks_mean(k):
+            deltas = _deltas_by_bias(view, k, x, deltas @ network.weights[k + 1])
+            kept.insert(0, None)
+            x = solve_inputs(view, k, deltas)
+            continue
         a, slopes = _through_after(view, k, x, deltas @ network.weights[k + 1], known[k].after)
         slopes, one = through_activation(view, k, a, slopes, known[k])
         deltas, y = _deltas(view, k, slopes, known[k])
@@ -119,6 +124,28 @@ def _through_after(
     return norm.mean + known.sigma * normal, denormalise(norm, slopes, normal, known.sigma[None])
 
 
+def _deltas_by_bias(
+    view: NormalisedView, k: int, v: Float[Tensor, "b m"], slopes: Float[Tensor, "b m"]
+) -> Float[Tensor, "b m"]:
+    """∂L/∂z of hidden layer k from what the BatchNorm behind its ReLU gives, and the gradient by that, σ unknown.
+
+    x̂ tells which units are active, where two samples at least are not, and so σ ∂L/∂z, whose sum over σ is the bias
+    gradient. The rows of these units tell the inputs, and the inputs all the rest.
+    """
+    network, norm = view.network, view.afters[k]
+    normal = (v - v.mean(0)) / norm.scale
+    on = active(view, k, normal)
+    sure = on.any(0) & ((~on).sum(0) > 1)
+    turned = (denormalise(norm, slopes, normal, torch.ones_like(v[:1])) * on)[:, sure]
+    if turned.shape[1] < len(v) + SPARE:
+        raise Refusal(f"too few units of layer {k + 1} are not active in two samples")
+    sigma = turned.sum(0) / network.bias_gradients[k][sure]
+    x = torch.linalg.lstsq(turned.mT / sigma[:, None], network.weight_gradients[k][sure], driver="gelsd").solution
+    z = network.apply(k, x)
+    behind = normalise(norm, z.clamp_min(0))[1:]
+    return denormalise(norm, slopes, *behind) * (z > 0)
+
+
 def through_activation(
     view: NormalisedView, k: int, a: Float[Tensor, "b m"], behind: Float[Tensor, "b m"], known: Known
 ) -> tuple[Float[Tensor, "b m"], Bool[Tensor, "b m"] | None]:
@@ -153,7 +180,7 @@ def _between(
 def is_centred(view: NormalisedView, k: int) -> bool:
     """Whether the activations of layer k are known less their mean only."""
     above = view.norms[k + 1] if k < view.network.last else None
-    return above is not None and above.mixes and view.afters[k] is None
+    return view.lacks_mean(k) or (above is not None and above.mixes and view.afters[k] is None)
 
 
 def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
