@@ -14,12 +14,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spear.descent.layer import find_columns
+from spear.network.problem import join
 from spear.normalisation.problem import NormalisedView, normalise
 from spear.published.certificate import LEAST_SPARE, spare_zeros
 from spear.published.greedy import disaggregate
 from spear.published.lowrank import LowRank
+from spear.published.one_layer import INDEPENDENT
 from spear.published.view import Observed, seen
-from spear.reconstruction import Terms
+from spear.reconstruction import Refusal, Terms
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,7 @@ class Columns:
         """By the zeros and the signs of one layer."""
         observed = _observed(view, low)
         found = find_columns(observed, terms)
-        left = max(low.rank - len(found.basis), int(found.matching < 1))
-        return cls(observed, found.q[found.basis], left, found.proposals, found.rounds, found.spent)
+        return cls(observed, found.q[found.basis], low.rank - len(found.basis), found.proposals, found.rounds, found.spent)
 
     def again(self, view: NormalisedView, low: LowRank, mask: Bool[Tensor, "b m"]) -> "Columns":
         """Of another view of the same batch, from its active units."""
@@ -49,7 +50,12 @@ class Columns:
 
     @property
     def inputs(self) -> Float[Tensor, "b n"]:
-        """X of the batch, of all columns."""
+        """X of the batch, of all columns.
+
+        Raises `Refusal` where these are not independent.
+        """
+        if not bool(torch.linalg.svdvals(self.q)[-1] > INDEPENDENT):
+            raise Refusal("the columns found are not independent")
         return disaggregate(self.observed, self.q)[1].mT
 
     @property
@@ -75,5 +81,5 @@ def output_errors(view: NormalisedView, inputs: Float[Tensor, "b n"]) -> Float[T
     if total is None:
         total = torch.linalg.lstsq(W.mT, norm.shift_gradient[:, None], driver="gelsd").solution[:, 0]
     v = normalise(norm, network.activations[k].value(network.apply(k, inputs)))[0]
-    extended, wanted = torch.cat([v, v.new_ones(len(v), 1)], 1), torch.cat([network.weight_gradients[k + 1], total[:, None]], 1)
+    extended, wanted = join(v, v.new_ones(len(v))), join(network.weight_gradients[k + 1], total)
     return torch.linalg.lstsq(extended.mT, wanted.mT, driver="gelsd").solution

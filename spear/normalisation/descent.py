@@ -133,14 +133,16 @@ def _deltas_by_bias(
     gradient. The rows of these units tell the inputs, and the inputs all the rest.
     """
     network, norm = view.network, view.afters[k]
-    normal = (v - v.mean(0)) / norm.scale
+    normal = ((v - v.mean(0)) / norm.scale).nan_to_num(0, 0, 0)
     on = active(view, k, normal)
     sure = on.any(0) & ((~on).sum(0) > 1)
     turned = (denormalise(norm, slopes, normal, torch.ones_like(v[:1])) * on)[:, sure]
     if turned.shape[1] < len(v) + SPARE:
         raise Refusal(f"too few units of layer {k + 1} are not active in two samples")
-    sigma = turned.sum(0) / network.bias_gradients[k][sure]
-    x = torch.linalg.lstsq(turned.mT / sigma[:, None], network.weight_gradients[k][sure], driver="gelsd").solution
+    rows = (network.bias_gradients[k][sure] / turned.sum(0) * turned).mT
+    if not bool(rows.isfinite().all()):
+        raise Refusal(f"the activations of layer {k + 1} are not those of its bias gradient")
+    x = torch.linalg.lstsq(rows, network.weight_gradients[k][sure], driver="gelsd").solution
     z = network.apply(k, x)
     behind = normalise(norm, z.clamp_min(0))[1:]
     return denormalise(norm, slopes, *behind) * (z > 0)

@@ -57,8 +57,10 @@ def _on_curves(view: NormalisedView, known: Known, generator: Generator) -> Curv
 
 def searched(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, Search]:
     """Rounds until all samples are found, the budget is spent or they find no more; with σ as it served for that."""
-    if view.lacks_mean(view.network.last):
-        return known, Columns.searched(view, known.low, terms)
+    if view.shows_zeros:
+        columns = Columns.searched(view, known.low, terms)
+        if not columns.left or view.lacks_mean(view.network.last):
+            return known, columns
     run = opened(view, known, terms.generator())
     run.until = terms.budget.until
     if type(run) is BatchSearch and run.accept > ROUGHEST and not view.drops_units:
