@@ -129,20 +129,18 @@ def _deltas_by_bias(
 ) -> Float[Tensor, "b m"]:
     """∂L/∂z of hidden layer k from what the BatchNorm behind its ReLU gives, and the gradient by that, σ unknown.
 
-    x̂ tells which units are active, where two samples at least are not, and so σ ∂L/∂z, whose sum over σ is the bias
-    gradient. The rows of these units tell the inputs, and the inputs all the rest.
+    x̂ tells which units are active, where two samples at least are not, and so g_j = σ_j ∂L/∂z_j of these. As
+    g_jᵀ [X | 1] = σ_j [∂L/∂W_j | ∂L/∂β_j], they tell the inputs by g_jᵀ X ∂L/∂β_j = g_jᵀ 1 ∂L/∂W_j, and these the rest.
     """
     network, norm = view.network, view.afters[k]
     normal = ((v - v.mean(0)) / norm.scale).nan_to_num(0, 0, 0)
     on = active(view, k, normal)
     sure = on.any(0) & ((~on).sum(0) > 1)
-    turned = (denormalise(norm, slopes, normal, torch.ones_like(v[:1])) * on)[:, sure]
-    if turned.shape[1] < len(v) + SPARE:
+    g = unit_rows((denormalise(norm, slopes, normal, torch.ones_like(v[:1])) * on).mT[sure])
+    if len(g) < len(v) + SPARE:
         raise Refusal(f"too few units of layer {k + 1} are not active in two samples")
-    rows = (network.bias_gradients[k][sure] / turned.sum(0) * turned).mT
-    if not bool(rows.isfinite().all()):
-        raise Refusal(f"the activations of layer {k + 1} are not those of its bias gradient")
-    x = torch.linalg.lstsq(rows, network.weight_gradients[k][sure], driver="gelsd").solution
+    told = unit_rows(network.augmented(k)[sure])
+    x = torch.linalg.lstsq(told[:, -1:] * g, g.sum(1, keepdim=True) * told[:, :-1], driver="gelsd").solution
     z = network.apply(k, x)
     behind = normalise(norm, z.clamp_min(0))[1:]
     return denormalise(norm, slopes, *behind) * (z > 0)
