@@ -28,6 +28,7 @@ ROUNDING = 1e-14  # of the largest entry: no zero is known better
 ROUNDS, FINE = 6, 1e-13  # of σ by the samples, each of which halves its error; the error under which there is no need
 SPARE = 8  # equations beyond the unknowns of a sample
 MOST_OPEN = 16  # saturated activations of a unit that are tried in all ways
+OUTLIERS = 10  # times the median residual: units of which a sample is taken for active, or not, wrongly
 INEXACT = 1e-9  # of the largest activation: how near to another branch an inverse is not trusted
 
 
@@ -140,7 +141,11 @@ def _deltas_by_bias(
     if len(g) < len(v) + SPARE:
         raise Refusal(f"too few units of layer {k + 1} are not active in two samples")
     told = unit_rows(network.augmented(k)[sure])
-    x = torch.linalg.lstsq(told[:, -1:] * g, g.sum(1, keepdim=True) * told[:, :-1], driver="gelsd").solution
+    rows, wanted = told[:, -1:] * g, g.sum(1, keepdim=True) * told[:, :-1]
+    x = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution
+    off = (rows @ x - wanted).norm(dim=1)
+    right = off <= torch.maximum(OUTLIERS * off.median(), off.kthvalue(len(v) + SPARE).values)
+    x = torch.linalg.lstsq(rows[right], wanted[right], driver="gelsd").solution
     z = network.apply(k, x)
     behind = normalise(norm, z.clamp_min(0))[1:]
     return denormalise(norm, slopes, *behind) * (z > 0)
