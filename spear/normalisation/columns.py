@@ -79,7 +79,7 @@ def output_errors(view: NormalisedView, inputs: Float[Tensor, "b n"]) -> Float[T
     network, k = view.network, view.network.last
     norm, W, total = view.afters[k], network.weights[k + 1], network.bias_gradients[k + 1]
     if total is None:
-        total = torch.linalg.lstsq(W.mT, norm.shift_gradient[:, None], driver="gelsd").solution[:, 0]
+        total = torch.linalg.pinv(W.mT) @ norm.shift_gradient
     v = normalise(norm, network.activations[k].value(network.apply(k, inputs)))[0]
     extended, wanted = join(v, v.new_ones(len(v))), join(network.weight_gradients[k + 1], total)
-    return torch.linalg.lstsq(extended.mT, wanted.mT, driver="gelsd").solution
+    return torch.linalg.pinv(extended.mT) @ wanted.mT

@@ -137,15 +137,16 @@ def _deltas_by_bias(
     normal = ((v - v.mean(0)) / norm.scale).nan_to_num(0, 0, 0)
     on = active(view, k, normal)
     sure = on.any(0) & ((~on).sum(0) > 1)
-    g = unit_rows((denormalise(norm, slopes, normal, torch.ones_like(v[:1])) * on).mT[sure])
+    size = (norm.scale * slopes).norm(dim=0).clamp_min(1e-300)  # as rounding goes
+    g = (denormalise(norm, slopes, normal, size[None]) * on).mT[sure]
     if len(g) < len(v) + SPARE:
         raise Refusal(f"too few units of layer {k + 1} are not active in two samples")
     told = unit_rows(network.augmented(k)[sure])
     rows, wanted = told[:, -1:] * g, g.sum(1, keepdim=True) * told[:, :-1]
-    x = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution
+    x = torch.linalg.pinv(rows) @ wanted
     off = (rows @ x - wanted).norm(dim=1)
     right = off <= torch.maximum(OUTLIERS * off.median(), off.kthvalue(len(v) + SPARE).values)
-    x = torch.linalg.lstsq(rows[right], wanted[right], driver="gelsd").solution
+    x = torch.linalg.pinv(rows[right]) @ wanted[right]
     z = network.apply(k, x)
     behind = normalise(norm, z.clamp_min(0))[1:]
     return denormalise(norm, slopes, *behind) * (z > 0)
