@@ -1,7 +1,8 @@
 """Behind ReLU and in front of a BatchNorm whose statistics nothing tells: the last hidden layer's own gradient.
 
 ∂L/∂W = Gᵀ [X | 1] with G zero where a unit is not active, whatever follows. `spear.descent.layer` finds the columns of
-G by these zeros and the signs of the pre-activations, hence X: and the batch tells its own μ and σ.
+G by these zeros and the signs of the pre-activations, hence X: and the batch tells its own μ and σ. Of a unit that is
+active in every sample BatchNorm makes Gᵀ 1 zero, which is sparse and no column: such rows are left out.
 
 **Theorem** (`spear.certificate`, F_i what vanishes on the inactive units of sample i). Where the rows of G' on these
 have rank b - 1 for every sample, no other batch of b samples with these activation patterns gives this gradient.
@@ -18,10 +19,12 @@ from spear.network.problem import join
 from spear.normalisation.problem import NormalisedView, normalise
 from spear.published.certificate import LEAST_SPARE, spare_zeros
 from spear.published.greedy import disaggregate
-from spear.published.lowrank import LowRank
+from spear.published.lowrank import LowRank, decompose
 from spear.published.one_layer import INDEPENDENT
 from spear.published.view import Observed, seen
 from spear.reconstruction import Refusal, Terms
+
+ROUNDINGS = 100  # of a row of the gradient, under which its bias entry has vanished
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,16 @@ class Columns:
     @classmethod
     def searched(cls, view: NormalisedView, low: LowRank, terms: Terms) -> "Columns":
         """By the zeros and the signs of one layer."""
-        observed = _observed(view, low)
+        observed = _observed(view, low)[0]
         found = find_columns(observed, terms)
-        return cls(observed, found.q[found.basis], low.rank - len(found.basis), found.proposals, found.rounds, found.spent)
+        q = found.q[found.basis]
+        return cls(observed, q, low.rank - len(q), found.proposals, found.rounds, found.spent)
 
     def again(self, view: NormalisedView, low: LowRank, mask: Bool[Tensor, "b m"]) -> "Columns":
         """Of another view of the same batch, from its active units."""
-        observed = _observed(view, low)
-        inactive = [torch.linalg.svd(observed.L[~one], full_matrices=True)[2][-1] for one in mask]
-        return Columns(observed, torch.stack(inactive))
+        observed, rows = _observed(view, low)
+        vanishing = [torch.linalg.svd(observed.L[~one], full_matrices=False)[2][-1] for one in mask[:, rows]]
+        return Columns(observed, torch.stack(vanishing))
 
     @property
     def inputs(self) -> Float[Tensor, "b n"]:
@@ -65,9 +69,15 @@ class Columns:
         return "" if spare >= LEAST_SPARE else f"a column has {spare} zeros to spare, {LEAST_SPARE} are needed"
 
 
-def _observed(view: NormalisedView, low: LowRank) -> Observed:
+def _observed(view: NormalisedView, low: LowRank) -> tuple[Observed, Bool[Tensor, " units"]]:
+    """The rows of the layer whose bias gradient does not vanish, and which these are."""
     network, k = view.network, view.network.last
-    return seen(low, network.lift(k, low.R), network.weights[k].shape[1], 2 * network.precision)
+    J, eps = network.augmented(k), 2 * network.precision
+    rows = J[:, -1].abs() > ROUNDINGS * eps * J.norm(dim=1)
+    if int(rows.sum()) < low.rank:
+        raise Refusal("too few units of the last hidden layer are active in some samples, but not in all")
+    part = decompose(J[rows], low.rank, eps=eps)
+    return seen(part, network.affine(k)[rows] @ part.R.mT, network.weights[k].shape[1], eps), rows
 
 
 def output_errors(view: NormalisedView, inputs: Float[Tensor, "b n"]) -> Float[Tensor, "b outputs"]:

@@ -196,7 +196,8 @@ def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor
     """
     own, centred = view.norms[k], is_centred(view, k)
     height = x - x.amin(0) if centred else x
-    noise = float(height.quantile(QUANTILE, dim=0).abs().median()) if centred else float(-x.amin().clamp_max(0))
+    among = height.quantile(QUANTILE, dim=0, interpolation="lower")
+    noise = float(among.abs().median()) if centred else float(-x.amin().clamp_max(0))
     on = height > _least(height, max(NOISE * noise, ROUNDING * float(height.abs().max())))
     if centred and own is not None and own.mixes and not view.drops[k]:
         on |= (x.square().mean(0) - own.scale.square()).abs() < WHOLE * own.scale.square()

@@ -59,7 +59,7 @@ def searched(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, S
     """Rounds until all samples are found, the budget is spent or they find no more; with σ as it served for that."""
     if view.shows_zeros:
         columns = Columns.searched(view, known.low, terms)
-        if not columns.left or view.lacks_mean(view.network.last):
+        if view.lacks_mean(view.network.last) or not (columns.left or columns.doubt):
             return known, columns
     run = opened(view, known, terms.generator())
     run.until = terms.budget.until
@@ -105,7 +105,8 @@ def solved(
     where dropout follows; of a curved activation those that it kept."""
     network, low = view.network, known.low
     if isinstance(run, Columns):
-        return run.inputs, output_errors(view, run.inputs), None
+        inputs = run.inputs
+        return inputs, output_errors(view, inputs), None
     if isinstance(run, CurveSearch):
         at, s = run.points(), run.known.s
         s = s - s.mean(0) if view.mixes and not run.left else s

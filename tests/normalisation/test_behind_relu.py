@@ -13,7 +13,7 @@ from spear.normalisation.columns import Columns, output_errors
 from spear.normalisation.last_layer import searched
 from spear.normalisation.opening import open_normalised
 from spear.normalisation.recover import known_layers
-from spear.reconstruction import Budget, Refusal, Terms
+from spear.reconstruction import Budget, Terms
 
 ONE, DEEP, LOST = (60, 120, 10), (60, 150, 140, 10), (200, 120, 10)
 
@@ -36,7 +36,7 @@ def whole(case: Sent, result: spear.Reconstruction) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(("sizes", "b"), [(ONE, 12), (ONE, 36), (ONE, 2), (DEEP, 10), (DEEP, 3), (LOST, 20)])
+@pytest.mark.parametrize(("sizes", "b"), [(ONE, 12), (ONE, 36), (ONE, 3), (DEEP, 10), (DEEP, 3), (LOST, 20)])
 def test_the_whole_batch(sizes, b, seed):
     case = silent(sent(sizes, b, behind, seed=seed, spread=0.1))
     whole(case, spear.attack(case.model, case.update, time_limit=60))
@@ -129,9 +129,3 @@ def test_two_samples_do_not_tell_the_first_of_two_layers():
     result = spear.attack(case.model, case.update, method="network", time_limit=60)
     assert not len(result.inputs)
     assert "too few units of layer 1 are not active in two samples" in result.reason
-
-
-def test_smooth_activations_need_the_mean():
-    case = silent(sent(ONE, 8, lambda m: [nn.GELU(), nn.BatchNorm1d(m)]))
-    with pytest.raises(Refusal, match="its mean, which the buffers do not tell, is an unknown of each unit: searched beh"):
-        spear.attack(case.model, case.update, method="network")
