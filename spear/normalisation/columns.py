@@ -1,4 +1,4 @@
-"""Behind ReLU and in front of a BatchNorm whose statistics nothing tells: the last hidden layer's own gradient.
+"""Behind ReLU and in front of BatchNorm, whatever its statistics: the last hidden layer's own gradient.
 
 ∂L/∂W = Gᵀ [X | 1] with G zero where a unit is not active, whatever follows. `spear.descent.layer` finds the columns of
 G by these zeros and the signs of the pre-activations, hence X: and the batch tells its own μ and σ. Of a unit that is

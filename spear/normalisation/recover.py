@@ -117,9 +117,8 @@ def known_layers(view: NormalisedView, before: Sequence[Known] | None = None) ->
     lows = [network.factors(k, None if before is None else before[k].low.rank) for k in hidden]
     size = lows[-1].rank + view.mixes
     told = [_deviation(view, k, size, before and before[k].before) for k in hidden]
-    told_after = [norm is not None and norm.variance is not None for norm in view.afters]
-    pairs = zip(view.afters, told_after, strict=True)
-    after = [from_buffers(norm, 2 * network.precision, size) if told else None for norm, told in pairs]
+    lacks = [norm is None or norm.variance is None for norm in view.afters]
+    after = [None if lacks[k] else from_buffers(view.afters[k], 2 * network.precision, size) for k in hidden]
     return [Known(*parts) for parts in zip(lows, told, after, strict=True)]
 
 

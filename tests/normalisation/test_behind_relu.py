@@ -36,7 +36,7 @@ def whole(case: Sent, result: spear.Reconstruction) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(("sizes", "b"), [(ONE, 12), (ONE, 36), (ONE, 3), (DEEP, 10), (DEEP, 3), (LOST, 20)])
+@pytest.mark.parametrize(("sizes", "b"), [(ONE, 12), (ONE, 30), (ONE, 3), (DEEP, 10), (DEEP, 3), (LOST, 20)])
 def test_the_whole_batch(sizes, b, seed):
     case = silent(sent(sizes, b, behind, seed=seed, spread=0.1))
     whole(case, spear.attack(case.model, case.update, time_limit=60))
