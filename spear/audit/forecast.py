@@ -1,5 +1,8 @@
 """When a simulated attack is given up: at the rate at which it finds samples, its time would not do."""
 
+import math
+
+from spear.published.algorithm import Sampling
 from spear.reconstruction import Progress
 
 EARLIEST = 1 / 8  # share of its time before which nothing is foretold
@@ -13,6 +16,7 @@ class Forecast:
 
     The rate is that of the last third of the time so far, as if one sample more had been found, and then half as much
     again: some attacks find their first samples slowly, some their last. Each method is judged by its own rounds.
+    Sampling finds at a rate by the logarithm of time, as its columns' chances differ by orders of magnitude.
     """
 
     def __init__(self, time_limit: float | int | None) -> None:
@@ -33,11 +37,14 @@ class Forecast:
 
     def _out_of_reach(self, progress: Progress) -> bool:
         begun = self.rounds[0][0]
-        spent, left = progress.seconds - begun, self.time_limit - progress.seconds
-        if len(self.rounds) <= FEWEST and (progress.found or spent < NOTHING * self.time_limit):
-            return False
-        if spent < EARLIEST * self.time_limit:
+        spent, limit = progress.seconds - begun, self.time_limit - begun
+        early = spent < EARLIEST * limit
+        if early or (len(self.rounds) <= FEWEST and (progress.found or spent < NOTHING * limit)):
             return False
         when, before = [entry for entry in self.rounds if entry[0] <= begun + (1 - RECENT) * spent][-1]
-        rate = (progress.found - before + 1) / max(progress.seconds - when, 1e-9)
-        return progress.rank - progress.found > HOPE * rate * left
+        since = max(when - begun, EARLIEST * spent)
+        if progress.method == Sampling.name:
+            times = math.log(limit / spent) / math.log(spent / since)
+        else:
+            times = (limit - spent) / (spent - when + begun)
+        return progress.rank - progress.found > HOPE * times * (progress.found - before + 1)
