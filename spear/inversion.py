@@ -126,7 +126,8 @@ def attack(
     if read.doubt and bool(result.certified.any()):
         nobody = torch.zeros_like(result.certified)
         result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")
-    said = [result.reason + (request.denial if doubted else ""), *sent.words, *read.words]
+    told = [words for _, words in terms.budget.ended if not result.complete and words not in result.reason]
+    said = [result.reason + (request.denial if doubted else ""), *told, *sent.words, *read.words]
     return replace(result, reason="; ".join(said), stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 

@@ -138,7 +138,7 @@ def draw_rows(
     most = (size + max(0.0, m / 2 - size) * u**focus).ceil()
     highest = Z.sort(dim=1).values.gather(1, most.long() - 1)
     lot = torch.rand(count, m, generator=generator, dtype=Z.dtype).to(Z.device)
-    return torch.where(Z <= highest, lot, 2).topk(size, largest=False).indices
+    return torch.where(highest >= Z, lot, 2).topk(size, largest=False).indices
 
 
 def _draw_guesses(
