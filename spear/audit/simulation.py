@@ -126,7 +126,7 @@ def _growth(before: Reach, found: Reach, time_limit: float | int | None) -> floa
 class Comparison:
     """An attack against the truth, over `sent` samples: how many came back `exact`, how many `recognised` (from 20 dB
     on), how many `certified`; the `psnr` (dB) of the best one, and why the attack ended, in words. `in_time`: it ended
-    by itself, not by its time limit."""
+    by itself, not by its time limit, nor because that was out of reach."""
 
     sent: int
     exact: int
