@@ -5,7 +5,7 @@ import math
 from spear.published.algorithm import Sampling
 from spear.reconstruction import Progress
 
-EARLIEST = 1 / 8  # share of its time before which nothing is foretold
+EARLIEST, LEAST = 1 / 8, 0.5  # share of its time, and seconds, before which nothing is foretold
 FEWEST, NOTHING = 3, 1 / 4  # rounds that foretell; of any number, the share of its time in which none found anything
 RECENT = 1 / 3  # share of the time so far whose rate is taken for that of the rest
 HOPE = 1.5  # times that rate: every sample found confines the others
@@ -38,7 +38,7 @@ class Forecast:
     def _out_of_reach(self, progress: Progress) -> bool:
         begun = self.rounds[0][0]
         spent, limit = progress.seconds - begun, self.time_limit - begun
-        early = spent < EARLIEST * limit
+        early = spent < max(EARLIEST * limit, LEAST)
         if early or (len(self.rounds) <= FEWEST and (progress.found or spent < NOTHING * limit)):
             return False
         when, before = [entry for entry in self.rounds if entry[0] <= begun + (1 - RECENT) * spent][-1]

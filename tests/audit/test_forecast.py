@@ -65,6 +65,11 @@ def test_sampling_finds_its_last_columns_by_the_logarithm_of_time() -> None:
     assert given_up(doubling) == math.inf
 
 
+def test_the_first_half_second_says_nothing() -> None:
+    assert given_up(rounds(lambda t: 0, 0.05)[:8], 0.4) == math.inf
+    assert given_up(rounds(lambda t: 0, 0.05), 0.6) < 0.6
+
+
 def test_each_method_is_judged_by_its_own_rounds() -> None:
     first = rounds(lambda t: 90 * min(t, 1.0), 0.2)[:4]
     second = [Progress("dictionary", 12 * k, BATCH, k, first[-1].seconds + 0.3 * k) for k in range(1, 9)]
