@@ -38,8 +38,9 @@ class Forecast:
     def _out_of_reach(self, progress: Progress) -> bool:
         begun = self.rounds[0][0]
         spent, limit = progress.seconds - begun, self.time_limit - begun
-        early = spent < max(EARLIEST * limit, LEAST)
-        if early or (len(self.rounds) <= FEWEST and (progress.found or spent < NOTHING * limit)):
+        if not max(EARLIEST * limit, LEAST) <= spent < limit:
+            return False
+        if len(self.rounds) <= FEWEST and (progress.found or spent < NOTHING * limit):
             return False
         when, before = [entry for entry in self.rounds if entry[0] <= begun + (1 - RECENT) * spent][-1]
         since = max(when - begun, EARLIEST * spent)

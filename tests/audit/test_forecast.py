@@ -76,5 +76,12 @@ def test_each_method_is_judged_by_its_own_rounds() -> None:
     assert given_up([*first, *second]) == math.inf
 
 
+@pytest.mark.parametrize("method", ["sampling", "layer"])
+@pytest.mark.parametrize("begun", [0.9 * LIMIT, LIMIT, 1.5 * LIMIT])
+def test_once_the_time_is_up_nothing_is_foretold(method: str, begun: float) -> None:
+    late = [Progress(method, 0, BATCH, k, max(begun, LIMIT) + k) for k in range(1, 6)]
+    assert given_up([Progress("network", 1, 1, 1, begun), *late]) == math.inf
+
+
 def test_without_a_limit_nothing_is_given_up() -> None:
     assert given_up(rounds(lambda t: 0, 0.1), None) == math.inf
