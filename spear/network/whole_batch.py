@@ -155,7 +155,8 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
             break
     if best is None:
         return nothing(problem, str(reached), reached)
-    return best if best.complete else as_measured(problem, rows, solved, best)
+    in_time = time.monotonic() <= until
+    return as_measured(problem, rows, solved, best) if in_time and not best.complete else best
 
 
 def as_measured(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved, best: Judged) -> Judged:
