@@ -155,18 +155,19 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
             break
     if best is None:
         return nothing(problem, str(reached), reached)
-    in_time = time.monotonic() <= until
-    return as_measured(problem, rows, solved, best) if in_time and not best.complete else best
+    return best if best.complete else as_measured(problem, rows, solved, best, until)
 
 
-def as_measured(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved, best: Judged) -> Judged:
+def as_measured(
+    problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved, best: Judged, until: float
+) -> Judged:
     """The batch with dLoss/dlogits as measured, where these are better: large logits have their rounding multiplied.
 
     Nothing is certified so: that a sample's softmax is the measured one is seen to a per cent only.
     """
     y, _ = activations(problem, rows, solved.mask, solved.d)
     logits = problem.apply(problem.last + 1, problem.apply(problem.last, y) * solved.mask)
-    if problem.loss != "cross_entropy" or float(logits.abs().amax()) < LARGE:
+    if problem.loss != "cross_entropy" or float(logits.abs().amax()) < LARGE or time.monotonic() > until:
         return best
     inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=above_gap, computed=False)
     return max(best, judge(problem, inputs, targets, best.reached), key=_known)
