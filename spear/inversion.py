@@ -73,7 +73,7 @@ def attack(
     max_proposals: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], str | None] | None = None,
 ) -> Reconstruction:
     """Recover the batch behind a client's update (SPEAR, Algorithm 1, and beyond it).
 
@@ -100,7 +100,7 @@ def attack(
     From rounded or noisy gradients of a fully connected network, `"auto"` and `"network"` return samples with an
     `expected_error`, `"dictionary"` and `"layer"` without one; neither are certified. From several local steps (FedAvg)
     the former retrace the training. The result depends on `seed`, not on the device. `progress` is called after each
-    round of every method.
+    round of every method; words that it returns end the search, and what was found comes back with them as its reason.
 
     Raises `ValueError` for a method or a layer that does not exist, a limit or batch size that is negative or no finite
     number, and for gradients of another shape than the weights, not finite or zero everywhere; its subclass `Refusal`
@@ -126,7 +126,8 @@ def attack(
     if read.doubt and bool(result.certified.any()):
         nobody = torch.zeros_like(result.certified)
         result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")
-    said = [result.reason + (request.denial if doubted else ""), *sent.words, *read.words]
+    told = [words for _, words in terms.budget.ended if not result.complete and words not in result.reason]
+    said = [result.reason + (request.denial if doubted else ""), *told, *sent.words, *read.words]
     return replace(result, reason="; ".join(said), stats=replace(result.stats, seconds=terms.budget.elapsed))
 
 

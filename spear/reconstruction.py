@@ -53,7 +53,8 @@ class Stats:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search gives up: `seconds` after it `started`, or after `proposals`; `None` is no limit.
+    """When a search gives up: `seconds` after it `started`, or after `proposals`; `None` is no limit. Or earlier, when
+    it is told to: `ended` is then when, and why.
 
     The clock is `time.monotonic`.
     """
@@ -61,17 +62,19 @@ class Budget:
     seconds: float | int | None = None
     proposals: int | None = None
     started: float = field(default_factory=time.monotonic)
+    ended: list[tuple[float, str]] = field(default_factory=list, compare=False)
 
     @property
     def until(self) -> float:
         """What the clock shows when the time is up."""
-        return math.inf if self.seconds is None else self.started + self.seconds
+        told = [clock for clock, _ in self.ended]
+        return min([math.inf if self.seconds is None else self.started + self.seconds, *told])
 
     @property
     def latest(self) -> float:
         """What the clock shows when what was found must be tidied up: half of the tenth, or of the two seconds, that a
         time limit may be exceeded by."""
-        return math.inf if self.seconds is None else self.until + max(0.05 * self.seconds, 1.0)
+        return self.until + max(0.05 * (self.seconds or 0), 1.0)
 
     @property
     def elapsed(self) -> float:
@@ -85,6 +88,8 @@ class Budget:
 
     def spent(self, proposals: int) -> str:
         """Which limit is reached, in words; empty while none is."""
+        if self.ended:
+            return self.ended[0][1]
         if time.monotonic() >= self.until:
             return f"the time limit of {self.seconds:g} s was reached"
         if self.proposals is not None and proposals >= self.proposals:
@@ -94,11 +99,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a search is told: its budget, the seed of its random numbers, and whom it tells how far it came."""
+    """What a search is told: its budget, the seed of its random numbers, and whom it tells how far it came.
+
+    Words that `progress` returns end the budget: what was found until then is returned.
+    """
 
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
-    progress: Callable[[Progress], None] | None = None
+    progress: Callable[[Progress], str | None] | None = None
 
     def generator(self) -> Generator:
         """Random numbers on the CPU, the same on every device."""
@@ -106,8 +114,11 @@ class Terms:
 
     def report(self, method: str, found: int, rank: int, proposals: int) -> None:
         """Tell how far the search came, where somebody listens."""
-        if self.progress is not None:
-            self.progress(Progress(method, found, rank, proposals, self.budget.elapsed))
+        if self.progress is None:
+            return
+        words = self.progress(Progress(method, found, rank, proposals, self.budget.elapsed))
+        if isinstance(words, str):
+            self.budget.ended.append((time.monotonic(), words))
 
     def stats(self, proposals: int = 0, rounds: int = 0) -> Stats:
         """What it cost so far."""

@@ -392,3 +392,17 @@ def test_the_time_limit_is_that_of_all_methods_together():
     assert not result.complete
     assert "gradient directions" in result.reason
     assert not any(method in result.reason for method in ("layer:", "sampling:"))
+
+
+@pytest.mark.parametrize("method", ["sampling", "guided", "dictionary", "layer", "network", "auto"])
+def test_words_of_the_progress_end_the_search(method):
+    """No round follows, of this method or another; what was found until then comes back, with these words."""
+    problem, seen = make(24, 120, 60, 3), []
+
+    def enough(progress):
+        seen.append(progress)
+        return "that will do"
+
+    result = attack(problem.model, problem.update, method=method, time_limit=60, progress=enough)
+    assert len(seen) == 1
+    assert ("that will do" in result.reason) != result.complete

@@ -23,6 +23,7 @@ from spear.federated.update import SharedUpdate, check_told
 from spear.models import tracing
 from spear.models.fronts import cut
 from spear.models.layers import Layer
+from spear.models.memory import remembered
 from spear.published import theory
 from spear.reconstruction import Reconstruction, check_number
 
@@ -110,6 +111,7 @@ class Audit:
         return int(len(self.result.inputs) > 0)
 
 
+@remembered()
 def audit(
     model: nn.Module,
     update: SharedUpdate | None = None,
@@ -176,7 +178,7 @@ def audit(
         result=result,
         truth=truth,
         outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
-        reaches=_reaches(model, sample, target, options, say),
+        reaches=_reaches(model, sample, count, target, options, say),
         defences=_defences(model, result, sample, count, options, say),
         picture=sample.picture if sample and entered is None else (target.inputs,),
         time_limit=time_limit,
@@ -284,7 +286,7 @@ def _sample(
 
 
 def _reaches(
-    model: nn.Module, sample: Sample | None, target: Risk, options: Options, say: Callable[[str], None]
+    model: nn.Module, sample: Sample | None, count: int, target: Risk, options: Options, say: Callable[[str], None]
 ) -> tuple[Reach, ...]:
     if sample is None:
         return ()
@@ -292,7 +294,7 @@ def _reaches(
     for method in inversion.METHODS:
         if method != "auto":
             say(f"largest batch by {method}")
-            found.append(simulation.reach(model, sample, method, most=most, options=options))
+            found.append(simulation.reach(model, sample, method, most=most, first=count, options=options))
     return tuple(found)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
+from spear.audit.forecast import Forecast
 from spear.audit.sample import Sample
 from spear.audit.simulation import Comparison, Options, compare, entering
 from spear.federated import clients, defences, privacy
@@ -93,8 +94,10 @@ def _tested(defence: Defence, model: nn.Module, batch: tuple[Tensor, Tensor], op
 def _behind(defence: Defence, model: nn.Module, batch: tuple[Tensor, Tensor], options: Options) -> Comparison:
     """What the attack makes of a client's update behind a defence. Raises where there is no such client or attack."""
     update = defence.client(model, *batch, Generator().manual_seed(options.seed))
-    result = options.attack(model, update)
-    return compare(result, entering(model, options.layer, batch[0]), batch[1], options.time_limit)
+    forecast = Forecast(options.time_limit)
+    result = options.attack(model, update, forecast=forecast)
+    in_time = not forecast.hopeless and (options.time_limit is None or result.stats.seconds < options.time_limit)
+    return compare(result, entering(model, options.layer, batch[0]), batch[1], in_time=in_time)
 
 
 def _plain(model: nn.Module, x: Tensor, y: Tensor, _generator: Generator) -> SharedUpdate:

@@ -3,6 +3,7 @@
 Truth and guess may meet here; the attacker in the simulation still sees the update alone.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spear import inversion
+from spear.audit.forecast import Forecast
 from spear.audit.sample import Sample
 from spear.federated.clients import gradient
 from spear.federated.update import SharedUpdate
@@ -31,9 +33,12 @@ class Options:
     seed: int = 0
     device: str | None = None
 
-    def attack(self, model: nn.Module, update: SharedUpdate, method: str = "auto") -> Reconstruction:
-        """What `spear.attack` returns. Raises as it does: `Refusal` where no method can begin."""
-        return inversion.attack(model, update, method=method, **vars(self))
+    def attack(
+        self, model: nn.Module, update: SharedUpdate, method: str = "auto", forecast: Forecast | None = None
+    ) -> Reconstruction:
+        """What `spear.attack` returns, before its time where a forecast says so. Raises as it does: `Refusal` where no
+        method can begin."""
+        return inversion.attack(model, update, method=method, progress=forecast, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,27 @@ class Reach:
     most: int
 
 
-def reach(model: nn.Module, sample: Sample, method: str, *, most: int, options: Options = Options()) -> Reach:
-    """Double the batch until one does not come back whole, then halve the gap; `most` is the largest batch to try."""
-    found, batch = Reach(method, 0, 0.0, None, "", most), min(_least(model, sample), most)
-    while batch != found.largest:
-        found = _tried(found, batch, model, sample, options)
-        batch = _following(found)
+def reach(
+    model: nn.Module, sample: Sample, method: str, *, most: int, first: int = 1, options: Options = Options()
+) -> Reach:
+    """Batches from `first` to `most` in growing steps until one does not come back whole, then half the gap each time,
+    over sizes an eighth apart. What a batch cannot reach at its rate is given up before its time."""
+    sizes = _sizes(min(_least(model, sample), most), most)
+    before = found = Reach(method, 0, 0.0, None, "", most)
+    batch = max(size for size in sizes if size <= max(first, sizes[0]))
+    while batch:
+        after = _tried(found, batch, model, sample, options)
+        before, found = (found if after.largest > found.largest else before), after
+        batch = _following(before, found, sizes, options.time_limit)
     return found
+
+
+def _sizes(least: int, most: int) -> list[int]:
+    """Batches that are tried: from the least to the most, each an eighth larger than the one before."""
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(min(most, sizes[-1] + max(1, sizes[-1] // FINENESS)))
+    return sizes
 
 
 def _least(model: nn.Module, sample: Sample) -> int:
@@ -76,7 +95,8 @@ def _tried(found: Reach, batch: int, model: nn.Module, sample: Sample, options: 
     """What is known of the largest batch once this one was attacked."""
     started = time.monotonic()
     try:
-        result = options.attack(model, gradient(model, *sample.take(batch)), found.method)
+        update, forecast = gradient(model, *sample.take(batch)), Forecast(options.time_limit)
+        result = options.attack(model, update, found.method, forecast)
     except ValueError as error:  # a refusal, or a batch too small for batch normalisation
         return replace(found, failed=batch, reason=str(error))
     if not result.complete and not (len(result.inputs) == batch and bool(result.differences.all())):
@@ -84,20 +104,29 @@ def _tried(found: Reach, batch: int, model: nn.Module, sample: Sample, options: 
     return replace(found, largest=batch, seconds=time.monotonic() - started)
 
 
-def _following(found: Reach) -> int:
-    """The batch to try next; the largest again where none is left to try."""
-    if found.failed is None:
-        return min(2 * found.largest, found.most)
-    if found.failed - found.largest <= max(1, found.largest // FINENESS):
-        return found.largest
-    return (found.largest + found.failed) // 2
+def _following(before: Reach, found: Reach, sizes: list[int], time_limit: float | int | None) -> int:
+    """The batch to try next, 0 where none is left; `before` is what was known before the last that came back whole."""
+    between = [size for size in sizes if found.largest < size < (found.failed or math.inf)]
+    if found.failed is not None:
+        return between[len(between) // 2] if between else 0
+    aim = found.largest * _growth(before, found, time_limit)
+    return max((size for size in between if size <= aim), default=min(between, default=0))
+
+
+def _growth(before: Reach, found: Reach, time_limit: float | int | None) -> float:
+    """By how much larger a batch takes all of the time, if its power of the size grows twice as fast as it did: 2 at
+    most."""
+    if not before.largest or not time_limit or found.seconds <= before.seconds:
+        return 2.0
+    power = math.log(found.seconds / before.seconds) / math.log(found.largest / before.largest)
+    return min(2.0, (time_limit / found.seconds) ** (1 / (2 * power)))
 
 
 @dataclass(frozen=True)
 class Comparison:
     """An attack against the truth, over `sent` samples: how many came back `exact`, how many `recognised` (from 20 dB
     on), how many `certified`; the `psnr` (dB) of the best one, and why the attack ended, in words. `in_time`: it ended
-    by itself, not by its time limit."""
+    by itself, not by its time limit, nor because that was out of reach."""
 
     sent: int
     exact: int
@@ -112,7 +141,8 @@ def compare(
     result: Reconstruction,
     truth: Float[Tensor, "b *_shape"],
     labels: Int[Tensor, " b"],
-    time_limit: float | int | None = None,
+    *,
+    in_time: bool = True,
 ) -> Comparison:
     """What an attack returned, beside the truth."""
     report = evaluation.evaluate(result, truth, labels)
@@ -123,7 +153,7 @@ def compare(
         certified=int(result.certified.sum()),
         psnr=float(report.psnr.max()),
         reason=result.reason,
-        in_time=time_limit is None or result.stats.seconds < time_limit,
+        in_time=in_time,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -65,7 +66,7 @@ class BlockView:
         """How many tokens the gradients show."""
         return self.low[0].rank
 
-    @property
+    @cached_property
     def is_scaled(self) -> bool:
         """Whether the equations of a token fix its length: not those of a ReLU between layers without biases (T5)."""
         return any(self.anchored) or not self.activation.is_homogeneous

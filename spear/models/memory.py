@@ -1,4 +1,4 @@
-"""What was found out of a model, kept while one attack runs: it is traced once, however many methods ask."""
+"""What was found out of a model, kept while attacks on it run: it is traced once, however many ask."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -11,8 +11,10 @@ _found: ContextVar[dict[Hashable, object] | None] = ContextVar("found", default=
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within the context, what `once` was asked for is kept. The model must not change before its end."""
-    token = _found.set({})
+    """Within the context, and those inside it, what `once` was asked for is kept. The model must not change before its
+    end."""
+    known = _found.get()
+    token = _found.set({} if known is None else known)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from spear.network.recovery import Judged, Reached, number
 from spear.network.rest import rest_of
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
+AS_MEASURED = "not certified: the softmax of such large logits multiplies their rounding"
 CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 
 
@@ -83,7 +84,9 @@ def certificate(
     off = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
     if targets.error >= WHOLE_NUMBERS:
         doubt = f"{off}: neither hard nor evenly smoothed labels of equal weight"
-    told = targets.whole or problem.outputs > 2
+    reserve = "" if targets.computed else AS_MEASURED
+    if not targets.whole and problem.outputs <= 2:
+        reserve = "with two classes a label cannot be told from a weight in the loss"
     return Certificate(
         copies=targets.copies.round().long() if targets.whole else torch.ones_like(bound).long(),
         disclosed=problem.batch_size,
@@ -92,7 +95,7 @@ def certificate(
         error_bound=torch.where(final.inputs.isfinite(), bound, torch.inf),
         allowed=problem.accuracy.recovered,
         doubt=doubt,
-        reserve="" if told else "with two classes a label cannot be told from a weight in the loss",
+        reserve=reserve,
     )
 
 

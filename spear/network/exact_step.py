@@ -14,7 +14,8 @@ from spear.network.spaces import Mask, Solved, Spaces, misfit
 STAGES, STEPS = 10, 50  # near misses go on with a better h, essential past b/m = 0.4; steps of each stage
 HOPEFUL = 0.3  # the sine of a mask's best t under which its h leads on
 SAFETY = 10  # times what noise explains
-FINEST, COARSEST = 1e-7, 1e-3  # sines that are always accepted, never: the root of rounding; h's own error in a guess
+ALONE = 0.1  # sine of a second t that no noise explains
+FINEST, COARSEST = 1e-7, 2e-2  # sines that are always accepted, never: the root of rounding; h's own error in a guess
 AT_ONCE = 32  # classes up to which the products of their pairs for all masks at once are the faster way
 RIDGE = 500  # roundings of the mean diagonal: keeps the Gram matrix of a mask with too few units positive definite
 
@@ -186,5 +187,5 @@ def refine(
 def accepted(exact: Exact, tolerances: Tolerances) -> Bool[Tensor, " k"]:
     """A mask that settled, whose t fits to rounding, and no second t for the same mask (equal masks merge samples)."""
     limit = (SAFETY * tolerances.noise * exact.lever).clamp(FINEST, COARSEST)
-    apart = exact.second > tolerances.gap * exact.sine.clamp_min(FINEST / 10)
+    apart = exact.second > (tolerances.gap * exact.sine.clamp_min(FINEST / 10)).clamp_max(ALONE)
     return exact.settled & (exact.sine < limit) & apart

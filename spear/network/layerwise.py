@@ -67,19 +67,21 @@ def descend(
     *,
     positive: PositiveRule,
     spans: Sequence[Float[Tensor, "_out _rank"]] | None = None,
+    computed: bool = True,
 ) -> tuple[Float[Tensor, "s n"], Targets]:
     """From all samples' [y; 1] (up to scale), masks and d at the last hidden layer to inputs and labels.
 
     One least squares a layer: the gradient of a layer is the back-propagated vectors times its inputs.
     `positive` tells the positive activations from the rounding around zero. With `spans`, orthonormal bases of the
-    column spaces of the gradients, masks are corrected until the back-propagated vectors lie in them.
+    column spaces of the gradients, masks are corrected until the back-propagated vectors lie in them. `computed` is
+    that of `Targets`.
     """
     top = problem.last
     y, scale = activations(problem, rows, mask, d)
     mask = without_mistakes(problem, y, mask, d)
     errors, shift = d * scale[:, None], float("inf")
-    targets = replace(decode(problem, errors, _outputs(problem, y, mask)), measured=errors)
-    for _ in range(ROUNDS):
+    targets = replace(decode(problem, errors, _outputs(problem, y, mask)), measured=errors, computed=computed)
+    for _ in range(ROUNDS if computed else 0):
         renewed = targets.errors(_outputs(problem, y, mask))
         y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.gradient(top))[:, : y.shape[1]]
         last, shift = shift, float(((y_new - y).norm(dim=1) / y.norm(dim=1)).max())

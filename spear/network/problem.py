@@ -205,7 +205,8 @@ class Targets:
 
     `unit` is one copy's weight in the loss (`NetworkView.unit`), negative where the update's sign is reversed, `error`
     how far the counts were from integers before they were rounded. `measured`, where it is given, is dLoss/dlogits as
-    the gradient shows it: it stands in for that of a weak sample whose input is not known well enough to compute it.
+    the gradient shows it: it stands in for that of a weak sample whose input is not known well enough to compute it,
+    and for every sample's where that is not `computed`: a saturated softmax multiplies the rounding of large logits.
     `whole` says that counts are whole numbers of copies; else every sample has one label, its count the sample's weight
     in units of `unit`.
     """
@@ -215,6 +216,7 @@ class Targets:
     error: float
     measured: Float[Tensor, "s outputs"] | None = None
     whole: bool = True
+    computed: bool = True
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
@@ -223,6 +225,8 @@ class Targets:
 
     def errors(self, activated: Float[Tensor, "s outputs"]) -> Float[Tensor, "s outputs"]:
         """dLoss/dlogits of each sample, its copies added up, from `NetworkView.activate` of its logits."""
+        if self.measured is not None and not self.computed:
+            return self.measured
         own = self._own(activated)
         return own if self.measured is None else torch.where(self.agree(activated)[:, None], own, self.measured)
 

@@ -22,6 +22,7 @@ from spear.reconstruction import Reconstruction, Refusal, Terms
 
 MARGIN = 8  # units beyond the unknowns: equations that a wrong answer fails
 LARGEST = 1.01  # times what a loss allows of dLoss/dlogits: scales are known to a per cent at worst
+LARGE = 10.0  # logits from which a softmax may be saturated
 PARALLEL = 0.999  # cosine of a direction found to the sample's own
 IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 
@@ -147,11 +148,35 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
         result = judge(problem, inputs, targets, reached)
         if len(result.inputs) < reached.rank:
             same = consistent(problem, spaces, solved, inputs, targets)
-            result = _more(judge(problem, inputs[same], targets[same], reached), result) if same.any() else result
-        if len(result.inputs) == reached.rank:
-            return result
+            if same.any() and not same.all():
+                result = _more(judge(problem, inputs[same], targets[same], reached), result)
         best = _more(result, best) if best else result
-    return best or nothing(problem, str(reached), reached)
+        if len(best.inputs) == reached.rank:
+            break
+    if best is None:
+        return nothing(problem, str(reached), reached)
+    return best if best.complete else as_measured(problem, rows, solved, best, until)
+
+
+def as_measured(
+    problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved, best: Judged, until: float
+) -> Judged:
+    """The batch with dLoss/dlogits as measured, where these are better: large logits have their rounding multiplied.
+
+    Nothing is certified so: that a sample's softmax is the measured one is seen to a per cent only.
+    """
+    y, _ = activations(problem, rows, solved.mask, solved.d)
+    logits = problem.apply(problem.last + 1, problem.apply(problem.last, y) * solved.mask)
+    if problem.loss != "cross_entropy" or float(logits.abs().amax()) < LARGE or time.monotonic() > until:
+        return best
+    inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=above_gap, computed=False)
+    return max(best, judge(problem, inputs, targets, best.reached), key=_known)
+
+
+def _known(result: Judged) -> tuple[int, int, float]:
+    """How many samples there are, how many are certified, and how near to the truth the last of them is."""
+    off = float(result.error_bound.max()) if len(result.inputs) else math.inf
+    return len(result.inputs), int(result.certified.sum()), -off
 
 
 def masks_by(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:

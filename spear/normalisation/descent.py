@@ -28,6 +28,7 @@ ROUNDING = 1e-14  # of the largest entry: no zero is known better
 ROUNDS, FINE = 6, 1e-13  # of σ by the samples, each of which halves its error; the error under which there is no need
 SPARE = 8  # equations beyond the unknowns of a sample
 MOST_OPEN = 16  # saturated activations of a unit that are tried in all ways
+OUTLIERS = 10  # times the median residual: units of which a sample is taken for active, or not, wrongly
 INEXACT = 1e-9  # of the largest activation: how near to another branch an inverse is not trusted
 
 
@@ -66,6 +67,11 @@ def descend(
     deltas = denormalise(view.norms[top], slopes * network.activations[top].slope(y) * on, normal, deviation)
     x = solve_inputs(view, top, deltas)
     for k in range(top - 1, -1, -1):
+        if view.lacks_mean(k):
+            deltas = _deltas_by_bias(view, k, x, deltas @ network.weights[k + 1])
+            kept.insert(0, None)
+            x = solve_inputs(view, k, deltas)
+            continue
         a, slopes = _through_after(view, k, x, deltas @ network.weights[k + 1], known[k].after)
         slopes, one = through_activation(view, k, a, slopes, known[k])
         deltas, y = _deltas(view, k, slopes, known[k])
@@ -119,6 +125,33 @@ def _through_after(
     return norm.mean + known.sigma * normal, denormalise(norm, slopes, normal, known.sigma[None])
 
 
+def _deltas_by_bias(
+    view: NormalisedView, k: int, v: Float[Tensor, "b m"], slopes: Float[Tensor, "b m"]
+) -> Float[Tensor, "b m"]:
+    """∂L/∂z of hidden layer k from what the BatchNorm behind its ReLU gives, and the gradient by that, σ unknown.
+
+    x̂ tells which units are active, where two samples at least are not, and so g_j = σ_j ∂L/∂z_j of these. As
+    g_jᵀ [X | 1] = σ_j [∂L/∂W_j | ∂L/∂β_j], they tell the inputs by g_jᵀ X ∂L/∂β_j = g_jᵀ 1 ∂L/∂W_j, and these the rest.
+    """
+    network, norm = view.network, view.afters[k]
+    normal = ((v - v.mean(0)) / norm.scale).nan_to_num(0, 0, 0)
+    on = active(view, k, normal)
+    sure = on.any(0) & ((~on).sum(0) > 1)
+    size = (norm.scale * slopes).norm(dim=0).clamp_min(1e-300)  # as rounding goes
+    g = (denormalise(norm, slopes, normal, size[None]) * on).mT[sure]
+    if len(g) < len(v) + SPARE:
+        raise Refusal(f"too few units of layer {k + 1} are not active in two samples")
+    told = unit_rows(network.augmented(k)[sure])
+    rows, wanted = told[:, -1:] * g, g.sum(1, keepdim=True) * told[:, :-1]
+    x = torch.linalg.pinv(rows) @ wanted
+    off = (rows @ x - wanted).norm(dim=1)
+    right = off <= torch.maximum(OUTLIERS * off.median(), off.kthvalue(len(v) + SPARE).values)
+    x = torch.linalg.pinv(rows[right]) @ wanted[right]
+    z = network.apply(k, x)
+    behind = normalise(norm, z.clamp_min(0))[1:]
+    return denormalise(norm, slopes, *behind) * (z > 0)
+
+
 def through_activation(
     view: NormalisedView, k: int, a: Float[Tensor, "b m"], behind: Float[Tensor, "b m"], known: Known
 ) -> tuple[Float[Tensor, "b m"], Bool[Tensor, "b m"] | None]:
@@ -153,7 +186,7 @@ def _between(
 def is_centred(view: NormalisedView, k: int) -> bool:
     """Whether the activations of layer k are known less their mean only."""
     above = view.norms[k + 1] if k < view.network.last else None
-    return above is not None and above.mixes and view.afters[k] is None
+    return view.lacks_mean(k) or (above is not None and above.mixes and view.afters[k] is None)
 
 
 def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor, "b m"]:
@@ -163,7 +196,8 @@ def active(view: NormalisedView, k: int, x: Float[Tensor, "b m"]) -> Bool[Tensor
     """
     own, centred = view.norms[k], is_centred(view, k)
     height = x - x.amin(0) if centred else x
-    noise = float(height.quantile(QUANTILE, dim=0).abs().median()) if centred else float(-x.amin().clamp_max(0))
+    among = height.quantile(QUANTILE, dim=0, interpolation="lower")
+    noise = float(among.abs().median()) if centred else float(-x.amin().clamp_max(0))
     on = height > _least(height, max(NOISE * noise, ROUNDING * float(height.abs().max())))
     if centred and own is not None and own.mixes and not view.drops[k]:
         on |= (x.square().mean(0) - own.scale.square()).abs() < WHOLE * own.scale.square()

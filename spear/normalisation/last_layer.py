@@ -12,6 +12,7 @@ from spear.network.exact_step import solve_mask
 from spear.network.spaces import GONE
 from spear.normalisation.batch_search import BatchSearch
 from spear.normalisation.calibration import calibrated
+from spear.normalisation.columns import Columns, output_errors
 from spear.normalisation.curves import top
 from spear.normalisation.descent import Known
 from spear.normalisation.level import LevelSearch
@@ -27,7 +28,7 @@ IDLE = 12  # rounds in a row that found nothing, after which there is no hope
 EXACT, ROUNDINGS, ERRORS = 1e-9, 1e4, 30  # residual that a solution may have: at least; in roundings; in errors of σ
 ROUGHEST, FITTING = 1e-2, 30  # residual from which σ is made better by near misses; times theirs that samples may have
 
-Search = BatchSearch | SampleSearch | CurveSearch
+Search = BatchSearch | SampleSearch | CurveSearch | Columns
 
 
 def opened(view: NormalisedView, known: Known, generator: Generator) -> Search:
@@ -56,6 +57,10 @@ def _on_curves(view: NormalisedView, known: Known, generator: Generator) -> Curv
 
 def searched(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, Search]:
     """Rounds until all samples are found, the budget is spent or they find no more; with σ as it served for that."""
+    if view.shows_zeros:
+        columns = Columns.searched(view, known.low, terms)
+        if view.lacks_mean(view.network.last) or not (columns.left or columns.doubt):
+            return known, columns
     run = opened(view, known, terms.generator())
     run.until = terms.budget.until
     if type(run) is BatchSearch and run.accept > ROUGHEST and not view.drops_units:
@@ -77,6 +82,8 @@ def searched(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, S
 
 def anew(view: NormalisedView, known: Known, run: Search, mask: Bool[Tensor, "b m"]) -> Search:
     """A search of another view of the same batch that has found what `run` did, from its points and active units."""
+    if isinstance(run, Columns):
+        return run.again(view, known.low, mask)
     new = opened(view, known, Generator().manual_seed(0))
     if isinstance(new, CurveSearch):
         z = run.whole.pre_activations(run.known.s)
@@ -97,6 +104,9 @@ def solved(
     """The inputs of the last hidden layer, less their mean behind BatchNorm, ∂L/∂logits, and the active units there
     where dropout follows; of a curved activation those that it kept."""
     network, low = view.network, known.low
+    if isinstance(run, Columns):
+        inputs = run.inputs
+        return inputs, output_errors(view, inputs), None
     if isinstance(run, CurveSearch):
         at, s = run.points(), run.known.s
         s = s - s.mean(0) if view.mixes and not run.left else s

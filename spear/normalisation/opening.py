@@ -49,7 +49,8 @@ def open_normalised(
         before, after = befores[k], afters[k]
         next_mixes = k < network.last and befores[k + 1] is not None and befores[k + 1].mixes
         if after is not None:
-            afters[k] = _check_after(layer, _completed(after, network, k, _shift_behind(after, network, k, next_mixes)))
+            told = _completed(after, network, k, _shift_behind(after, network, k, next_mixes))
+            afters[k] = _check_after(layer, told, by_zeros=network.activations[k].is_relu)
         if before is not None and before.mixes:
             homogeneous = network.activations[k].is_relu and after is None
             told = _completed(before, network, k, before.shift_gradient) if homogeneous else before
@@ -80,14 +81,12 @@ def _shift_behind(norm: Norm, network: NetworkView, k: int, next_mixes: bool) ->
     return norm.shift_gradient if norm.shift_gradient is not None or bias is None else bias @ network.weights[k + 1]
 
 
-def _check_after(layer: Layer, norm: Norm) -> Norm:
+def _check_after(layer: Layer, norm: Norm, *, by_zeros: bool) -> Norm:
     """Raises `Refusal` where BatchNorm behind the activation is not known."""
     behind = f"batch normalisation behind the activation of {layer.name}"
-    if norm.mean is None:
-        why = (
-            "its mean, which the buffers do not tell, is an unknown of each unit (behind ReLU epsilon tells deviations)"
-        )
-        raise Refusal(f"{behind}: {why}: not searched")
+    if norm.mean is None and not by_zeros:
+        why = "its mean, which the buffers do not tell, is an unknown of each unit: searched behind ReLU alone"
+        raise Refusal(f"{behind}: {why}")
     if norm.shift_gradient is None or norm.scale_gradient is None:
         why = "neither its shift nor the next layer's bias has a gradient that tells the batch's mean one: not searched"
         raise Refusal(f"{behind}: {why}")

@@ -117,6 +117,15 @@ class NormalisedView:
         """Whether an activation is missing by chance at the last hidden layer."""
         return self.drops[-1] > 0
 
+    @property
+    def shows_zeros(self) -> bool:
+        """Whether BatchNorm follows ReLU at the last hidden layer: its gradient's own zeros tell the samples there."""
+        return self.afters[-1] is not None and self.network.activations[-1].is_relu
+
+    def lacks_mean(self, k: int) -> bool:
+        """Whether BatchNorm follows the activation of hidden layer k, and its statistics are not told."""
+        return self.afters[k] is not None and self.afters[k].mean is None
+
     def scale(self, k: int) -> Float[Tensor, " m"]:
         """γ of hidden layer k; ones where it has no normalisation."""
         norm, W = self.norms[k], self.network.weights[k]

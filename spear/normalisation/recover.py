@@ -13,6 +13,7 @@ from spear.network.curves.search import CurveSearch
 from spear.network.recovery import Judged, Reached, nothing, number
 from spear.network.spaces import possible_errors
 from spear.normalisation.batch_search import MARGIN, BatchSearch
+from spear.normalisation.columns import Columns
 from spear.normalisation.descent import Known, descend
 from spear.normalisation.judge import judge
 from spear.normalisation.last_layer import ROUGHEST, Search, anew, searched, solved
@@ -56,11 +57,15 @@ def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: 
     if isinstance(run, BatchSearch) and run.accept > ROUGHEST:
         off = f"epsilon tells the batch's deviations to {known[-1].before.usual:.0e} only"
         return replace(empty, reason=f"{reached}; {off}: too rough for samples to be told apart from what is none")
+    if isinstance(run, Columns):
+        return replace(empty, reason=f"{reached}; {run.spent}")
     if not reached.found:
         why = "; searched from a rough mean gradient, as no shift tells it" * view.lacks_level
         return replace(empty, reason=f"{reached}{why}")
     if not view.is_told:
         return replace(empty, reason=f"{reached}; only all samples tell what batch normalisation without a shift takes")
+    if any(view.lacks_mean(k) for k in range(view.network.last)):
+        return replace(empty, reason=f"{reached}; only all samples tell the statistics behind a layer's activation")
     if isinstance(run, SampleSearch):
         g = run.found.t @ run.whole.basis.mT
         inputs = from_gradient(view, network.last, g / view.scale(network.last), known[-1], reached.rank)
@@ -84,7 +89,10 @@ def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: 
 
 
 def _others(run: Search) -> str:
-    """What speaks against samples on curves, which no theorem says to be the only ones: a round that finds others."""
+    """What speaks against samples on curves, which no theorem says to be the only ones: a round that finds others; and
+    against columns that their zeros do not fix."""
+    if isinstance(run, Columns):
+        return run.doubt
     if not isinstance(run, CurveSearch):
         return ""
     probe = CurveSearch(run.problem, run.whole, run.generator, run.drawn.prior)
@@ -109,7 +117,8 @@ def known_layers(view: NormalisedView, before: Sequence[Known] | None = None) ->
     lows = [network.factors(k, None if before is None else before[k].low.rank) for k in hidden]
     size = lows[-1].rank + view.mixes
     told = [_deviation(view, k, size, before and before[k].before) for k in hidden]
-    after = [norm and from_buffers(norm, 2 * network.precision, size) for norm in view.afters]
+    lacks = [norm is None or norm.variance is None for norm in view.afters]
+    after = [None if lacks[k] else from_buffers(view.afters[k], 2 * network.precision, size) for k in hidden]
     return [Known(*parts) for parts in zip(lows, told, after, strict=True)]
 
 

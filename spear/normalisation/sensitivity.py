@@ -36,6 +36,8 @@ def measured_bounds(
     worst gradient.
     """
     generator, moved = Generator().manual_seed(0), torch.zeros_like(inputs[:, 0])
+    if not misfit < 1:
+        return torch.full_like(moved, torch.inf)
     centred = (lambda x: x - x.mean(0)) if view.loses_mean else (lambda x: x)
     for _ in range(PROBES):
         found = again(spoilt(view, max(2 * view.network.precision, misfit), generator))

@@ -136,9 +136,9 @@ def draw_rows(
     count, m = Z.shape
     u = torch.rand(count, 1, generator=generator, dtype=Z.dtype).to(Z.device)
     most = (size + max(0.0, m / 2 - size) * u**focus).ceil()
-    place = Z.argsort(dim=1).argsort(dim=1)
+    highest = Z.sort(dim=1).values.gather(1, most.long() - 1)
     lot = torch.rand(count, m, generator=generator, dtype=Z.dtype).to(Z.device)
-    return torch.where(place < most, lot, 2).topk(size, largest=False).indices
+    return torch.where(highest >= Z, lot, 2).topk(size, largest=False).indices
 
 
 def _draw_guesses(

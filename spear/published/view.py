@@ -152,16 +152,22 @@ def observe(
 
     `changed` says that it is a change of weights: its noise is their rounding, independent from entry to entry.
     """
-    linear, n = layer.linear, layer.linear.in_features
+    linear = layer.linear
     J = _jacobian(layer, gradients)
     low = decompose(J, eps=eps, expected=rank or 0)
     low = low if rank in (None, low.rank) or low.gap >= MIN_GAP else decompose(J, rank, eps=eps)
     B = Blocks(linear.weight, linear.bias, low.R).times(low.R.mT)
-    d = None if linear.bias is None else low.R[:, n]
+    return low, seen(low, B, linear.in_features, eps, changed=changed)
+
+
+def seen(low: LowRank, B: Float[Tensor, "m b"], n: int, eps: float, *, changed: bool = False) -> Observed:
+    """The server's view of a layer of n inputs in the coordinates of its factorised gradient; with a bias that has one
+    column more."""
+    d = low.R[:, n] if low.R.shape[1] > n else None
     coarse = min(max(1e-9, 10 * max(low.noise, eps * low.largest) / max(low.smallest, 1e-300)), 1e-2)
     fine = max(1e-9, 10 * low.entry_noise(n) * low.L.shape[0] ** 0.5 / max(low.smallest, 1e-300))
     tolerance = min(coarse, fine) if changed and low.gap >= MIN_GAP else coarse
-    return low, Observed(low.L, low.R[:, :n], B, d, tolerance, coarse if eps > FINE else 0.0)
+    return Observed(low.L, low.R[:, :n], B, d, tolerance, coarse if eps > FINE else 0.0)
 
 
 def _jacobian(layer: Layer, gradients: Widened) -> Blocks:

@@ -44,7 +44,7 @@ def test_the_largest_batch_is_found_to_one_part_in_eight(
 ) -> None:
     tried = []
 
-    def attack(self: simulation.Options, _model: nn.Module, update: federated.SharedUpdate, _method: str) -> object:
+    def attack(_self: simulation.Options, _model: nn.Module, update: federated.SharedUpdate, *_: object) -> object:
         tried.append(update.count)
         return SimpleNamespace(complete=update.count <= whole, reason="too many", inputs=())
 

@@ -1,6 +1,7 @@
 """The client's gradient, and the file that carries it."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from spear import models
 from spear.federated import SharedUpdate, gradient
+from spear.federated.received import is_finite
 from spear.federated.update import Lazy
 
 
@@ -258,3 +260,14 @@ def test_a_lazy_update_is_computed_when_asked_and_kept_as_it_is():
     assert asked == ["b"]
     with pytest.raises(KeyError):
         lazy["c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_numbers_are_finite_though_their_sum_is_not(dtype, value):
+    x = torch.full((300, 300), torch.finfo(dtype).max, dtype=dtype)
+    x[0] = -x[0]
+    if value is not None:
+        x[7, 7] = value
+    assert is_finite(x) == (value is None)
+    assert not x.sum().isfinite()

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import batch
+from problems import batch, make
 from torch import nn
 
-from spear import models
-from spear.models.tracing import find_layer, linear_layers
+from spear import attack, models
+from spear.models import tracing
+from spear.models.memory import remembered
+from spear.models.tracing import find_layer, linear_layers, trace
 
 
 class Plain(nn.Module):
@@ -80,3 +82,15 @@ def test_errors():
     with pytest.raises(ValueError, match="no linear layer reads the data directly.*: 1"):
         find_layer(nn.Sequential(nn.Sigmoid(), nn.Linear(3, 4), nn.ReLU()))
     assert find_layer(nn.Sequential(nn.Sigmoid(), nn.Linear(3, 4), nn.ReLU()), "1").name == "1"
+
+
+def test_a_model_is_traced_once_for_all_attacks_within_one_memory(monkeypatch):
+    problem, traced = make(3, 40, 30, 3), []
+    monkeypatch.setattr(tracing, "trace", lambda *given: traced.append(given) or trace(*given))
+    with remembered():
+        first, second = (attack(problem.model, problem.update) for _ in range(2))
+    assert first.complete
+    assert torch.equal(first.inputs, second.inputs)
+    within = len(traced)
+    attack(problem.model, problem.update)
+    assert len(traced) == 2 * within > 0

@@ -64,22 +64,40 @@ def test_saturated_networks_give_every_visible_sample_and_count_the_others(depth
     assert not result.complete
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("loss_of", ["pixels", "normal"])
-def test_large_weights_whose_softmax_knows_two_classes(seed, loss_of):
+def saturated(seed, count, spread, draw=torch.rand):
+    """One hidden layer of large weights and no biases: a softmax that knows two classes only."""
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand if loss_of == "pixels" else torch.randn
-    x = draw(40, 150, generator=generator, dtype=torch.float64)
-    y = torch.randint(10, (40,), generator=generator)
+    x = draw(count, 150, generator=generator, dtype=torch.float64)
+    y = torch.randint(10, (count,), generator=generator)
     model = models.fcnn((150,), 300, 2, 10, dtype=torch.float64)
     for parameter in model.parameters():
-        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * spread
         parameter.data = values if parameter.dim() > 1 else torch.zeros_like(values)
+    return model, x, y
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("draw", [torch.rand, torch.randn])
+def test_large_weights_whose_softmax_knows_two_classes(seed, draw):
+    model, x, y = saturated(seed, 40, 1.0, draw)
     strong = strengths(model, x, y)
     result = attack(model, gradient(model, x, y), method="network", time_limit=30)
     report = metrics.evaluate(result, x, y)
     assert report.precision == 1
     assert report.recovered[strong > 1e-5 * strong.max()].all(), result.reason
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3, 5, 6, 9])
+def test_samples_of_a_billionth_of_the_strongest_gradient(seed):
+    """Single noise-ridden directions, and a softmax that multiplies the rounding of its logits."""
+    model, x, y = saturated(seed, 60, 0.7)
+    strong = strengths(model, x, y)
+    faint = (strong > 1e-9 * strong.max()) & (strong < 1e-6 * strong.max())
+    assert faint.any()
+    result = attack(model, gradient(model, x, y), method="network", time_limit=30)
+    report = metrics.evaluate(result, x, y)
+    assert report.precision == 1
+    assert report.recovered[strong > 1e-9 * strong.max()].all(), result.reason
 
 
 @pytest.mark.parametrize("seed", range(3))

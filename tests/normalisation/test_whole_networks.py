@@ -82,7 +82,7 @@ def test_statistics_of_another_batch(network):
 
 
 def test_statistics_that_are_needed():
-    case = sent(WIDTH, 8, NETWORKS["behind"])
+    case = sent(WIDTH, 8, NETWORKS["behind-gelu"])
     with pytest.raises(Refusal, match="behind the activation of 0: its mean, which the buffers do not tell"):
         spear.attack(case.model, replace(case.update, buffers=None), method="network")
 
