@@ -151,7 +151,7 @@ class PhaseSearch:
         self.masks_below = self.masks_below[stay]
         self.low = self.spaces.basis.float()
 
-    @cached_property
+    @property
     def factors_below(self) -> LowRank:
         """The factorised gradient of the layer below."""
         return self.problem.factors(self.problem.last - 1)

@@ -4,7 +4,7 @@ Samples are rows: activations (s, n), back-propagated vectors (s, m).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -60,6 +60,7 @@ class NetworkView:
     dtype: torch.dtype | None = None
     folded: bool = False
     activations: tuple[Activation, ...] = ()
+    _factors: dict[tuple[int, int | None], LowRank] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.activations:
@@ -133,8 +134,11 @@ class NetworkView:
         )
 
     def factors(self, k: int, rank: int | None = None) -> LowRank:
-        """The factorised gradient of layer k, its rank counted down to the rounding with which it was sent."""
-        return decompose(self.gradient(k), rank, eps=2 * self.precision, expected=self.batch_size or 0)
+        """The factorised gradient of layer k, its rank counted down to the rounding with which it was sent: once."""
+        if (k, rank) not in self._factors:
+            low = decompose(self.gradient(k), rank, eps=2 * self.precision, expected=self.batch_size or 0)
+            self._factors[k, rank] = low
+        return self._factors[k, rank]
 
     def affine(self, k: int) -> Float[Tensor, "out in1"]:
         """[W_k | beta_k], the map from [input; 1] to pre-activations, in the columns of `augmented(k)`."""
