@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear.federated.parts import Part, widest_part
+from spear.federated.parts import SIDES, Part, widest_part
 from spear.federated.update import Lazy, SharedUpdate
 
 EPSILON = 1e-8  # torch's default: what E is taken to be
-SIDES = (128, 512)  # of the part of a layer that is looked at: shows batches of up to half as many
 FEWEST = 16  # rows and columns that a layer needs for that
 TRIAL = 5  # steps after which a solution that gets nowhere is given up
 STEPS, TURNS = 14, 30  # of the solution, which is quadratic at its end, and of the envelope that it begins with
@@ -80,9 +79,10 @@ def undone(model: nn.Module, update: SharedUpdate) -> Undone | None:
 
 def constants(model: nn.Module, update: SharedUpdate) -> Constants | None:
     """The constants under which a layer's gradient has a low rank; or, where most steps are of one size, that."""
-    part = widest_part(model, update, SIDES[-1])
-    if part is None or len(part) < FEWEST or _is_low_rank(torch.linalg.svdvals(part.received)):
-        return None
+    for side in SIDES:  # a small part shows a plain gradient of a small batch
+        part = widest_part(model, update, side)
+        if part is None or len(part) < FEWEST or _is_low_rank(torch.linalg.svdvals(part.received)):
+            return None
     for side in SIDES:
         part = widest_part(model, update, side)
         s = torch.linalg.svdvals(part.received)

@@ -11,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spear.federated import adam
-from spear.federated.parts import Part, widest_part
+from spear.federated.parts import SIDES, Part, widest_part
 from spear.federated.received import is_finite
 from spear.federated.update import LOOKED_AT, LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
 
-LARGEST = 512  # rows and columns of the part of a gradient that is looked at: shows batches of up to half as many
 FEWEST = 8  # rows and columns that a gradient needs for that
 SINGULAR = 1e-7  # of the largest singular value: the least, under which weights do not tell eigenvalues
 ROUNDING = 1e-12  # of the largest singular value: what is under that, or the spacing, of most is no decay but rounding
@@ -125,15 +124,22 @@ def _decay(model: nn.Module, update: SharedUpdate) -> float | None:
 
     It is then the eigenvalue that most of W⁻¹ G's are, here of a part of both.
     """
-    part = widest_part(model, update, LARGEST)
-    return None if part is None or len(part) < FEWEST else _shared_eigenvalue(part)
+    for side in SIDES:  # a small part shows a plain gradient of a small batch
+        part = widest_part(model, update, side)
+        if part is None or len(part) < FEWEST or _is_plain(part):
+            return None
+    return _shared_eigenvalue(part)
+
+
+def _is_plain(part: Part) -> bool:
+    """Whether the gradient's rank is below half of the part."""
+    seen = torch.linalg.svdvals(part.received)
+    return not seen.median() > max(ROUNDING, part.eps) * seen[0]
 
 
 def _shared_eigenvalue(part: Part) -> float | None:
     """The eigenvalue that most of W⁻¹ G's are; None where there is none."""
-    G, W, seen = part.received, part.weights, torch.linalg.svdvals(part.received)
-    if not seen.median() > max(ROUNDING, part.eps) * seen[0]:
-        return None
+    G, W = part.received, part.weights
     own = torch.linalg.svdvals(W)
     if not own[-1] > SINGULAR * own[0]:
         return None

@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from spear.federated.update import SharedUpdate
 
+SIDES = (128, 512)  # of a part of a layer: it shows batches of up to half as many, the small one for less
 SPARE = 4  # times as many rows and columns are looked at for those that hold anything
 
 
@@ -30,7 +31,7 @@ def widest_part(model: nn.Module, update: SharedUpdate, most: int) -> Part | Non
     `None` where no matrix came.
     """
     parameters = dict(model.named_parameters())
-    sides = {n: min(min(parameters[n].shape), most) for n in update.gradients if parameters[n].ndim == 2}
+    sides = {n: min(min(parameters[n].shape), SIDES[-1]) for n in update.gradients if parameters[n].ndim == 2}
     name = max(sides, key=lambda n: (sides[n], -parameters[n].numel()), default="")
     if not name:
         return None
