@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,6 @@ from spear.network.labels import decode
 from spear.network.problem import NetworkView, Targets
 from spear.published.lowrank import LowRank
 
-PositiveRule = Callable[[Tensor], Tensor]
 ROUNDS = 4  # of softmax and activations, of masks and projections: each shrinks the error by orders, or never will
 SETTLED = 1e-13  # a relative change that is rounding
 ROUNDING = 1e-15  # of the largest activation: no zero is known better
@@ -65,16 +64,12 @@ def descend(
     mask: Bool[Tensor, "s m"],
     d: Float[Tensor, "s outputs"],
     *,
-    positive: PositiveRule,
-    spans: Sequence[Float[Tensor, "_out _rank"]] | None = None,
     computed: bool = True,
 ) -> tuple[Float[Tensor, "s n"], Targets]:
     """From all samples' [y; 1] (up to scale), masks and d at the last hidden layer to inputs and labels.
 
     One least squares a layer: the gradient of a layer is the back-propagated vectors times its inputs.
-    `positive` tells the positive activations from the rounding around zero. With `spans`, orthonormal bases of the
-    column spaces of the gradients, masks are corrected until the back-propagated vectors lie in them. `computed` is
-    that of `Targets`.
+    `computed` is that of `Targets`.
     """
     top = problem.last
     y, scale = activations(problem, rows, mask, d)
@@ -91,7 +86,7 @@ def descend(
     deltas = (errors @ problem.weights[top + 1]) * mask
     for k in range(top - 1, -1, -1):
         h = problem.back(k + 1, deltas)
-        deltas = h * (positive(y) if spans is None else corrected(positive(y), h, spans[k]))
+        deltas = h * active(problem, k, y, h)
         y = solve(deltas, problem.gradient(k))[:, : problem.weights[k].shape[1]]
     return y, targets
 
@@ -113,15 +108,32 @@ def without_mistakes(
     return torch.where(faint, problem.apply(problem.last, y) > 0, mask)
 
 
-def corrected(mask: Bool[Tensor, "s m"], h: Float[Tensor, "s m"], span: Float[Tensor, "m r"]) -> Bool[Tensor, "s m"]:
-    """Masks near `mask` whose D ∘ h lie nearest to the span: what its projection says of each entry, 0 or h_j."""
-    best, least = mask, torch.full_like(h[:, 0], float("inf"))
-    for _ in range(ROUNDS):
-        u = mask * h
-        inside = u @ span @ span.T
-        sine = (u - inside).norm(dim=1) / u.norm(dim=1).clamp_min(1e-300)
-        best = torch.where((sine < least)[:, None], mask, best)
-        least, mask = torch.minimum(sine, least), (2 * inside - h) * h > 0
+def active(problem: NetworkView, k: int, y: Float[Tensor, "s m"], h: Float[Tensor, "s m"]) -> Bool[Tensor, "s m"]:
+    """Which activations of layer k are positive; where rules differ, the gradient decides, if its rank is the batch's.
+
+    `h` is what the layers above lead back to them.
+    """
+    masks = [rule(y) for rule in RULES]
+    if all(torch.equal(masks[0], other) for other in masks[1:]) or problem.factors(k).rank < len(y):
+        return masks[0]
+    return nearest_mask(masks, h, problem.factors(k).L)
+
+
+def nearest_mask(
+    masks: Sequence[Bool[Tensor, "s m"]], h: Float[Tensor, "s m"], span: Float[Tensor, "m r"]
+) -> Bool[Tensor, "s m"]:
+    """For each sample the mask whose D ∘ h lies nearest to the span, of those that the given ones lead to.
+
+    A mask leads on to what the projection onto the span says of each entry, 0 or h_j.
+    """
+    best, least = masks[0], torch.full_like(h[:, 0], float("inf"))
+    for mask in masks:
+        for _ in range(ROUNDS):
+            u = mask * h
+            inside = u @ span @ span.T
+            sine = ((u - inside).norm(dim=1) / u.norm(dim=1)).nan_to_num(torch.inf)  # no unit active: none
+            best = torch.where((sine < least)[:, None], mask, best)
+            least, mask = torch.minimum(sine, least), (2 * inside - h) * h > 0
     return best
 
 
@@ -159,6 +171,9 @@ def _ratios(y: Float[Tensor, "s m"]) -> tuple[Float[Tensor, "s m"], Float[Tensor
     """Each sample's entries in order, what is noise raised to it, and how many times larger than one the next is."""
     ranked = y.clamp_min(_scatter(y).clamp_min(1e-300)).sort(dim=1)[0]
     return ranked, ranked[:, 1:] / ranked[:, :-1]
+
+
+RULES = above_gap, above_first_gap, above_noise  # where they agree, activations stand clear of the rounding
 
 
 def down(

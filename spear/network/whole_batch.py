@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -11,7 +10,7 @@ from spear.directions import unit_rows
 from spear.network import many_classes
 from spear.network.check import judge
 from spear.network.curves import whole as curves
-from spear.network.layerwise import PositiveRule, above_first_gap, above_gap, above_noise, activations, descend, solve
+from spear.network.layerwise import activations, descend, solve
 from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
@@ -134,27 +133,21 @@ def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
 
 
 def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reached, until: float = math.inf) -> Judged:
-    """From all directions to samples: held against every layer's gradient, in one way, and in others till `until`."""
+    """From all directions to samples, held against every layer's gradient; `until` is for large logits alone."""
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
     sane = plausible(problem, rows, solved)
-    rows, solved, best = rows[sane], solved[sane], None
+    rows, solved = rows[sane], solved[sane]
     if not problem.is_relu:
         found = curves.conclude_slopes(problem.widened, rows, solved, reached) if len(solved) else None
         return found or nothing(problem, str(reached), reached)
-    for positive, spans in masks_by(problem) if len(solved) else ():
-        if best is not None and time.monotonic() > until:
-            break
-        inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=positive, spans=spans)
-        result = judge(problem, inputs, targets, reached)
-        if len(result.inputs) < reached.rank:
-            same = consistent(problem, spaces, solved, inputs, targets)
-            if same.any() and not same.all():
-                result = _more(judge(problem, inputs[same], targets[same], reached), result)
-        best = _more(result, best) if best else result
-        if len(best.inputs) == reached.rank:
-            break
-    if best is None:
+    if not len(solved):
         return nothing(problem, str(reached), reached)
+    inputs, targets = descend(problem, rows, solved.mask, solved.d)
+    best = judge(problem, inputs, targets, reached)
+    if len(best.inputs) < reached.rank:
+        same = consistent(problem, spaces, solved, inputs, targets)
+        if same.any() and not same.all():
+            best = _more(judge(problem, inputs[same], targets[same], reached), best)
     return best if best.complete else as_measured(problem, rows, solved, best, until)
 
 
@@ -169,7 +162,7 @@ def as_measured(
     logits = problem.apply(problem.last + 1, problem.apply(problem.last, y) * solved.mask)
     if problem.loss != "cross_entropy" or float(logits.abs().amax()) < LARGE or time.monotonic() > until:
         return best
-    inputs, targets = descend(problem, rows, solved.mask, solved.d, positive=above_gap, computed=False)
+    inputs, targets = descend(problem, rows, solved.mask, solved.d, computed=False)
     return max(best, judge(problem, inputs, targets, best.reached), key=_known)
 
 
@@ -177,15 +170,6 @@ def _known(result: Judged) -> tuple[int, int, float]:
     """How many samples there are, how many are certified, and how near to the truth the last of them is."""
     off = float(result.error_bound.max()) if len(result.inputs) else math.inf
     return len(result.inputs), int(result.certified.sum()), -off
-
-
-def masks_by(problem: NetworkView) -> Iterator[tuple[PositiveRule, list[Tensor] | None]]:
-    """Ways to tell which units below are active, the cheapest first; weak samples need the spans of the gradients."""
-    yield above_gap, None
-    if problem.last:
-        yield above_first_gap, None
-        yield above_noise, None
-        yield above_gap, [problem.factors(k).L for k in range(problem.last)]
 
 
 def plausible(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved) -> Bool[Tensor, " s"]:
