@@ -10,7 +10,7 @@ from spear.directions import unit_rows
 from spear.network import many_classes
 from spear.network.check import judge
 from spear.network.curves import whole as curves
-from spear.network.layerwise import activations, descend, solve
+from spear.network.layerwise import RULES, activations, descend, solve
 from spear.network.one_by_one import conclude_partly
 from spear.network.phase_search import PhaseSearch
 from spear.network.problem import NetworkView, Targets, passes
@@ -133,7 +133,7 @@ def _check_reach(problem: NetworkView, spaces: Spaces, low: LowRank) -> None:
 
 
 def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reached, until: float = math.inf) -> Judged:
-    """From all directions to samples, held against every layer's gradient; `until` is for large logits alone."""
+    """From all directions to samples: held against every layer's gradient, in one way, and in others till `until`."""
     rows = solve(solved.t, spaces.singular[:, None] * spaces.rows)
     sane = plausible(problem, rows, solved)
     rows, solved = rows[sane], solved[sane]
@@ -142,12 +142,19 @@ def conclude(problem: NetworkView, spaces: Spaces, solved: Solved, reached: Reac
         return found or nothing(problem, str(reached), reached)
     if not len(solved):
         return nothing(problem, str(reached), reached)
-    inputs, targets = descend(problem, rows, solved.mask, solved.d)
-    best = judge(problem, inputs, targets, reached)
-    if len(best.inputs) < reached.rank:
-        same = consistent(problem, spaces, solved, inputs, targets)
-        if same.any() and not same.all():
-            best = _more(judge(problem, inputs[same], targets[same], reached), best)
+    best = nothing(problem, str(reached), reached)
+    for rule in RULES:
+        inputs, targets = descend(problem, rows, solved.mask, solved.d, rule=rule)
+        result = judge(problem, inputs, targets, reached)
+        if len(result.inputs) < reached.rank:
+            same = consistent(problem, spaces, solved, inputs, targets)
+            if same.any() and not same.all():
+                result = _more(judge(problem, inputs[same], targets[same], reached), result)
+        best = _more(best, result)
+        if len(best.inputs) == reached.rank or time.monotonic() > until:
+            break
+        if all(problem.factors(k).rank >= len(rows) for k in range(problem.last)):  # the gradients told, not the rule
+            break
     return best if best.complete else as_measured(problem, rows, solved, best, until)
 
 

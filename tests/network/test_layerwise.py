@@ -7,6 +7,7 @@ from network_problems import case
 from spear.network.check import check
 from spear.network.labels import decode
 from spear.network.layerwise import (
+    RULES,
     above_first_gap,
     above_gap,
     above_noise,
@@ -139,22 +140,32 @@ def blurred(inputs, seed):
     run = passes(made.problem, made.inputs, truth(made))
     generator = torch.Generator().manual_seed(seed)
     y = run.inputs[1] + 1e-5 * torch.randn(run.inputs[1].shape, generator=generator, dtype=torch.float64)
-    y[2, y[2].argmax()] *= 1e8
+    y[2, y[2].argmax()] *= 1e4
     return made.problem, y, made.problem.back(1, run.deltas[1]), run.inputs[1] > 0
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_where_rules_differ_the_gradient_tells_the_active_units(seed):
+def test_where_no_gap_stands_out_the_gradient_tells_the_active_units(seed):
     problem, y, h, mask = blurred(30, seed)
     assert int(above_gap(y)[2].sum()) == 1
-    assert torch.equal(active(problem, 0, y, h), mask)
+    assert torch.equal(active(problem, 0, y, h, above_gap), mask)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_a_gap_stands_out_no_gradient_is_asked(seed, monkeypatch):
+    problem, y, h, mask = blurred(30, seed)
+    clear = torch.where(mask, y, 1e-12 * y)
+    clear[2] = clear[2].clamp_max(1.0)
+    monkeypatch.setattr(NetworkView, "factors", None)
+    assert torch.equal(active(problem, 0, clear, h, above_gap), mask)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_gradient_of_less_rank_than_the_batch_tells_no_active_units(seed):
     problem, y, h, _ = blurred(4, seed)
     assert problem.factors(0).rank < len(y)
-    assert torch.equal(active(problem, 0, y, h), above_gap(y))
+    for rule in RULES:
+        assert torch.equal(active(problem, 0, y, h, rule), rule(y))
 
 
 @pytest.mark.parametrize("seed", range(3))
