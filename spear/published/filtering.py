@@ -45,15 +45,17 @@ def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: f
     zero, q = zero_rows(L, q, tolerance=tolerance), unit_rows(q)
     if L.shape[1] == 1:
         return torch.ones_like(zero[:, 0])
+    norm = torch.linalg.matrix_norm  # of Frobenius: no eigenvalue is larger
     floor, sure = max(1e-9, (3 * tolerance) ** 2), torch.zeros_like(zero[:, 0])
     for k, rows in enumerate(zero):
         A = L[rows]
         size = A.square().sum(0).max()
-        factor, failed = torch.linalg.cholesky_ex(A.mT @ A + size * q[k, :, None] * q[k])  # q is all of its kernel
+        own = A.mT @ A
+        factor, failed = torch.linalg.cholesky_ex(own + size * q[k, :, None] * q[k])  # q is all of its kernel
         if not failed:
             inverse = torch.cholesky_inverse(factor)
             carried = ((A @ inverse) * A).sum(1)
-            sure[k] = (torch.linalg.matrix_norm(inverse) * floor * size < 1) & (carried <= FULL_LEVERAGE).all()
+            sure[k] = (norm(inverse) * floor * norm(own) < 1) & (carried <= FULL_LEVERAGE).all()
     return sure
 
 
