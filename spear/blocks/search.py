@@ -141,7 +141,7 @@ class TokenSearch:
         """The candidates that fit both whole gradients and are no known token, the best first."""
         found = witnessed(self.view, extended)
         low = min((low.smallest / low.largest for low in self.view.low), default=1.0)
-        limit = max(self.view.accuracy.certain**0.75, min(BLUR * self.view.eps / low, MOST_BLURRED))
+        limit = max(self.view.accuracy.certain**0.75, min(BLUR * self.view.eps / max(low, TINY), MOST_BLURRED))
         found = found[(found.sine < limit) & (found.apart < limit**0.5)]
         found = found[found.sine.argsort()]
         tokens, known = self.view.tokens(found.extended), self.view.tokens(self.known.extended)

@@ -127,7 +127,7 @@ def _envelope(part: Part) -> Constants:
     size, rows = size[large], torch.stack([torch.ones_like(toward), toward], 1)[large]
     at = torch.linalg.lstsq(rows, size[:, None]).solution
     for _ in range(TURNS):
-        weight = torch.where(size[:, None] > rows @ at, 1.0, LOWER).sqrt()
+        weight = torch.where(size[:, None] > rows @ at, 1.0, LOWER).sqrt().to(rows)
         at = torch.linalg.lstsq(rows * weight, size[:, None] * weight).solution
     return Constants(*at[:, 0].tolist())
 

@@ -14,6 +14,7 @@ def logits_of(output: object) -> Float[Tensor, "b c"]:
     """
     if isinstance(output, Tensor):
         return output
+    output = output._asdict() if hasattr(output, "_asdict") else output  # a named tuple
     named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
     if isinstance(named.get("logits"), Tensor):
         return named["logits"]

@@ -128,7 +128,7 @@ def _open(cut: Cut, model: nn.Module, update: SharedUpdate, found: Reconstructio
         front, floored = without_last_relu(front, update.input_shape)
         with torch.no_grad():
             size = front(features.new_zeros(1, *update.input_shape)).numel()
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, IndexError) as error:
         first = str(error).partition("\n")[0]
         return None, f"what computes them does not take real numbers: {first}"
     if size != features.shape[1]:

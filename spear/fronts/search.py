@@ -137,8 +137,8 @@ class Cooling:
         """Where the paths go on, and how cold: where a stage as cold as its residual did not help, hot again or, every
         other time, from another start; after that slower."""
         t, turns, before = self.temperature[index], self.turns[index], self.path_far[index]
-        allowed = torch.where(turns > 0, 2 * ALLOWED, ALLOWED) * far
-        colder = torch.maximum(torch.where(turns > 0, COOLED, COLDEST) * t, torch.minimum(t, allowed))
+        allowed = torch.where(turns > 0, 2 * ALLOWED * far, ALLOWED * far)
+        colder = torch.maximum(torch.where(turns > 0, COOLED * t, COLDEST * t), torch.minimum(t, allowed))
         stuck = (far > HELPED * before) & (t <= TRUE)
         turned = stuck & (t <= 1.5 * allowed)
         colder = torch.where(stuck | (t > TRUE), COOLED * t, colder)

@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,7 @@ def _exported(model: nn.Module, shapes: Sequence[tuple[int, ...]], error: Except
 def _normalised(module: fx.GraphModule, training: bool) -> Traced:
     """The graph without assertions, operations in place and linear maps by function."""
     traced = Traced(module, training)
+    _keep_logits(module)
     _drop_assertions(module)
     _leave_places(traced)
     module.graph.eliminate_dead_code()
@@ -100,6 +101,18 @@ def _normalised(module: fx.GraphModule, training: bool) -> Traced:
             module.graph.erase_node(node)
     module.recompile()
     return traced
+
+
+def _keep_logits(module: fx.GraphModule) -> None:
+    """What a model returns in a class of its own becomes a dictionary, and one that has logits these alone."""
+    end = next(node for node in module.graph.nodes if node.op == "output")
+    given = end.args[0]
+    if isinstance(given, fx.Node) and isinstance(given.target, type):
+        given = dict(inspect.signature(given.target).bind(*given.args, **given.kwargs).arguments)
+    given = given._asdict() if hasattr(given, "_asdict") else given
+    if isinstance(given, Mapping):
+        logits = given.get("logits")
+        end.args = (given if logits is None else logits,)
 
 
 def _drop_assertions(module: fx.GraphModule) -> None:
@@ -180,7 +193,7 @@ def _is_batch_size(node: fx.Node) -> bool:
 
 def as_rows(value: Tensor) -> Tensor:
     """One row for each sample."""
-    return value if value.ndim == 2 else value.reshape(len(value), -1)
+    return value.reshape(value.shape[0], -1)  # traced again, it has no branch
 
 
 def extract(

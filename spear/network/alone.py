@@ -43,8 +43,8 @@ class Alone:
         start = unit_rows(dual(spaces, solved)[index] @ lift.T)
         own = unit_rows(start - (start @ samples) @ samples.T)
         told = spaces.levels is None or spaces.levels.signed
-        sides = torch.where(solved.mask[index], 1.0, -1.0) * float(told)
-        return cls(quick(samples.float()), own.float(), start.float(), sides.to(own.device))
+        sides = torch.where(solved.mask[index], 1, -1) * told
+        return cls(quick(samples.float()), own.float(), start.float(), sides.to(own.device, torch.float32))
 
     def near(self, x: Float[Tensor, "k both"]) -> Float[Tensor, "k both"]:
         """The projection of each sample on its space."""

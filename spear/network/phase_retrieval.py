@@ -188,7 +188,7 @@ def _relax_both(iterate: Iterate, basis: Float[Tensor, "m b"], options: Reflecti
             evidence = torch.addcmul(evidence, rv, rv.abs(), value=options.weight)
         active = evidence > 0
         x = torch.where(active, *points)
-        target, sign = torch.where(active, levels.active, levels.inactive) * x, torch.where(active, 1.0, -1.0)
+        target, sign = torch.where(active, levels.active, levels.inactive) * x, torch.where(active, 1, -1)
         if levels.dropped:
             wrong = 0.0 if partner is None else options.weight * (rv * sign).clamp_max(0).square()
             kept = ru * ru > torch.where(active, *costs) + wrong

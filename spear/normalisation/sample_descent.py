@@ -12,12 +12,18 @@ from spear.network.layerwise import solve
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.sample_search import columns
 from spear.published.lowrank import LowRank
+from spear.reconstruction import Refusal
 
 
 def inputs_behind(
     view: NormalisedView, k: int, low: LowRank, g: Float[Tensor, "b m"]
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, " b"]]:
-    """The inputs of layer k, and the factor by which each row of g is more than γ ∘ ∂L/∂y of its sample over σ."""
+    """The inputs of layer k, and the factor by which each row of g is more than γ ∘ ∂L/∂y of its sample over σ.
+
+    Raises `Refusal` where they are more than the gradient's rank.
+    """
+    if low.rank < len(g):
+        raise Refusal(f"the gradient of layer {k + 1} has rank {low.rank}: of {len(g)} samples some enter it alike")
     t = torch.linalg.lstsq(columns(view.norms[k], low, view.network.affine(k)), g.mT, driver="gels").solution.mT[
         :, : low.rank
     ]

@@ -70,7 +70,7 @@ def fit(
         reached = new.sine
         good = reached < sine
         at, sine = at.where(good, new), torch.where(good, reached, sine)
-        damping = damping * torch.where(good, LESS, MORE)
+        damping = torch.where(good, LESS * damping, MORE * damping)
         over = (sine < effort.arrived) | (damping > MOST)
         if step % EVERY == EVERY - 1:
             over |= (sine > STUCK * checked) & (sine > FAR * effort.arrived) & (step >= EARLIEST)

@@ -129,7 +129,7 @@ def freed(curves: Curves, at: Points, free: Float[Tensor, "outputs c"]) -> Float
         gram = gram + size * own[:, :, None] * own[:, None, :]
         wanted = wanted + size * (own * own.square().sum(1, keepdim=True))[:, :, None]
     eye = torch.eye(free.shape[1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + LEAST * size * eye, wanted)[:, :, 0] @ heads
+    return torch.linalg.solve(gram + (LEAST * size).clamp_min(TINY) * eye, wanted)[:, :, 0] @ heads
 
 
 def polish(
