@@ -1,6 +1,9 @@
 """Models as their owners write them: what they compute decides, and samples come back as the model takes them."""
 
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -234,6 +237,94 @@ def test_two_heads_and_features() -> None:
     model = made(WithFeatures, 0)
     update = sent(model, F.cross_entropy(model(x)["logits"], y), count=BATCH, input_shape=SHAPE)
     all_back(spear.attack(model, update, method="network", time_limit=60), x, y)
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    other: Tensor
+
+
+@dataclass
+class Plain:
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    other: Tensor | None = None
+
+
+class Ordered(OrderedDict):
+    pass
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        Named,
+        lambda logits, other: Plain(None, logits, other),
+        lambda logits, other: Plain(logits=logits, other=other),
+        lambda logits, other: Plain(other=logits),
+        lambda logits, other: Ordered(logits=logits, other=other),
+        lambda logits, other: {"other": other, "logits": logits},
+    ],
+)
+def test_outputs_in_a_class_of_ones_own(output: Callable) -> None:
+    """A second head that the loss does not read, beside what is called logits."""
+
+    class Two(Net):
+        def forward(self, x: Tensor) -> object:
+            h = self.fc2(self.fc1(x.flatten(1)).relu()).relu()
+            return output(self.fc3(h), 2 * h[:, :2])
+
+    x, y = normal(0)
+    model = made(Two, 0)
+    all_back(spear.attack(model, clients.gradient(model, x, y), method="network", time_limit=60), x, y)
+
+
+def test_numbers_of_words_are_no_pixels() -> None:
+    """What computes the features looks up a table: they come back, and why no more does."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.fc1, self.fc2 = nn.Embedding(7, 4), nn.Linear(N + 3, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = torch.cat([self.table(x[:, 0].long()), x[:, 1:]], 1)
+            return self.fc2(self.fc1(both).relu())
+
+    x, y = normal(0)
+    x = x.flatten(1)
+    x[:, 0] = torch.arange(BATCH)
+    model = made(Mixed, 0)
+    result = spear.attack(model, clients.gradient(model, x, y), time_limit=60)
+    assert result.features_of == "fc1"
+    assert "what computes them does not take real numbers" in result.reason
+    features = torch.cat([model.table(x[:, 0].long()).detach(), x[:, 1:]], 1)
+    assert evaluate(result, features, y).recall == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "act"),
+    [("convolution", nn.ReLU), *((kind, act) for kind in ("chain", "normalised") for act in (nn.LeakyReLU, nn.GELU))],
+)
+def test_torchs_default_type_does_not_matter(act: type[nn.Module], kind: str) -> None:
+    heads = [nn.Linear(N, WIDTH), act(), nn.Linear(WIDTH, CLASSES)]
+    if kind == "normalised":
+        heads[1:1] = [nn.LayerNorm(WIDTH)]
+    elif kind == "convolution":
+        heads = [nn.Conv2d(2, 16, 3), act(), nn.Flatten(), nn.Linear(96, WIDTH), *heads[1:]]
+    x, y = (both[:3] for both in normal(1))
+    model = made(lambda: nn.Sequential(*([] if kind == "convolution" else [nn.Flatten()]), *heads), 1)
+    update = clients.gradient(model, x, y)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = spear.attack(model, update, time_limit=60)
+    finally:
+        torch.set_default_dtype(usual)
+    expected = spear.attack(model, update, time_limit=60)
+    assert len(result.inputs) == len(expected.inputs) > 0, (result.reason, expected.reason)
+    assert bool(result.certified.all()) == bool(expected.certified.all())
+    assert torch.cdist(result.inputs.flatten(1), expected.inputs.flatten(1)).amin(1).max() < 1e-5
 
 
 def sent(model: nn.Module, loss: Tensor, **disclosed: object) -> SharedUpdate:

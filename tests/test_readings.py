@@ -60,6 +60,29 @@ def test_a_reversed_sign_is_found_said_and_undone(
     assert result.weights is None or bool((result.weights > 0).all())
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU, nn.GELU])
+@pytest.mark.parametrize("factor", [7.5, 20.7, 1024, 1e-4])
+def test_a_factor_is_found_said_and_undone(factor: float, activation: type[nn.Module], seed: int) -> None:
+    """Larger than a batch has samples, too: no sample's gradient looks possible then."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(40, 120), activation(), nn.Linear(120, 120), activation(), nn.Linear(120, CLASSES))
+    model.double()
+    _, x = client(3, 6, "normal", seed)
+    plain = gradient(model, x, labels(6, seed))
+    for told in (plain, without_last_bias(plain)):
+        result = spear.attack(model, each(told, lambda g: factor * g), method="network", time_limit=60)
+        assert result.complete, result.reason
+        assert f"the update is {factor:.6g} times their mean" in result.reason
+        assert same(result.inputs, x, 1e-6)
+
+
+def without_last_bias(update: SharedUpdate) -> SharedUpdate:
+    """The same where the client kept the gradient of its output bias, or froze that."""
+    kept = list(update.gradients)[:-1]
+    return replace(update, gradients={name: update.gradients[name] for name in kept})
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_a_reversed_sign_without_a_count_certifies_nothing(law: str) -> None:
     model, x = client(3, 8, law, 0)

@@ -69,7 +69,7 @@ class BlockView:
     @cached_property
     def is_scaled(self) -> bool:
         """Whether the equations of a token fix its length: not those of a ReLU between layers without biases (T5)."""
-        return any(self.anchored) or not self.activation.is_homogeneous
+        return any(self.anchored) or self.activation.degree is None
 
     @property
     def accuracy(self) -> Accuracy:

@@ -1,4 +1,4 @@
-"""What a client did to its gradient beside what it says, read off the update: weight decay, Adam's first step, a loss.
+"""What a client did to its gradient beside what it says, read off the update: factors, weight decay, Adam, a loss.
 
 A `Reading` is an update with that undone, and words for it. It is a guess until an attack's own certificate holds.
 """
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spear.federated import adam
+from spear.federated import adam, per_tensor
 from spear.federated.parts import SIDES, Part, widest_part
 from spear.federated.received import is_finite
 from spear.federated.update import LOOKED_AT, LOSSES, Lazy, SharedUpdate, is_perturbed, under_names_of
@@ -33,7 +33,8 @@ class Reading:
 
 
 def read(model: nn.Module, update: SharedUpdate) -> Reading:
-    """The update under the model's names, without weight decay, of Adam's first step the gradient.
+    """The update under the model's names, without factors of tensors and weight decay, of Adam's first step the
+    gradient.
 
     Raises `ValueError` as `under_names_of` does.
     """
@@ -41,6 +42,8 @@ def read(model: nn.Module, update: SharedUpdate) -> Reading:
     words += (adam.SIGNS,) if _is_sign(named) else ()
     if update.local_steps > 1 or update.pruning is not None or is_perturbed(update) or not _fits(model, named):
         return Reading(named, words)
+    if (scaled := per_tensor.undone(model, named)) is not None:
+        return Reading(scaled[0], (*words, scaled[1]))
     reading = Reading(named, words)
     if (seen := _decay(model, named)) is None:
         reading = _without_adam(model, reading)

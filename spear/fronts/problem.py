@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, fx
 
 from spear.fronts.softened import Softness, is_relu, softened
-from spear.models.traced import Traced
+from spear.models.traced import Traced, source_of
 
 TRIES = 4  # random inputs on which a front is compared with one that is cut before its last ReLU
 
@@ -94,7 +94,7 @@ def without_last_relu(front: fx.GraphModule, shape: tuple[int, ...]) -> tuple[fx
     if not relus:
         return front, False
     last = relus[-1]
-    last.replace_all_uses_with(last.args[0] if last.args else last.kwargs["input"])
+    last.replace_all_uses_with(source_of(last))
     traced.module.graph.eliminate_dead_code()
     traced.module.recompile()
     with torch.no_grad():

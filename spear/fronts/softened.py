@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from spear.models.traced import Traced, operation
+from spear.models.traced import Traced, operation, source_of
 
 RELUS = {"relu"}
 POOLS = {"max_pool2d", "boolean_dispatch"}
@@ -100,8 +100,7 @@ def softened(front: fx.GraphModule) -> tuple[fx.GraphModule, Softness]:
             name = f"soft_{node.name}"
             made.add_submodule(name, part)
             with made.graph.inserting_before(node):
-                given = node.args[0] if node.args else node.kwargs["input"]
-                node.replace_all_uses_with(made.graph.call_module(name, (given,)))
+                node.replace_all_uses_with(made.graph.call_module(name, (source_of(node),)))
             made.graph.erase_node(node)
     made.recompile()
     return made, softness

@@ -49,11 +49,12 @@ class Activation:
         return self.levels is not None
 
     @property
-    def is_homogeneous(self) -> bool:
-        """Whether phi(c z) = c^k phi(z) for c > 0: the length of z shows in that of phi(z) alone."""
+    def degree(self) -> float | None:
+        """The k of phi(c z) = c^k phi(z) for c > 0, if there is one: the length of z shows in that of phi(z) alone."""
         z = torch.logspace(-2, 2, 17, dtype=torch.float64)
         once, twice = (self.value(c * torch.cat([-z, z])[:, None].expand(-1, self.units).contiguous()) for c in (1, 2))
-        return torch.allclose(twice, once * twice.norm() / once.norm(), rtol=1e-9, atol=0)
+        ratio = float(twice.norm() / once.norm())
+        return math.log2(ratio) if torch.allclose(twice, ratio * once, rtol=1e-9, atol=0) else None
 
     def value(self, z: Float[Tensor, "*s m"]) -> Float[Tensor, "*s m"]:
         """phi(z)."""
@@ -177,9 +178,9 @@ class Gated:
     is_relu = False
 
     @property
-    def is_homogeneous(self) -> bool:
-        """Whether the length of [z, z'] shows in that of the value alone."""
-        return self.phi.is_homogeneous
+    def degree(self) -> float | None:
+        """The k of value(c [z, z']) = c^k value([z, z']) for c > 0, if there is one."""
+        return None if self.phi.degree is None else self.phi.degree + 1
 
     def value(self, z: Float[Tensor, "*s m2"]) -> Float[Tensor, "*s m"]:
         """phi(z) ∘ z'."""

@@ -8,8 +8,8 @@ from torch import Tensor, fx, nn
 from spear.models.graphs import as_rows, extract
 from spear.models.layers import Shape
 from spear.models.modes import modes, words
-from spear.models.traced import Traced
-from spear.models.tracing import SPREADS, ancestors, data_path, outputs_of, source_of, traced_model
+from spear.models.traced import Traced, source_of
+from spear.models.tracing import SPREADS, ancestors, data_path, outputs_of, traced_model
 from spear.reconstruction import Refusal
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from spear.models.linear_nodes import make_linear
-from spear.models.traced import Traced, operation
+from spear.models.traced import Traced, operation, source_of
 from spear.reconstruction import Refusal
 
 ASSERTIONS = {"_assert", "_assert_is_none", "_assert_scalar", "_assert_async", "_assert_tensor_metadata"}
@@ -93,6 +93,7 @@ def _normalised(module: fx.GraphModule, training: bool) -> Traced:
     _keep_logits(module)
     _drop_assertions(module)
     _leave_places(traced)
+    _derive_twice(traced)
     module.graph.eliminate_dead_code()
     make_linear(traced)
     module.graph.eliminate_dead_code()
@@ -128,8 +129,19 @@ def _leave_places(traced: Traced) -> None:
         if not _is_in_place(traced, node):
             continue
         _out_of_place(traced, node)
-        given = node.args[0] if node.args else node.kwargs["input"]
-        given.replace_all_uses_with(node, delete_user_cb=lambda user, k=order[node]: order[user] > k)
+        source_of(node).replace_all_uses_with(node, delete_user_cb=lambda user, k=order[node]: order[user] > k)
+
+
+def _derive_twice(traced: Traced) -> None:
+    """Every hard sigmoid becomes one that has a second derivative: torch's own, alone of its activations, has none."""
+    for node in traced.nodes:
+        if isinstance(traced.part(node), nn.Hardsigmoid) or operation(node) == "hardsigmoid":
+            with traced.module.graph.inserting_before(node):
+                node.replace_all_uses_with(traced.module.graph.call_function(hard_sigmoid, (source_of(node),)))
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    return (x / 6 + 0.5).clamp(0, 1)
 
 
 def _is_in_place(traced: Traced, node: fx.Node) -> bool:

@@ -16,8 +16,8 @@ from spear.models.entrywise import ROWS, Entrywise, Piece, find, relu_then
 from spear.models.graphs import extract
 from spear.models.layers import Behind, Layer, Shape
 from spear.models.modes import dropped, mode, modes, words
-from spear.models.traced import Traced
-from spear.models.tracing import LONGEST, ancestors, cuts, ends_at, layer_at, outputs_of, source_of, traced_model
+from spear.models.traced import Traced, source_of
+from spear.models.tracing import LONGEST, ancestors, cuts, ends_at, layer_at, outputs_of, traced_model
 from spear.reconstruction import Refusal
 
 WANTED = "a network in training mode is attacked where it is Linear, normalisation, activation, dropout, in turn"

@@ -10,8 +10,8 @@ from torch import fx, nn
 from spear.models.entrywise import ROWS, Piece
 from spear.models.graphs import as_rows, extract, is_size
 from spear.models.normalised import Normaliser, sample_norm
-from spear.models.traced import Traced, operation
-from spear.models.tracing import LONGEST, ancestors, source_of
+from spear.models.traced import Traced, operation, source_of
+from spear.models.tracing import LONGEST, ancestors
 
 SHAPES = {"dropout", "transpose", "view", "reshape", "permute", "contiguous", "flatten", "unflatten", "unsqueeze"}
 

@@ -68,6 +68,11 @@ class Traced:
                 yield f"={node.target}", node.target, self.value(node)
 
 
+def source_of(node: fx.Node) -> fx.Node:
+    """The node whose value a call takes first."""
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
 def operation(node: fx.Node) -> str:
     """What a call does, by its name in torch; the overload of an operator does not matter."""
     if node.op == "call_method":

@@ -14,7 +14,7 @@ from spear.models.layers import Behind, Block, Layer, Path, Shape
 from spear.models.memory import once
 from spear.models.modes import modes, words
 from spear.models.rows import row_counts
-from spear.models.traced import Traced, operation
+from spear.models.traced import Traced, operation, source_of
 from spear.reconstruction import Refusal
 
 LONGEST = 16  # cuts of the graph behind a layer within which its activation is looked for
@@ -220,10 +220,6 @@ def _readers(traced: Traced, end: fx.Node, m: int) -> tuple[str, ...]:
     users = [str(user.target) for user in end.users if traced.is_linear(user) and traced.part(user).in_features == m]
     calls = [str(node.target) for node in traced.nodes if traced.is_linear(node)]
     return tuple(name for name in users if calls.count(name) == 1)
-
-
-def source_of(node: fx.Node) -> fx.Node:
-    return node.args[0] if node.args else node.kwargs["input"]
 
 
 def _behind(traced: Traced, node: fx.Node) -> Behind:

@@ -91,7 +91,8 @@ def levers(gram: Float[Tensor, "s q q"], own: Float[Tensor, "s probes m"]) -> Le
 def _inverse_norm(gram: Float[Tensor, "s q q"]) -> Float[Tensor, " s"]:
     """The Frobenius norm of each T⁺ from T Tᵀ; infinite where the rows of T are dependent."""
     factor, failed = torch.linalg.cholesky_ex(gram)
-    inverse = torch.cholesky_inverse(factor) if gram.shape[1] else gram
+    eye = torch.eye(gram.shape[1]).to(gram)
+    inverse = torch.cholesky_inverse(torch.where((failed == 0)[:, None, None], factor, eye)) if gram.shape[1] else gram
     squared, size = (x.diagonal(dim1=1, dim2=2).sum(1) for x in (inverse, gram))
     sure = (failed == 0) & (squared * size < MOST_UNEQUAL)
     return torch.where(sure, squared.clamp_min(0).sqrt(), torch.inf)

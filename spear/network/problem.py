@@ -39,7 +39,8 @@ class NetworkView:
     """What the server knows: a chain of linear layers with activations between them, and the gradient of each.
 
     `weights[k]` is (m_k, m_{k-1}); `biases[k]` is (m_k,), or `None` where the layer has no bias, and then so is
-    `bias_gradients[k]`. `reduction` says how the loss joins the samples, `batch_size` how many there are, if known.
+    `bias_gradients[k]`; that of the output layer need not have been sent. `reduction` says how the loss joins the
+    samples, `batch_size` how many there are, if known.
     `folded` says that a map between the model's layers is in their weights: gradients are then not the model's own.
     `precision` is the unit roundoff of the gradients as they were sent, relative to them. All is in float64, but for
     hidden layers of over `LARGE` entries: these are held as they came, and `apply`, `back`, `lift` and `gradient` read
@@ -74,7 +75,7 @@ class NetworkView:
                 below = self.weights[k - 1].shape[0]
                 raise ValueError(f"layer {k + 1} takes {w.shape[1]} inputs; the layer below has {below} outputs")
         for k, (b, g) in enumerate(zip(self.biases, self.bias_gradients, strict=True)):
-            if (b is None) != (g is None):
+            if (b is None) != (g is None) and (b is None or k <= self.last):
                 raise ValueError(f"layer {k + 1}: a bias needs its gradient, and a bias gradient its bias")
 
     @property
@@ -129,7 +130,7 @@ class NetworkView:
         """The same as one matrix."""
         return (
             self.weight_gradients[k].to(self.weights[-1])
-            if self.biases[k] is None
+            if self.bias_gradients[k] is None
             else join(self.weight_gradients[k].to(self.weights[-1]), self.bias_gradients[k])
         )
 
@@ -153,8 +154,8 @@ class NetworkView:
         return product_back(deltas, self.weights[k])
 
     def extend(self, k: int, inputs: Float[Tensor, "s in"]) -> Float[Tensor, "s in1"]:
-        """[input; 1], or the input alone where layer k has no bias."""
-        return inputs if self.biases[k] is None else torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+        """[input; 1], or the input alone where layer k has no bias, or none whose gradient was sent."""
+        return inputs if self.bias_gradients[k] is None else torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
 
     def apply(self, k: int, inputs: Float[Tensor, "s in"]) -> Float[Tensor, "s out"]:
         """Pre-activations of layer k."""
@@ -300,8 +301,10 @@ def view_of(
     check_size(count, layers[0].linear.in_features, update)
     check_width(batch_size, layers[0].linear.out_features, layers[0].name)
     biased = [layer.linear.bias is not None and layer.name not in idle for layer in layers]
+    sent = [has and layer.own.get(f"{layer.name}.bias") in gradients for layer, has in zip(layers, biased, strict=True)]
     for layer, has in zip(layers, biased, strict=True):
-        if (missing := layer.missing(gradients)) and (has or not missing.endswith("bias")):
+        needless = not has or layer is layers[-1]
+        if (missing := layer.missing(gradients)) and not (needless and f"{layer.name}.weight" not in missing):
             raise Refusal(f"the network method needs every layer's gradient; the update has none for {missing}")
 
     def held(layer: Layer, kind: str, values: Tensor) -> Tensor:
@@ -317,7 +320,7 @@ def view_of(
         tuple(held(layer, "weight", layer.linear.weight) for layer in layers),
         tuple(held(layer, "bias", layer.linear.bias) if has else None for layer, has in pairs),
         tuple(received(layer, "weight") for layer in layers),
-        tuple(received(layer, "bias") if has else None for layer, has in pairs),
+        tuple(received(layer, "bias") if came else None for layer, came in zip(layers, sent, strict=True)),
         batch_size or update.count,
         update.reduction,
         rounding_unit(model, _without(update, zero)) / 2 * max(layer.growth(gradients) for layer in layers),

@@ -17,6 +17,7 @@ TELLING = 20  # solved samples whose mean softmax is nearer to the batch's than 
 LEAST_NEED = (0.3, 0.02)  # samples that a class is thought to lack at least: with few classes, with many
 SHARP_LOGITS = 3.0  # spread of the logits of a network that was trained a little
 SATURATED = 0.01  # of |d| in all other entries, where a softmax knows but the label and the class that it took for it
+SCALED = 2  # what counts below nothing must be scaled by to be none: the update is then no mean
 SEEN, MIXED = 0.5, 0.9  # shares of pairs of classes: up to the first such as were solved, up to the second of theirs
 
 
@@ -109,5 +110,9 @@ def label_counts(problem: NetworkView, prior: Float[Tensor, " outputs"], rank: i
     gradient = problem.bias_gradients[-1]
     if gradient is None:
         return prior.new_full((problem.classes,), size / problem.classes)
-    counts = size * prior - gradient / problem.unit(size)
+    change = gradient / problem.unit(size)
+    if problem.loss != "squared_error":  # a factor of the whole update shows, as no class can have less than no sample
+        scaled = (change / (size * prior + 1)).max() > SCALED
+        change = change / torch.where(scaled, (change / (size * prior)).max(), 1)
+    counts = size * prior - change
     return (torch.cat([size - counts, counts]) if problem.outputs == 1 else counts).clamp_min(0)

@@ -180,12 +180,14 @@ def _known(result: Judged) -> tuple[int, int, float]:
 
 
 def plausible(problem: NetworkView, rows: Float[Tensor, "s in1"], solved: Solved) -> Bool[Tensor, " s"]:
-    """Whose dLoss/dlogits is no larger than its loss can make it: a direction of mere noise has any size."""
+    """Whose dLoss/dlogits is no larger than its loss can make it, times a factor that all have: one of mere noise has
+    any size."""
     if problem.loss == "squared_error":
         return rows.isfinite().all(1)
     scale = activations(problem, rows, solved.mask, solved.d)[1]
     copies = 1 if problem.reduction == "mean" else problem.batch_size or 2 * len(rows)
-    return (solved.d * scale[:, None]).abs().amax(1) < LARGEST * problem.unit(1) * copies
+    size = (solved.d * scale[:, None]).abs().amax(1)
+    return size < LARGEST * (len(size) * size.median()).clamp_min(problem.unit(1) * copies)
 
 
 def consistent(

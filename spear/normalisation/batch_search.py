@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from spear.network.exact_step import different_masks
 from spear.network.spaces import possible_errors
+from spear.network.starts import label_counts
 from spear.normalisation.exact_step import ExactStep, settle
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.reflections import Pieces, search
@@ -66,12 +67,7 @@ class BatchSearch:
     @property
     def counts(self) -> Float[Tensor, " classes"]:
         """How often each label occurs, by the gradient of the output bias."""
-        problem, size = self.problem, self.spaces.batch
-        gradient = problem.bias_gradients[-1]
-        if gradient is None:
-            return self.prior.new_full((problem.classes,), size / problem.classes)
-        counts = size * self.prior - gradient / problem.unit(size)
-        return (torch.cat([size - counts, counts]) if problem.outputs == 1 else counts).clamp_min(0)
+        return label_counts(self.problem, self.prior, self.spaces.batch)
 
     @property
     def labels(self) -> Int[Tensor, " f"]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from spear.directions import TINY, apart
@@ -220,7 +220,7 @@ class CurveSearch:
             sine = at.sine
         found = Known(ground.in_whole(curves.samples(w)), self.whole.directions(at.unit * at.size), labels, pieces)
         weight = (self.whole.weight(found) / (self._unit * at.size[:, 0])).abs()
-        good = (sine < self.accept) & (weight > 1 / UNEQUAL) & (weight < UNEQUAL)
+        good = _of_one_size(weight, sine < self.accept)
         ranked = sine.argsort()
         ranked = ranked[good[ranked]]
         new = apart(at.z[ranked], self.whole.pre_activations(self.known.s), SAME)
@@ -228,6 +228,12 @@ class CurveSearch:
 
     def _effort(self, effort: Effort) -> Effort:
         return replace(effort, until=self.until)
+
+
+def _of_one_size(weight: Float[Tensor, " k"], fits: Bool[Tensor, " k"]) -> Bool[Tensor, " k"]:
+    """Which of those that fit have a weight near 1, or, where none has, near the median: a factor of the update."""
+    near = lambda to: fits & (weight > to / UNEQUAL) & (weight < to * UNEQUAL)  # noqa: E731
+    return torch.where(near(1).any(), near(1), near(torch.where(fits, weight, torch.nan).nanmedian()))
 
 
 def scattered(layer: Layer, count: int, generator: Generator) -> Float[Tensor, "k r"]:

@@ -1,0 +1,99 @@
+"""A factor of its own on every tensor, as clipping or scaling each by its norm leaves it: read off, and undone.
+
+Where phi is homogeneous of degree k, phi(c z) = c^k phi(z) for c > 0, Euler's theorem says for each hidden unit j,
+whatever the batch and the loss,
+
+    ⟨W_l[j], ∂L/∂W_l[j]⟩ + beta_l[j] ∂L/∂beta_l[j] = k ⟨W_{l+1}[:, j], ∂L/∂W_{l+1}[:, j]⟩
+
+since both are sum_i z_ij ∂L/∂z_ij (for ReLU the balance that gradient flow keeps: Du, Hu, Lee, NeurIPS 2018). The
+factors are the only ones with which all units keep it, but for one that all tensors share.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spear.federated.update import Lazy, SharedUpdate
+from spear.models.layers import Layer
+from spear.models.tracing import chain
+from spear.reconstruction import Refusal
+
+UNITS = 256  # of a layer that are looked at: each makes an equation, a layer has two unknowns
+KEPT, BROKEN = 30.0, 1e3  # times their rounding: so far equations hold, and from there they do not
+APART = 1e3  # times what is left of the equations: so much is left by any other factors
+
+
+def undone(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate, str] | None:
+    """The update without the factors, and that in words; `None` where they are equal, or cannot be told.
+
+    Nothing tells that of the last bias: its gradient is left out. Neither do biases that are zero: then none is told.
+    """
+    layers = _layers(model, update)
+    if layers is None:
+        return None
+    names, equations, rounding = _balance(layers, update)
+    size = equations.norm(dim=0)
+    if not bool((size > 0).all()) or len(equations) <= len(names):
+        return None
+    rounding = float((rounding / size).max())
+    _, left, V = torch.linalg.svd(equations / size, full_matrices=False)
+    inverse = V[-1] / size
+    inverse = inverse / inverse[0]
+    told = left[-1] < KEPT * rounding and left[-2] > APART * max(float(left[-1]), rounding)
+    broken = equations.sum(1).norm() > BROKEN * rounding * size.norm()
+    if not (told and broken and bool((inverse > 0).all())):
+        return None
+    by_name, received = dict(zip(names, inverse.tolist(), strict=True)), update.gradients
+    lazy = Lazy(tuple(names), lambda name: received[name] * by_name[name], rounding=rounding / float(left[-2]))
+    words = "every tensor came with a factor of its own, as clipping each by its norm leaves it: undone"
+    untold = [name for name in received if name not in by_name]
+    words += f", but for {', '.join(untold)}, whose factor nothing tells" if untold else ""
+    return replace(update, gradients=lazy), words
+
+
+def _layers(model: nn.Module, update: SharedUpdate) -> Sequence[Layer] | None:
+    """The layers of a network whose activations are homogeneous, if all their gradients came; else `None`."""
+    try:
+        layers = chain(model, update.input_shape)
+    except Refusal:
+        return None
+    plain = all(not layer.folded and not layer.missing(update.gradients) for layer in layers)
+    homogeneous = all(layer.activation.degree is not None for layer in layers[:-1])
+    return layers if len(layers) > 1 and plain and homogeneous else None
+
+
+def _balance(
+    layers: Sequence[Layer], update: SharedUpdate
+) -> tuple[list[str], Float[Tensor, "units tensors"], Float[Tensor, " tensors"]]:
+    """The tensors' names, what each adds to every unit's equation, and how large its rounding is in all of them."""
+    names = [layer.own[f"{layer.name}.{kind}"] for layer in layers for kind in _kinds(layer)]
+    names = names[:-1] if len(_kinds(layers[-1])) > 1 else names
+    parts, rounding = [], torch.zeros(len(names), dtype=torch.float64)
+    for low, high in pairwise(layers):
+        m = low.linear.out_features
+        units = torch.arange(0, m, max(1, m // UNITS))
+        part = torch.zeros(len(units), len(names), dtype=torch.float64)
+        for name, product in _products(low, high, update, units):
+            part[:, names.index(name)] = product.sum(1)
+            rounding[names.index(name)] += product.square().sum() * torch.finfo(update.gradients[name].dtype).eps ** 2
+        parts.append(part)
+    return names, torch.cat(parts), rounding.sqrt()
+
+
+def _kinds(layer: Layer) -> tuple[str, ...]:
+    return ("weight",) if layer.linear.bias is None else ("weight", "bias")
+
+
+def _products(
+    low: Layer, high: Layer, update: SharedUpdate, units: Tensor
+) -> Iterator[tuple[str, Float[Tensor, "units terms"]]]:
+    """The terms that each tensor adds to the equations of some units of a layer, by the tensor's name."""
+    for layer, kind in (*((low, kind) for kind in _kinds(low)), (high, "weight")):
+        g = layer.gradient(f"{layer.name}.{kind}", update.gradients)
+        both = (x if layer is low else x.T for x in (getattr(layer.linear, kind).detach(), g))
+        weights, slopes = (x[units.to(x.device)].reshape(len(units), -1).cpu().double() for x in both)
+        yield layer.own[f"{layer.name}.{kind}"], weights * slopes * (1 if layer is low else -low.activation.degree)
