@@ -104,15 +104,23 @@ def mean_probabilities(solved: Solved, prior: Float[Tensor, " classes"]) -> Floa
 def label_counts(problem: NetworkView, prior: Float[Tensor, " outputs"], rank: int) -> Float[Tensor, " classes"]:
     """How often each label occurs, from the output bias gradient, the sum of activated outputs less the one-hot labels.
 
-    All alike without one.
+    All alike without one. A factor of the whole update is taken off where it shows: no label occurs less than never.
     """
     size = problem.batch_size or rank
     gradient = problem.bias_gradients[-1]
     if gradient is None:
         return prior.new_full((problem.classes,), size / problem.classes)
     change = gradient / problem.unit(size)
-    if problem.loss != "squared_error":  # a factor of the whole update shows, as no class can have less than no sample
+    if problem.loss != "squared_error":
         scaled = (change / (size * prior + 1)).max() > SCALED
         change = change / torch.where(scaled, (change / (size * prior)).max(), 1)
     counts = size * prior - change
     return (torch.cat([size - counts, counts]) if problem.outputs == 1 else counts).clamp_min(0)
+
+
+def shown_factor(problem: NetworkView, rank: int) -> float:
+    """About how many times the mean gradient an update is whose batch lacks some label; 1 where nothing tells."""
+    gradient, size = problem.bias_gradients[-1], problem.batch_size or rank
+    if gradient is None or problem.outputs == 1 or problem.loss == "squared_error":
+        return 1.0
+    return float((gradient / problem.unit(size) / (size * prior_outputs(problem))).max())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spear.directions import unit_rows
 from spear.network.labels import decode
-from spear.network.problem import Targets
+from spear.network.problem import NetworkView, Targets
 from spear.normalisation.centred import pre_activations
 from spear.normalisation.problem import NormalisedView, denormalise, normalise
 from spear.normalisation.replay import Kept, solve_inputs
@@ -29,7 +29,36 @@ ROUNDS, FINE = 6, 1e-13  # of σ by the samples, each of which halves its error;
 SPARE = 8  # equations beyond the unknowns of a sample
 MOST_OPEN = 16  # saturated activations of a unit that are tried in all ways
 OUTLIERS = 10  # times the median residual: units of which a sample is taken for active, or not, wrongly
+EVEN = 1e-4  # relative difference of weights that are one
 INEXACT = 1e-9  # of the largest activation: how near to another branch an inverse is not trusted
+
+
+class Multiple(Exception):
+    """The update is a `factor` times the gradient of the samples found: another view of it leads to them."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(f"the update is {factor:.6g} times their mean")
+        self.factor = factor
+
+
+def check_multiple(view: NormalisedView, weights: Float[Tensor, " b"]) -> None:
+    """Raises `Multiple` where all samples have one weight in the loss, and another than that of one of as many."""
+    mean = float(weights.mean())
+    even = view.network.batch_size == len(weights) and bool(((weights - mean).abs() < EVEN * abs(mean)).all())
+    if even and abs(mean - 1) > EVEN:
+        raise Multiple(mean)
+
+
+def weights_of(
+    network: NetworkView, errors: Float[Tensor, "b outputs"], activated: Float[Tensor, "b outputs"]
+) -> Float[Tensor, " b"]:
+    """By how much each ∂L/∂logits is more than that of one sample of one label, whichever fits; NaN where none does."""
+    own = activated[:, None] - network.one_hot(torch.arange(network.classes, device=errors.device))
+    weight = (own * errors[:, None]).sum(2) / own.square().sum(2).clamp_min(1e-300)
+    off = (errors[:, None] - weight[:, :, None] * own).norm(dim=2) + errors.norm(dim=1, keepdim=True) * (weight < 0)
+    best = off.argmin(1, keepdim=True)
+    fits = off.gather(1, best)[:, 0] < EVEN * errors.norm(dim=1)
+    return torch.where(fits, weight.gather(1, best)[:, 0] / network.unit(len(errors)), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -54,7 +83,8 @@ def descend(
     `inputs` are less their mean where BatchNorm follows; so are those that are returned. `mask` are the units of the
     last hidden layer that have a gradient, where dropout follows.
 
-    Raises `Refusal` where activations do not tell their pre-activations.
+    Raises `Refusal` where activations do not tell their pre-activations, and `Multiple` for an update that is not the
+    mean of the samples.
     """
     network, top = view.network, view.network.last
     y, normal, deviation = normalise(view.norms[top], network.apply(top, inputs))
@@ -62,6 +92,7 @@ def descend(
     on = 1 if mask is None else kept[0].to(y) / (1 - view.drops[top])
     v, *behind = normalise(view.afters[top], network.activations[top].value(y) * on)
     activated = network.activate(network.apply(top + 1, v))
+    check_multiple(view, weights_of(network, errors, activated))
     targets = replace(decode(network, errors, activated), measured=errors)
     slopes = denormalise(view.afters[top], targets.errors(activated) @ network.weights[top + 1], *behind)
     deltas = denormalise(view.norms[top], slopes * network.activations[top].slope(y) * on, normal, deviation)

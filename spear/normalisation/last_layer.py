@@ -14,7 +14,7 @@ from spear.normalisation.batch_search import BatchSearch
 from spear.normalisation.calibration import calibrated
 from spear.normalisation.columns import Columns, output_errors
 from spear.normalisation.curves import top
-from spear.normalisation.descent import Known
+from spear.normalisation.descent import Known, check_multiple
 from spear.normalisation.level import LevelSearch
 from spear.normalisation.problem import NormalisedView, normalise
 from spear.normalisation.sample_descent import inputs_behind
@@ -109,6 +109,8 @@ def solved(
         return inputs, output_errors(view, inputs), None
     if isinstance(run, CurveSearch):
         at, s = run.points(), run.known.s
+        if not (view.mixes or run.left):
+            check_multiple(view, run.whole.weight(run.known) / (network.unit(len(s)) * at.size[:, 0]))
         s = s - s.mean(0) if view.mixes and not run.left else s
         rows = s @ (low.R / low.R.norm(dim=1)[:, None])
         errors = network.activate(at.logits) - network.one_hot(run.known.labels)

@@ -122,6 +122,18 @@ class NormalisedView:
         """Whether BatchNorm follows ReLU at the last hidden layer: its gradient's own zeros tell the samples there."""
         return self.afters[-1] is not None and self.network.activations[-1].is_relu
 
+    def over(self, factor: float) -> "NormalisedView":
+        """The same, every gradient divided by a factor."""
+        less = lambda g: None if g is None else g / factor  # noqa: E731
+        names = ("scale_gradient", "shift_gradient")
+        before, after = (
+            tuple(norm and replace(norm, **{name: less(getattr(norm, name)) for name in names}) for norm in norms)
+            for norms in (self.norms, self.afters)
+        )
+        weights, biases = (tuple(map(less, g)) for g in (self.network.weight_gradients, self.network.bias_gradients))
+        network = replace(self.network, weight_gradients=weights, bias_gradients=biases)
+        return replace(self, network=network, norms=before, afters=after)
+
     def lacks_mean(self, k: int) -> bool:
         """Whether BatchNorm follows the activation of hidden layer k, and its statistics are not told."""
         return self.afters[k] is not None and self.afters[k].mean is None

@@ -12,9 +12,10 @@ from torch import Tensor
 from spear.network.curves.search import CurveSearch
 from spear.network.recovery import Judged, Reached, nothing, number
 from spear.network.spaces import possible_errors
+from spear.network.starts import shown_factor
 from spear.normalisation.batch_search import MARGIN, BatchSearch
 from spear.normalisation.columns import Columns
-from spear.normalisation.descent import Known, descend
+from spear.normalisation.descent import Known, Multiple, descend
 from spear.normalisation.judge import judge
 from spear.normalisation.last_layer import ROUGHEST, Search, anew, searched, solved
 from spear.normalisation.partial import from_gradient, inputs_alone
@@ -23,17 +24,45 @@ from spear.normalisation.replay import Run, corrected
 from spear.normalisation.sample_search import SampleSearch
 from spear.normalisation.statistics import Deviation, deviation, from_buffers
 from spear.published.lowrank import MIN_GAP, LowRank
-from spear.reconstruction import Reconstruction, Refusal, Terms
+from spear.reconstruction import Reconstruction, Refusal, Terms, larger
+
+SMALL, LARGE = 0.1, 10.0  # factors of an update between which its samples are found without knowing it
+MULTIPLES = 3  # tries of factors, each from the samples that the one before led to
 
 
 def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     """Recover the whole batch behind the gradients of a network that normalises, or drops units, as it trains.
 
-    Nothing is returned that the update does not support. Where BatchNorm follows the first layer, the inputs come with
-    the mean that the running mean tells; `Reconstruction.difference_bound` says of which the differences are certain.
+    Nothing is returned that the update does not support. Of a multiple of the gradient, as clipping its norm leaves it,
+    the samples tell the factor, where they are found before it is known. Where BatchNorm follows the first layer, the
+    inputs come with the mean that the running mean tells; `Reconstruction.difference_bound` says of which the
+    differences are certain.
 
     Raises `Refusal` where no search can begin, `ValueError` for a gradient that is zero.
     """
+    rank = view.network.factors(view.network.last).rank + view.mixes
+    result, rough = _of_multiple(view, terms, 1.0), shown_factor(view.network, rank)
+    if len(result.inputs) or rough <= 0 or SMALL < rough < LARGE or terms.budget.spent(result.stats.proposals):
+        return result
+    return larger(result, _of_multiple(view, terms, rough))
+
+
+def _of_multiple(view: NormalisedView, terms: Terms, factor: float) -> Reconstruction:
+    """The batch behind an update that is about a factor times its gradient; which one exactly, the samples tell."""
+    words = ""
+    for _ in range(MULTIPLES):
+        try:
+            result = _recovered(view if factor == 1 else view.over(factor), terms)
+        except Multiple as multiple:
+            factor *= multiple.factor
+            words = f"; the update is {factor:.6g} times their mean"
+        else:
+            return replace(result, reason=result.reason + words)
+    raise Refusal(f"what multiple of a gradient the update is does not come out the same twice: {factor:.6g}")
+
+
+def _recovered(view: NormalisedView, terms: Terms) -> Reconstruction:
+    """The same. Raises `Multiple` where the update is a factor times a gradient."""
     network = view.network
     known = known_layers(view)
     _check_reach(view, known[-1].low)
