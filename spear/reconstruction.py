@@ -143,6 +143,8 @@ class Reconstruction:
     (batch normalisation behind the first layer), inputs that are not certified may be so up to one image that is added
     to all of them: `difference_bound` (k,) then bounds the error of each less their mean, relative to that; else it is
     `None`.
+    `targets` (k, outputs) are the numbers that the client's squared error compares the outputs with, all samples
+    weighing alike, where these are no labels: `labels` is then None.
     `features_of` is empty where the inputs are samples; else it names the linear layer of the model that they enter:
     features, which do not determine the samples, or from which these were not found.
     """
@@ -162,6 +164,7 @@ class Reconstruction:
     limit: float = 1e-6
     difference_bound: Float[Tensor, " k"] | None = None
     features_of: str = ""
+    targets: Float[Tensor, "k outputs"] | None = None
 
     def __post_init__(self) -> None:
         if self.error_bound is None:

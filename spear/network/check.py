@@ -10,13 +10,14 @@ from torch import Tensor
 from spear.certificate import Certificate
 from spear.network.curved_bounds import Levers
 from spear.network.error_bounds import input_bounds
-from spear.network.labels import WHOLE_NUMBERS, reweighed
-from spear.network.problem import NetworkView, Targets, passes
+from spear.network.labels import WHOLE_NUMBERS, measured, reweighed
+from spear.network.problem import NetworkView, Targets, forward, passes
 from spear.network.recovery import Judged, Reached, number
 from spear.network.rest import rest_of
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
 AS_MEASURED = "not certified: the softmax of such large logits multiplies their rounding"
+FITS = 4  # of dLoss/dlogits and inputs, in turn, where no labels tell the former
 CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 
 
@@ -70,10 +71,13 @@ def judge(
         targets = replace(targets, whole=False)
     if not targets.whole:
         targets = reweighed(problem, inputs, targets)
+    for _ in range(FITS if targets.free and bool(inputs.isfinite().all()) else 0):
+        targets = measured(problem, inputs, targets)
+        inputs = best_check(problem, inputs, targets)[1]
     final, inputs = best_check(problem, inputs, targets)
-    evidence = certificate(
-        problem, final, targets, input_bounds(problem, passes(problem, inputs, targets), targets, known)
-    )
+    of_any = replace(problem, loss="squared_error") if targets.free else problem  # of which any dLoss/dlogits may be
+    bound = input_bounds(of_any, passes(problem, inputs, targets), targets, known)
+    evidence = certificate(problem, final, targets, bound)
     return conclude(problem, evidence, inputs, targets, final, reached, WHOLE)
 
 
@@ -82,9 +86,11 @@ def certificate(
 ) -> Certificate:
     """The evidence for a batch that is to explain every layer's gradient, whose inputs' errors are under `bound`."""
     off = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
-    if targets.error >= WHOLE_NUMBERS:
+    if targets.error >= WHOLE_NUMBERS and not targets.free:
         doubt = f"{off}: neither hard nor evenly smoothed labels of equal weight"
-    reserve = "" if targets.computed else AS_MEASURED
+    reserve = "" if targets.computed or targets.free else AS_MEASURED
+    if targets.free and (problem.biases[0] is None or not all(phi.is_flat for phi in problem.activations)):
+        reserve = "not certified: without labels nothing is certain but behind biases and slopes of a few values"
     if not targets.whole and problem.outputs <= 2:
         reserve = "with two classes a label cannot be told from a weight in the loss"
     return Certificate(
@@ -112,11 +118,21 @@ def conclude(
     sound = evidence.supported.nonzero()[:, 0]
     complete = evidence.holds and len(sound) == reached.rank
     reason = whole if complete else evidence.why_not() or weak(reached, len(sound), problem.batch_size)
+    reason += f"; no labels: {unexplained(problem.loss)}" if targets.free else ""
     weights = None if targets.whole else targets.copies[sound] * abs(targets.unit) / problem.unit(1)
     counts = claimed(problem, (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sound])
     said = reason + multiple(problem, targets), reached
     judged = final.inputs[sound], evidence.certified[sound], complete, *said, weights, evidence.error_bound[sound]
-    return Judged(inputs[sound], counts, *judged)
+    numbers = None
+    if targets.free and problem.loss == "squared_error":
+        unit = problem.unit(problem.batch_size or len(targets))
+        numbers = (forward(problem, inputs)[1] - targets.measured / unit)[sound]
+    return Judged(inputs[sound], counts, *judged, labelled=not targets.free, targets=numbers)
+
+
+def unexplained(loss: str) -> str:
+    """Why there are no labels."""
+    return f"none explains the gradients: another loss than {loss}, soft labels, or numbers to compare with"
 
 
 def claimed(problem: NetworkView, counts: Float[Tensor, "s classes"]) -> Float[Tensor, "s classes"]:

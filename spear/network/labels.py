@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.network.problem import NetworkView, Targets, passes
+from spear.network.problem import NetworkView, Targets, forward, passes
 
 WHOLE_NUMBERS = 1e-4  # distance of label counts from whole numbers from which they are none
 ALONE = 1e3  # times the misfit of a label: that of the next, where only one can be meant
@@ -83,13 +83,24 @@ def reweighed(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targe
 def decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"]) -> Targets:
     """Labels and copies of every sample from dLoss/dlogits, whose sign may be reversed, as that of after - before is.
 
-    Then `Targets.unit` is negative.
+    Then `Targets.unit` is negative. Where no labels explain dLoss/dlogits, that is `free`.
     """
     targets = _decode(problem, errors, activated)
     if targets.error < WHOLE_NUMBERS:
         return targets
     turned = _decode(problem, -errors, activated)
-    return replace(turned, unit=-turned.unit) if turned.error < WHOLE_NUMBERS else targets
+    if turned.error < WHOLE_NUMBERS:
+        return replace(turned, unit=-turned.unit)
+    once = torch.zeros_like(targets.counts)
+    once[:, 0] = 1
+    return Targets(once, targets.unit, targets.error, errors, computed=False, free=True)
+
+
+def measured(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) -> Targets:
+    """With dLoss/dlogits of these inputs as the output layer's gradient shows it: G = sum_i d_i [a_i; 1]ᵀ."""
+    k = problem.last + 1
+    total, a = problem.augmented(k), problem.extend(k, forward(problem, inputs)[0][k])
+    return replace(targets, measured=torch.linalg.lstsq(a.mT, total.mT, driver="gels").solution)
 
 
 def _decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"]) -> Targets:

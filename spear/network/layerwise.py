@@ -116,8 +116,9 @@ def descend(
     y, scale = activations(problem, rows, mask, d)
     mask = without_mistakes(problem, y, mask, d)
     errors, shift = d * scale[:, None], float("inf")
-    targets = replace(decode(problem, errors, _outputs(problem, y, mask)), measured=errors, computed=computed)
-    for _ in range(ROUNDS if computed else 0):
+    targets = replace(decode(problem, errors, _outputs(problem, y, mask)), measured=errors)
+    targets = replace(targets, computed=computed and targets.computed)
+    for _ in range(ROUNDS if targets.computed else 0):
         renewed = targets.errors(_outputs(problem, y, mask))
         y_new = solve((renewed @ problem.weights[top + 1]) * mask, problem.gradient(top))[:, : y.shape[1]]
         last, shift = shift, float(((y_new - y).norm(dim=1) / y.norm(dim=1)).max())

@@ -213,7 +213,8 @@ class Targets:
     the gradient shows it: it stands in for that of a weak sample whose input is not known well enough to compute it,
     and for every sample's where that is not `computed`: a saturated softmax multiplies the rounding of large logits.
     `whole` says that counts are whole numbers of copies; else every sample has one label, its count the sample's weight
-    in units of `unit`.
+    in units of `unit`. `free` says that no labels explain dLoss/dlogits, which is as `measured` then: the loss is
+    another one, or compares the outputs with numbers; every sample is counted once.
     """
 
     counts: Float[Tensor, "s classes"]
@@ -222,6 +223,7 @@ class Targets:
     measured: Float[Tensor, "s outputs"] | None = None
     whole: bool = True
     computed: bool = True
+    free: bool = False
 
     @property
     def copies(self) -> Float[Tensor, " s"]:
@@ -237,7 +239,7 @@ class Targets:
 
     def agree(self, activated: Float[Tensor, "s outputs"]) -> Bool[Tensor, " s"]:
         """Whose dLoss/dlogits is, to a per cent, what the gradient shows."""
-        if self.measured is None:
+        if self.measured is None or self.free:
             return torch.ones(len(activated), dtype=torch.bool, device=activated.device)
         return (self._own(activated) - self.measured).norm(dim=1) < 0.01 * self.measured.norm(dim=1)
 

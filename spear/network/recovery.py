@@ -35,7 +35,8 @@ class Judged:
     """Distinct samples (k, n) held against the update: label counts (k, classes), residuals, certificates, the verdict.
 
     `weights` (k,) in the loss are given where they are not all alike; each sample then has one label, counted once.
-    `error_bound` (k,) is that of the certificate, infinite where none was tried.
+    `error_bound` (k,) is that of the certificate, infinite where none was tried. Samples that are not `labelled` count
+    once; `targets` (k, outputs) are then what a squared error compares the outputs with.
     """
 
     inputs: Float[Tensor, "k n"]
@@ -47,6 +48,8 @@ class Judged:
     reached: Reached
     weights: Float[Tensor, " k"] | None = None
     error_bound: Float[Tensor, " k"] | None = None
+    labelled: bool = True
+    targets: Float[Tensor, "k outputs"] | None = None
 
     def __post_init__(self) -> None:
         if self.error_bound is None:
@@ -59,7 +62,7 @@ class Judged:
         sample, label = (column.repeat_interleave(times) for column in pairs.T)
         return Reconstruction(
             problem.shaped(self.inputs[sample]),
-            label,
+            label if self.labelled else None,
             self.reached.rank,
             self.residuals[sample],
             self.certified[sample],
@@ -70,6 +73,7 @@ class Judged:
             method=method,
             error_bound=self.error_bound[sample],
             limit=problem.accuracy.recovered,
+            targets=None if self.targets is None else self.targets[sample],
         )
 
     @property

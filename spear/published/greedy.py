@@ -77,9 +77,10 @@ def recover_scales(observed: Observed, q: Float[Tensor, "b b"]) -> Float[Tensor,
     """The factors c of the columns, Q = Qbar diag(c), from the bias gradient (SPEAR, recovering the scales).
 
     As dL/dbeta = G 1 and G = L Qbar diag(c), Qbar c = d. Without a bias the factors are those that give the columns of
-    X unit length, with the sign under which Z > 0 agrees better with the zero pattern of G.
+    X unit length, with the sign under which Z > 0 agrees better with the zero pattern of G. NaN for dependent columns.
     """
-    V = torch.linalg.inv(q)
+    V, failed = torch.linalg.inv_ex(q)
+    V = torch.where(failed == 0, V, torch.nan)
     if observed.d is not None:
         return V.mT @ observed.d
     active = ~zero_rows(observed.L, q, tolerance=observed.tolerance).mT
