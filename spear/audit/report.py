@@ -67,6 +67,7 @@ def to_json(audit: Audit) -> str:
             "reason": audit.result.reason,
             "in_time": audit.in_time,
             "labels": None if audit.result.labels is None else audit.result.labels.tolist(),
+            "targets": None if audit.result.targets is None else audit.result.targets.tolist(),
             "against_truth": None if audit.outcome is None else asdict(audit.outcome),
         },
         "statistics": list(audit.statistics),

@@ -32,8 +32,7 @@ def write(result: Reconstruction, output: Path | None, picture: Path | None) -> 
 
 def _serialized(result: Reconstruction) -> bytes:
     tensors = {name: getattr(result, name) for name in ("inputs", "residuals", "certified", "error_bound")}
-    if result.labels is not None:
-        tensors["labels"] = result.labels
+    tensors |= {name: found for name in ("labels", "targets") if (found := getattr(result, name)) is not None}
     told = {"rank": str(result.rank), "complete": str(result.complete), "reason": result.reason}
     return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, told)
 

@@ -21,7 +21,7 @@ from spear.federated.update import SharedUpdate, check_told
 def gradient(
     model: nn.Module,
     inputs: Num[Tensor, "b *input_shape"],
-    labels: Int[Tensor, " labels"],
+    labels: Int[Tensor, " labels"] | Float[Tensor, "targets *outputs"],
     *,
     reduction: str = "mean",
     loss: str = "cross_entropy",
@@ -29,9 +29,10 @@ def gradient(
     """The update of a FedSGD client: gradients of the loss of one batch by every parameter.
 
     `inputs` holds one sample per row, in the dtype of the model, or numbers of a vocabulary; `labels` the class of each
-    sample. The model is used in the mode that it is in: in training mode dropout draws from torch's own generator, and
-    batch normalisation takes the batch's statistics; its running statistics after the step are the update's `buffers`.
-    The model is left unchanged, its `.grad` fields and buffers included.
+    sample, or, unless the loss is cross-entropy, numbers (b, outputs) that the outputs are compared with. The model is
+    used in the mode that it is in: in training mode dropout draws from torch's own generator, and batch normalisation
+    takes the batch's statistics; its running statistics after the step are the update's `buffers`. The model is left
+    unchanged, its `.grad` fields and buffers included.
 
     A model may return its logits among other things, by that name (`spear.federated.losses.logits_of`).
 
@@ -47,14 +48,24 @@ def gradient(
     names, parameters = tuple(trained), tuple(trained.values())
     with _kept_buffers(model) as buffers:
         logits = logits_of(model(inputs))
-        most = 2 if logits.shape[1] == 1 and loss != "cross_entropy" else logits.shape[1]
-        if int(labels.min()) < 0 or int(labels.max()) >= most:
-            span = f"{int(labels.min())} to {int(labels.max())}"
-            raise ValueError(f"labels run from {span}; the model has {logits.shape[1]} outputs")
+        _check_labels(labels, logits, loss)
         value = batch_loss(logits, labels, loss, reduction)
         values = torch.autograd.grad(value, parameters, allow_unused=True)
     found = {n: g for n, g in zip(names, values, strict=True) if g is not None}
     return SharedUpdate(found, reduction, len(inputs), tuple(inputs.shape[1:]), loss=loss, buffers=buffers or None)
+
+
+def _check_labels(labels: Tensor, logits: Float[Tensor, "b outputs"], loss: str) -> None:
+    """Raises `ValueError` for a label without an output, and for numbers that cannot be compared with the outputs."""
+    if labels.is_floating_point():
+        if loss == "cross_entropy" or labels.shape != logits.shape:
+            what = f"numbers of shape {tuple(labels.shape)} as labels"
+            raise ValueError(f"{what}: {loss} of outputs {tuple(logits.shape)} does not compare these")
+        return
+    most = 2 if logits.shape[1] == 1 and loss != "cross_entropy" else logits.shape[1]
+    if int(labels.min()) < 0 or int(labels.max()) >= most:
+        span = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"labels run from {span}; the model has {logits.shape[1]} outputs")
 
 
 @contextmanager
@@ -72,13 +83,17 @@ def _kept_buffers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def batch_loss(
-    logits: Float[Tensor, "b outputs"], labels: Int[Tensor, " b"], loss: str, reduction: str
+    logits: Float[Tensor, "b outputs"],
+    labels: Int[Tensor, " b"] | Float[Tensor, "b outputs"],
+    loss: str,
+    reduction: str,
 ) -> Float[Tensor, ""]:
     """One of `LOSSES` of a batch; "mean" is that over samples and, but for cross-entropy, over outputs."""
     if loss == "cross_entropy":
         return F.cross_entropy(logits, labels, reduction=reduction)
     outputs = logits.shape[1]
-    wanted = F.one_hot(labels, max(outputs, 2))[:, -outputs:].to(logits)
+    wanted = labels if labels.is_floating_point() else F.one_hot(labels, max(outputs, 2))[:, -outputs:]
+    wanted = wanted.to(logits)
     compare = F.mse_loss if loss == "squared_error" else F.binary_cross_entropy_with_logits
     return compare(logits, wanted, reduction=reduction)
 

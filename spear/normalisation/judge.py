@@ -102,7 +102,8 @@ def judge(
     complete = evidence.holds and bool(certified.all())
     sound = evidence.supported.nonzero()[:, 0]  # an image that the update does not support is never returned
     held = torch.full_like(error, residual)[sound], certified[sound], complete, reason, reached
-    judged = Judged(inputs[sound], targets.counts[sound], *held, error_bound=error[sound])
+    told = {"error_bound": error[sound], "labelled": not targets.free}
+    judged = Judged(inputs[sound], targets.counts[sound], *held, **told)
     made = judged.entries(network, budget.elapsed, "network")
     if not (view.loses_mean and evidence.holds):
         return made
