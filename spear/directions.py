@@ -30,6 +30,13 @@ def times(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor,
     return (x.to(basis.dtype) @ basis).to(x.dtype)
 
 
+def least_squares(A: Float[Tensor, "m n"], B: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+    """The X of least |A X - B|, by QR; NaN where either holds what is no number, at which LAPACK stops."""
+    sound = A.isfinite().all() & B.isfinite().all()
+    X = torch.linalg.lstsq(torch.where(sound, A, 0), torch.where(sound, B, 0), driver="gels").solution
+    return torch.where(sound, X, torch.nan)
+
+
 def complement(x: Float[Tensor, "f n"]) -> Float[Tensor, "n r"]:
     """Orthonormal basis (columns) of the vectors orthogonal to all of the independent x."""
     if not len(x):

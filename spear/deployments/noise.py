@@ -110,9 +110,10 @@ def _reweighed(noisy: Noisy, estimate: Estimate | None, until: float) -> tuple[N
     noisy = replace(noisy, weight=noisy.weight * factor, most=noisy.most * factor)
     estimate = refine(noisy, estimate.inputs, estimate.labels, until=until)
     ones = torch.linalg.pinv(estimate.deltas.mT) @ problem.augmented(0)[:, -1]
-    if abs(length := float(ones.median()) - 1) > ODD:  # layers of unlike weight: the first alone makes the inputs
-        noisy = replace(noisy, weight=noisy.weight * (1 + length), most=noisy.most * (1 + length))
-        estimate = refine(noisy, estimate.inputs / (1 + length), estimate.labels, until=until)
+    length = float(ones.median())
+    if length > ODD and abs(length - 1) > ODD:  # layers of unlike weight: the first alone makes the inputs
+        noisy = replace(noisy, weight=noisy.weight * length, most=noisy.most * length)
+        estimate = refine(noisy, estimate.inputs / length, estimate.labels, until=until)
     return noisy, replace(estimate, error=torch.hypot(estimate.error, torch.full_like(estimate.error, off)))
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spear.directions import least_squares
 from spear.network.problem import NetworkView, Targets, forward, passes
 
 WHOLE_NUMBERS = 1e-4  # distance of label counts from whole numbers from which they are none
@@ -100,7 +101,7 @@ def measured(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Target
     """With dLoss/dlogits of these inputs as the output layer's gradient shows it: G = sum_i d_i [a_i; 1]ᵀ."""
     k = problem.last + 1
     total, a = problem.augmented(k), problem.extend(k, forward(problem, inputs)[0][k])
-    return replace(targets, measured=torch.linalg.lstsq(a.mT, total.mT, driver="gels").solution)
+    return replace(targets, measured=least_squares(a.mT, total.mT))
 
 
 def _decode(problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"]) -> Targets:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spear.directions import least_squares
 from spear.models.activations import Activation
 from spear.normalisation.spaces import BatchSpaces
 from spear.reconstruction import Refusal
@@ -58,7 +59,7 @@ def pre_activations(
 
 
 def _project(place: Float[Tensor, "m r"], x: Float[Tensor, "b m"]) -> Float[Tensor, "b r"]:
-    return torch.linalg.lstsq(place, x.mT, driver="gels").solution.mT
+    return least_squares(place, x.mT).mT
 
 
 def _step(place: Float[Tensor, "m r"], span: Float[Tensor, "m r"], parts: tuple[Tensor, ...]) -> Float[Tensor, " r"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spear.directions import unit_rows
+from spear.directions import least_squares, unit_rows
 from spear.network.labels import decode
 from spear.network.problem import NetworkView, Targets
 from spear.normalisation.centred import pre_activations
@@ -255,7 +255,7 @@ def _by_gradient(
     span = columns(view.norms[k], low, view.network.affine(k))
     if int(sure.sum()) < span.shape[1] + SPARE:
         return on
-    g = (span @ torch.linalg.lstsq(span[sure], (behind * on)[:, sure].mT, driver="gels").solution).mT
+    g = (span @ least_squares(span[sure], (behind * on)[:, sure].mT)).mT
     return torch.where(sure, on, (2 * g - behind) * behind > 0)
 
 
@@ -308,7 +308,7 @@ def _behind_batch(
         columns = torch.cat([low.L, (ratio * c / sigma)[:, None] * lift], 1)[rows]
         wanted = (ratio * (slopes - slopes.mean(0))).mT[rows]
         size = columns.norm(dim=0).clamp_min(1e-300)
-        both = torch.linalg.lstsq(columns / size, wanted, driver="gels").solution.mT / size
+        both = least_squares(columns / size, wanted).mT / size
         z = both[:, low.L.shape[1] :] @ lift.mT
         if known.usual < FINE:
             break

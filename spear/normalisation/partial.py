@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.directions import unit_rows
+from spear.directions import least_squares, unit_rows
 from spear.normalisation.descent import Known, inverse, is_centred, through_activation
 from spear.normalisation.problem import Norm, NormalisedView, denormalise, normalise
 from spear.normalisation.sample_search import columns
@@ -68,7 +68,7 @@ def from_gradient(
     if not norm.mixes:
         span, wanted = columns(norm, low, network.affine(k)), (norm.scale * slopes).mT
         length = (network.affine(k) @ rows.mT).norm(dim=0)
-        s = torch.linalg.lstsq(span, wanted, driver="gels").solution
+        s = least_squares(span, wanted)
         extended = (s[-low.rank :] / length[:, None]).mT @ rows
         x = extended[:, :-1] / extended[:, -1:]
     else:
@@ -76,7 +76,7 @@ def from_gradient(
         span = torch.cat([low.L, (ratio / known.before.sigma * norm.scale_gradient / size)[:, None] * lift], 1)
         span, wanted = span[known.before.known], (ratio * (slopes - norm.shift_gradient / size)).mT[known.before.known]
         length = span.norm(dim=0)
-        s = torch.linalg.lstsq(span / length, wanted, driver="gels").solution
+        s = least_squares(span / length, wanted)
         x = (s[low.rank :] / length[low.rank :, None]).mT @ rows
         span = span / length
     off = (span @ s - wanted).norm(dim=0) / wanted.norm(dim=0)
@@ -87,7 +87,7 @@ def _from_activations(view: NormalisedView, k: int, a: Float[Tensor, "s m"], kno
     """The inputs of layer k from what its activation gives, where nothing is between."""
     rows = unit_rows(known.low.R)
     z = inverse(view, k, a * (1 - view.drops[k]), None, known)
-    s = torch.linalg.lstsq(view.network.affine(k) @ rows.mT, z.mT, driver="gels").solution.mT @ rows
+    s = least_squares(view.network.affine(k) @ rows.mT, z.mT).mT @ rows
     return s[:, :-1] / s[:, -1:]
 
 

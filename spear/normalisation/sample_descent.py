@@ -4,10 +4,10 @@ The part of γ ∘ ∂L/∂y in U is σ_i ∂L/∂z_i = U t_i. By least squares,
 factor, which the last entry tells.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spear.directions import least_squares
 from spear.network.layerwise import solve
 from spear.normalisation.problem import NormalisedView
 from spear.normalisation.sample_search import columns
@@ -24,8 +24,6 @@ def inputs_behind(
     """
     if low.rank < len(g):
         raise Refusal(f"the gradient of layer {k + 1} has rank {low.rank}: of {len(g)} samples some enter it alike")
-    t = torch.linalg.lstsq(columns(view.norms[k], low, view.network.affine(k)), g.mT, driver="gels").solution.mT[
-        :, : low.rank
-    ]
+    t = least_squares(columns(view.norms[k], low, view.network.affine(k)), g.mT).mT[:, : low.rank]
     rows = solve(t, low.R)
     return rows[:, :-1] / rows[:, -1:], 1 / rows[:, -1]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from spear.directions import complement, unit_rows, zero_entries
+from spear.directions import complement, least_squares, unit_rows, zero_entries
 from spear.network.exact_step import Tolerances, accepted, refine, solve_mask
 from spear.network.phase_retrieval import Iterate, Reflections, retrieve_phases
 from spear.network.spaces import ACTIVE, GONE, INACTIVE, Levels, Mask, Solved, Spaces, possible_errors
@@ -84,7 +84,7 @@ class SampleSearch:
     def coordinates(self) -> Float[Tensor, "f b"]:
         """t of what was found: its part in U."""
         g = (self.found.t @ self.whole.basis.mT).mT
-        return torch.linalg.lstsq(self.columns, g, driver="gels").solution.mT[:, : self.low.rank]
+        return least_squares(self.columns, g).mT[:, : self.low.rank]
 
     def round(self) -> None:
         """One round of starts; of the last sample, the others tell z."""
