@@ -90,8 +90,9 @@ def attack(
     its gradient was not sent, the next whose was: then the features that enter it come. Of one layer (a private head:
     the update holds that layer's gradient only, and `model` ends with its ReLU or goes on with weights that are not the
     client's) inputs come without labels, and up to their length, which what reads the layer pins (`certify_layer`).
-    What a client did beside what it says is read off the update, undone and said: the sign, a factor, weight decay, the
-    first step of Adam and its kin, another loss, steps (`spear.federated.decoding`).
+    What a client did beside what it says is read off the update, undone and said: the sign, a factor of all or of each
+    tensor, weight decay, the first step of Adam and its kin, another loss, steps (`spear.federated.decoding`). Where no
+    labels explain the gradients, samples come without, and with `Reconstruction.targets` under a squared error.
     `batch_size` is read off the gradient's rank unless given, and nothing is certified where neither it nor the update
     says it (`spear.certificate`); of several local steps it is the number of samples in all. `time_limit` (seconds)
     bounds the searches of all methods together, `max_proposals` (kernels that sampling tests, starts of the others)

@@ -84,8 +84,9 @@ class SharedUpdate:
     arrays (a gradient computed in another framework), which become tensors; or it lists them without names, in the
     order of the model's parameters, and the names are then "0", "1", and so on. `reduction` is how the loss joins the
     samples (`"mean"` or `"sum"`); `loss` is one of `LOSSES`: all but the first compare the outputs (through
-    a sigmoid, or as they are) with the one-hot label, or with the label 0 or 1 where there is one output. `count` is
-    the number of samples and `input_shape` the shape of one sample, each `None` where it is not disclosed.
+    a sigmoid, or as they are) with the one-hot label, or with the label 0 or 1 where there is one output, or with any
+    numbers. `count` is the number of samples and `input_shape` the shape of one sample, each `None` where it is not
+    disclosed.
 
     Local training (FedAvg): `learning_rate` is `None` for a gradient; where it is given, `gradients` holds the change
     of the weights, theta_before - theta_after, by `local_steps` steps of SGD with `momentum` on `mini_batch` samples

@@ -90,14 +90,14 @@ def reflect(
     until: float,
     pieces: Int[Tensor, "k m"] | None = None,
 ) -> tuple[Float[Tensor, "k q"], Int[Tensor, "k m"]]:
-    """Where starts lead, and the pieces on which their entries are. Behind dropout starts have `pieces` of their own,
-    and plain projections follow."""
+    """Where starts lead, by one step at least, and the pieces on which their entries are. Behind dropout starts have
+    `pieces` of their own, and plain projections follow."""
     activation = curves.problem.activations[curves.problem.last]
     at = curves.at(w, labels, pieces)
     u, z, h = at.unit * at.size, at.z, at.h
     plain, exchange = (0, EXCHANGE) if pieces is None else (PLAIN, THROUGH)
     for step in range(steps + plain):
-        if time.monotonic() > until:
+        if step and time.monotonic() > until:
             break
         inside, own = project(u, curves.basis), curves.coordinates_of(z)
         flat = curves.base + own @ curves.frame.T
