@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from spear.directions import apart, away_from, complement, distinct, first_of_each, unit_rows, zero_entries
+from spear.directions import (
+    apart,
+    away_from,
+    complement,
+    distinct,
+    first_of_each,
+    least_squares,
+    unit_rows,
+    zero_entries,
+)
 
 SEEDS = range(4)
 
@@ -104,3 +113,18 @@ def test_zero_entries_are_relative_to_the_largest(dim):
         expected = [[abs(v) <= tolerance * max(abs(w) for w in row) for v in row] for row in x.tolist()]
         assert zero.tolist() == expected
         assert torch.equal(zero_entries(x.mT, tolerance, dim=0), zero.mT)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_least_squares_leaves_a_rest_that_is_orthogonal(seed):
+    A, B = normal(12, 5, seed=seed), normal(12, 3, seed=seed + 10)
+    rest = B - A @ least_squares(A, B)
+    torch.testing.assert_close(A.T @ rest, torch.zeros(5, 3, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_least_squares_of_what_is_no_number_is_none(side, odd):
+    both = [normal(6, 2), normal(6, 3)]
+    both[side][1, 0] = odd
+    assert bool(least_squares(*both).isnan().all())

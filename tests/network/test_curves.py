@@ -1,5 +1,7 @@
 """Activations other than ReLU: curves at the last hidden layer, whole batches, and what certifies them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,10 @@ from torch import Generator, nn
 
 from spear import federated, metrics, models
 from spear.inversion import attack
-from spear.network.curved_bounds import curved_bounds
+from spear.network.curved_bounds import curved_bounds, levers
 from spear.network.curves.layer import Curves, Known, Layer
 from spear.network.curves.normal import Normal, Taken
-from spear.network.curves.reflections import nearest
+from spear.network.curves.reflections import freed, nearest, reflect
 from spear.network.curves.search import CurveSearch
 from spear.network.curves.together import Coupling
 from spear.network.derivatives import Derivatives
@@ -353,3 +355,34 @@ def test_models_of_the_catalogue_take_any_activation():
     result, report = run(model, x.reshape(8, 4, 15), y)
     assert report.recall == 1
     assert result.inputs.shape == (8, 4, 15)
+
+
+def test_a_clock_that_has_run_out_ends_reflections_after_one_step():
+    problem = view(network([nn.GELU], m=40), *batch(4))
+    curves = Curves.of(problem, Layer.of(problem, problem.factors(0)))
+    starts = torch.randn(3, curves.frame.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w, pieces = reflect(curves, starts, torch.tensor([0, 1, 2]), steps=50, until=0.0)
+    assert w.shape == starts.shape
+    assert len(pieces) == 3
+
+
+def test_outputs_that_no_unit_tells_are_freed_to_nothing():
+    """Where every slope is zero, any gradient at the outputs gives none at the units."""
+    problem = view(network([nn.ReLU6], m=40), *batch(4))
+    curves = Curves.of(problem, Layer.of(problem, problem.factors(0)))
+    w = torch.randn(2, curves.frame.shape[1], generator=Generator().manual_seed(0), dtype=torch.float64)
+    at = curves.at(w, torch.tensor([0, 1]))
+    dead = replace(at, slope=torch.zeros_like(at.slope))
+    free = torch.eye(10, dtype=torch.float64)[:, :3]
+    taken = Taken(torch.zeros(2, 40, dtype=torch.float64), torch.zeros(2, 40, dtype=torch.float64))
+    assert not bool(freed(replace(curves, taken=taken), dead, free).any())
+
+
+def test_rows_that_depend_on_each_other_have_no_inverse_norm():
+    rows = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[1, 2] = 2 * rows[1, 0]
+    rows[3] = 0
+    found = levers(rows @ rows.mT, torch.ones(4, 2, 6, dtype=torch.float64)).inverse
+    expected = torch.linalg.pinv(rows).norm(dim=(1, 2))
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])
+    assert bool(found[[1, 3]].isinf().all())

@@ -35,3 +35,14 @@ def test_copies_and_counts(network, count, copied):
     result = spear.attack(case.model, update, method="network", max_proposals=60)
     assert not result.certified.any()
     assert not result.differences.any()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_samples_that_the_first_layer_cannot_tell_apart(seed):
+    """Behind it what dropout took tells them apart: as many directions there, fewer below."""
+    case = sent((30, 100, 100, 5), 6, NETWORKS["dropout"], seed=seed)
+    x, y = case.inputs.clone(), case.labels.clone()
+    x[1], y[1] = x[0], (y[0] + 1) % 5
+    result = spear.attack(case.model, spear.federated.gradient(case.model, x, y), method="network", max_proposals=200)
+    assert not result.certified.any()
+    assert "some enter it alike" in result.reason
