@@ -16,7 +16,7 @@ from spear.deployments.local_training import retrace
 from spear.deployments.opening import holds_few_values, open_noisy
 from spear.descent.dictionary import Dictionary
 from spear.descent.layer import Coupled
-from spear.federated import decoding
+from spear.federated import decoding, reparametrised
 from spear.federated.naming import unwrapped
 from spear.federated.received import check_gradients
 from spear.federated.returned import as_given
@@ -118,6 +118,8 @@ def attack(
     with remembered():
         model = unwrapped(model)
         read = decoding.read(model, update)
+        model, sent_as, computed = reparametrised.plain(model, read.update)
+        read = replace(read, update=sent_as, words=(*read.words, *[computed] * bool(computed)))
         doubted = claims.contradicted(model, read.update)
         sent = next_sent(model, read.update.gradients, read.update.input_shape) if layer is None else Sent(layer)
         fixed, found = entry.with_entry(model, read.update)
