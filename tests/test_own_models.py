@@ -304,7 +304,13 @@ def test_numbers_of_words_are_no_pixels() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "act"),
-    [("convolution", nn.ReLU), *((kind, act) for kind in ("chain", "normalised") for act in (nn.LeakyReLU, nn.GELU))],
+    [
+        ("convolution", nn.ReLU),
+        ("chain", nn.LeakyReLU),
+        ("chain", nn.GELU),
+        ("normalised", nn.ReLU),
+        ("normalised", nn.GELU),
+    ],
 )
 def test_torchs_default_type_does_not_matter(act: type[nn.Module], kind: str) -> None:
     heads = [nn.Linear(N, WIDTH), act(), nn.Linear(WIDTH, CLASSES)]

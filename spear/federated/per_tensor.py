@@ -9,7 +9,7 @@ since both are sum_i z_ij ∂L/∂z_ij (for ReLU the balance that gradient flow 
 factors are the only ones with which all units keep it, but for one that all tensors share.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,6 +23,7 @@ from spear.models.tracing import chain
 from spear.reconstruction import Refusal
 
 UNITS = 256  # of a layer that are looked at: each makes an equation, a layer has two unknowns
+AT_ONCE = 2**20  # entries of a tensor that are held in double precision
 KEPT, BROKEN = 30.0, 1e3  # times their rounding: so far equations hold, and from there they do not
 APART = 1e3  # times what is left of the equations: so much is left by any other factors
 
@@ -77,9 +78,12 @@ def _balance(
         m = low.linear.out_features
         units = torch.arange(0, m, max(1, m // UNITS))
         part = torch.zeros(len(units), len(names), dtype=torch.float64)
-        for name, product in _products(low, high, update, units):
-            part[:, names.index(name)] = product.sum(1)
-            rounding[names.index(name)] += product.square().sum() * torch.finfo(update.gradients[name].dtype).eps ** 2
+        for layer, kind in (*((low, kind) for kind in _kinds(low)), (high, "weight")):
+            name = layer.own[f"{layer.name}.{kind}"]
+            column, eps = names.index(name), torch.finfo(update.gradients[name].dtype).eps
+            sums, squares = _summed(layer, kind, update, units, into=layer is low)
+            part[:, column] = sums if layer is low else -low.activation.degree * sums
+            rounding[column] += eps**2 * squares
         parts.append(part)
     return names, torch.cat(parts), rounding.sqrt()
 
@@ -88,12 +92,16 @@ def _kinds(layer: Layer) -> tuple[str, ...]:
     return ("weight",) if layer.linear.bias is None else ("weight", "bias")
 
 
-def _products(
-    low: Layer, high: Layer, update: SharedUpdate, units: Tensor
-) -> Iterator[tuple[str, Float[Tensor, "units terms"]]]:
-    """The terms that each tensor adds to the equations of some units of a layer, by the tensor's name."""
-    for layer, kind in (*((low, kind) for kind in _kinds(low)), (high, "weight")):
-        g = layer.gradient(f"{layer.name}.{kind}", update.gradients)
-        both = (x if layer is low else x.T for x in (getattr(layer.linear, kind).detach(), g))
-        weights, slopes = (x[units.to(x.device)].reshape(len(units), -1).cpu().double() for x in both)
-        yield layer.own[f"{layer.name}.{kind}"], weights * slopes * (1 if layer is low else -low.activation.degree)
+def _summed(
+    layer: Layer, kind: str, update: SharedUpdate, units: Tensor, *, into: bool
+) -> tuple[Float[Tensor, " units"], float]:
+    """The products of a tensor and its gradient, summed for each of some units that it leads `into`, or out of; and the
+    sum of their squares."""
+    g, weights = layer.gradient(f"{layer.name}.{kind}", update.gradients), getattr(layer.linear, kind).detach()
+    both = (weights, g) if into else (weights.T, g.T)
+    sums, squares = [], 0.0
+    for some in units.split(max(1, AT_ONCE // max(1, weights.numel() // len(both[0])))):
+        product = torch.mul(*(x[some.to(x.device)].reshape(len(some), -1).cpu().double() for x in both))
+        sums.append(product.sum(1))
+        squares += float(product.square().sum())
+    return torch.cat(sums), squares

@@ -94,16 +94,16 @@ def _found(model: nn.Module) -> Iterator[tuple[str, str, Normalised | Pruned]]:
 
 
 def _remove(model: nn.Module, name: str, weight: str, way: Normalised | Pruned) -> None:
-    """A plain parameter in place of a computed one."""
+    """A plain parameter in place of a computed one, and of all others of its module that are parametrized."""
     module = model.get_submodule(name)
     if isinstance(way, Pruned):
         prune.remove(module, weight)
-    elif not parametrize.is_parametrized(module, weight):
+    elif parametrize.is_parametrized(module):
+        # torch's own way takes the weight from the class, which a copy shares with the model itself
+        values = {own: getattr(module, own).detach() for own in module.parametrizations}
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for own, value in values.items():
+            module.register_parameter(own, nn.Parameter(value))
+    elif weight not in dict(module.named_parameters(recurse=False)):
         remove_weight_norm(module, weight)
-    else:  # torch's own way takes it from the class, which a copy shares with the model itself
-        value = getattr(module, weight).detach()
-        del module.parametrizations[weight]
-        if not len(module.parametrizations):
-            del module.parametrizations
-            module.__class__ = type(module).__bases__[0]
-        module.register_parameter(weight, nn.Parameter(value))

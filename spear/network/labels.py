@@ -69,13 +69,18 @@ def bias_system(
 def reweighed(problem: NetworkView, inputs: Float[Tensor, "s n"], targets: Targets) -> Targets:
     """Weights anew, by least squares on the bias gradients of all layers: (sum D_l D_lᵀ) c = sum D_l dL/dbeta_l.
 
-    Weights that do not agree with the old ones, or are not positive, make the error infinite.
+    Weights that are one, but for rounding, have one unknown. Such as do not agree with the old ones, or are not
+    positive, make the error infinite.
     """
     single = (targets.counts > 0).to(inputs)
     D, g = bias_system(problem, passes(problem, inputs, Targets(single, targets.unit, 0.0)).deltas)
     if not bool(D.isfinite().all()):
         return replace(targets, error=float("inf"))
-    copies = torch.linalg.lstsq(D.T, g[:, None]).solution[:, 0]
+    mean, summed = targets.copies.mean(), D.sum(0)
+    if bool(((targets.copies / mean - 1).abs() < problem.accuracy.weight).all()):
+        copies = ((summed @ g) / (summed @ summed)).expand(len(D))
+    else:
+        copies = torch.linalg.lstsq(D.T, g[:, None]).solution[:, 0]
     agree = (copies > 0) & ((copies / targets.copies - 1).abs() < problem.accuracy.weight)
     error = targets.error if bool(agree.all()) else float("inf")
     return replace(targets, counts=single * copies[:, None], error=error)

@@ -20,6 +20,7 @@ ROUNDS = 4  # of softmax and activations, of masks and projections: each shrinks
 SETTLED = 1e-13  # a relative change that is rounding
 ROUNDING = 1e-15  # of the largest activation: no zero is known better
 WIDE = 1e3  # ratio of neighbours between zeros and activations: larger than between zeros, or between activations
+UNSEEN = 0.25  # of the gradient's roundoff, relative to the largest activation: what is less may be none
 ABOVE = 4  # times the most negative entry: where zeros scatter evenly, one in many batches lies beyond
 
 
@@ -156,7 +157,10 @@ def active(
     """Which activations of layer k are positive: those above the gap, if in each sample one is far wider than others.
 
     Else the gradient decides, if its rank is the batch's, by `h`, what the layers above lead back to them; or the rule.
+    Where no zero came out negative, that shows no noise: what may be the gradient's rounding is no activation.
     """
+    floor = UNSEEN * problem.precision * y.amax(1, keepdim=True)
+    y = torch.where(y < floor, torch.minimum(y, -floor), y)
     widest, next_one = _ratios(y)[1].topk(2, dim=1).values.unbind(1)
     mask, doubt = above_gap(y), (widest < WIDE * next_one).nonzero()[:, 0]
     if not len(doubt):
