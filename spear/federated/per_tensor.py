@@ -22,7 +22,7 @@ from spear.models.layers import Layer
 from spear.models.tracing import chain
 from spear.reconstruction import Refusal
 
-UNITS = 256  # of a layer that are looked at: each makes an equation, a layer has two unknowns
+UNITS = 48  # of a layer that are looked at: each makes an equation, a layer has two unknowns
 AT_ONCE = 2**20  # entries of a tensor that are held in double precision
 KEPT, BROKEN = 30.0, 1e3  # times their rounding: so far equations hold, and from there they do not
 APART = 1e3  # times what is left of the equations: so much is left by any other factors
