@@ -79,11 +79,10 @@ def _balance(
         units = torch.arange(0, m, max(1, m // UNITS))
         part = torch.zeros(len(units), len(names), dtype=torch.float64)
         for layer, kind in (*((low, kind) for kind in _kinds(low)), (high, "weight")):
-            name = layer.own[f"{layer.name}.{kind}"]
-            column, eps = names.index(name), torch.finfo(update.gradients[name].dtype).eps
-            sums, squares = _summed(layer, kind, update, units, into=layer is low)
+            column = names.index(layer.own[f"{layer.name}.{kind}"])
+            sums, own = _summed(layer, kind, update, units, into=layer is low)
             part[:, column] = sums if layer is low else -low.activation.degree * sums
-            rounding[column] += eps**2 * squares
+            rounding[column] += own
         parts.append(part)
     return names, torch.cat(parts), rounding.sqrt()
 
@@ -96,7 +95,7 @@ def _summed(
     layer: Layer, kind: str, update: SharedUpdate, units: Tensor, *, into: bool
 ) -> tuple[Float[Tensor, " units"], float]:
     """The products of a tensor and its gradient, summed for each of some units that it leads `into`, or out of; and the
-    sum of their squares."""
+    variance of all their rounding."""
     g, weights = layer.gradient(f"{layer.name}.{kind}", update.gradients), getattr(layer.linear, kind).detach()
     both = (weights, g) if into else (weights.T, g.T)
     sums, squares = [], 0.0
@@ -104,4 +103,4 @@ def _summed(
         product = torch.mul(*(x[some.to(x.device)].reshape(len(some), -1).cpu().double() for x in both))
         sums.append(product.sum(1))
         squares += float(product.square().sum())
-    return torch.cat(sums), squares
+    return torch.cat(sums), torch.finfo(g.dtype).eps ** 2 * squares

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from spear.federated.update import SharedUpdate
+from spear.federated.update import Lazy, SharedUpdate
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def plain(model: nn.Module, update: SharedUpdate) -> tuple[nn.Module, SharedUpda
     parts = {part for way in found.values() for part in vars(way).values()}
     gradients = {name: g for name, g in received.items() if name not in parts}
     gradients |= {name: g for name, way in found.items() if (g := way.gradient(model, received)) is not None}
+    if isinstance(received, Lazy):  # which knows of rounding and noise
+        gradients = replace(received, names=tuple(gradients), compute=gradients.__getitem__)
     kinds = {Normalised: "normalised", Pruned: "pruned"}
     said = " or ".join(sorted({kinds[type(way)] for way in found.values()}))
     return made, replace(update, gradients=gradients), f"weights that the model holds {said} were put together"

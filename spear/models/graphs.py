@@ -108,7 +108,7 @@ def _keep_logits(module: fx.GraphModule) -> None:
     """What a model returns in a class of its own becomes a dictionary, and one that has logits these alone."""
     end = next(node for node in module.graph.nodes if node.op == "output")
     given = end.args[0]
-    if isinstance(given, fx.Node) and isinstance(given.target, type):
+    if isinstance(given, fx.Node) and isinstance(given.target, type) and given.target.__module__ != "builtins":
         given = dict(inspect.signature(given.target).bind(*given.args, **given.kwargs).arguments)
     given = given._asdict() if hasattr(given, "_asdict") else given
     if isinstance(given, Mapping):

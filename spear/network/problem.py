@@ -305,8 +305,8 @@ def view_of(
     biased = [layer.linear.bias is not None and layer.name not in idle for layer in layers]
     sent = [has and layer.own.get(f"{layer.name}.bias") in gradients for layer, has in zip(layers, biased, strict=True)]
     for layer, has in zip(layers, biased, strict=True):
-        needless = not has or layer is layers[-1]
-        if (missing := layer.missing(gradients)) and not (needless and f"{layer.name}.weight" not in missing):
+        enough = layer.own.get(f"{layer.name}.weight") in gradients and (not has or layer is layers[-1])
+        if (missing := layer.missing(gradients)) and not enough:
             raise Refusal(f"the network method needs every layer's gradient; the update has none for {missing}")
 
     def held(layer: Layer, kind: str, values: Tensor) -> Tensor:
