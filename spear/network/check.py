@@ -118,15 +118,17 @@ def conclude(
     sound = evidence.supported.nonzero()[:, 0]
     complete = evidence.holds and len(sound) == reached.rank
     reason = whole if complete else evidence.why_not() or weak(reached, len(sound), problem.batch_size)
-    reason += f"; no labels: {unexplained(problem.loss)}" if targets.free else ""
+    numbers = None
+    if targets.free:
+        reason += f"; no labels: {unexplained(problem.loss)}"
+    if targets.free and problem.loss == "squared_error":
+        unit = problem.unit(problem.batch_size or len(targets))
+        numbers = (forward(problem, inputs)[1] - targets.measured / unit)[sound]
+        reason += "; targets are the numbers, if the error is squared and all weigh alike"
     weights = None if targets.whole else targets.copies[sound] * abs(targets.unit) / problem.unit(1)
     counts = claimed(problem, (targets.counts if targets.whole else (targets.counts > 0).to(inputs))[sound])
     said = reason + multiple(problem, targets), reached
     judged = final.inputs[sound], evidence.certified[sound], complete, *said, weights, evidence.error_bound[sound]
-    numbers = None
-    if targets.free and problem.loss == "squared_error":
-        unit = problem.unit(problem.batch_size or len(targets))
-        numbers = (forward(problem, inputs)[1] - targets.measured / unit)[sound]
     return Judged(inputs[sound], counts, *judged, labelled=not targets.free, targets=numbers)
 
 

@@ -59,6 +59,7 @@ def test_the_inputs_are_certain_whatever_the_loss(name, activation, count, seed)
     if "number" in name or name == "regression":
         torch.testing.assert_close(result.targets[report.match], wanted, rtol=0, atol=1e-9)
     assert (result.targets is None) == (update.loss != "squared_error")
+    assert ("targets are the numbers" in result.reason) == (update.loss == "squared_error")
 
 
 @pytest.mark.parametrize("seed", range(2))
