@@ -120,7 +120,8 @@ def conclude(
     reason = whole if complete else evidence.why_not() or weak(reached, len(sound), problem.batch_size)
     numbers = None
     if targets.free:
-        reason += f"; no labels: {unexplained(problem.loss)}"
+        others = f"another loss than {problem.loss}, soft labels, or numbers to compare with"
+        reason += f"; no labels: none explains the gradients: {others}"
     if targets.free and problem.loss == "squared_error":
         unit = problem.unit(problem.batch_size or len(targets))
         numbers = (forward(problem, inputs)[1] - targets.measured / unit)[sound]
@@ -130,11 +131,6 @@ def conclude(
     said = reason + multiple(problem, targets), reached
     judged = final.inputs[sound], evidence.certified[sound], complete, *said, weights, evidence.error_bound[sound]
     return Judged(inputs[sound], counts, *judged, labelled=not targets.free, targets=numbers)
-
-
-def unexplained(loss: str) -> str:
-    """Why there are no labels."""
-    return f"none explains the gradients: another loss than {loss}, soft labels, or numbers to compare with"
 
 
 def claimed(problem: NetworkView, counts: Float[Tensor, "s classes"]) -> Float[Tensor, "s classes"]:

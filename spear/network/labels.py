@@ -22,6 +22,17 @@ EVIDENCE = 4  # values off the label that agree: fewer may do so by chance
 EVEN = 1e-6  # relative difference of weights that are one
 
 
+def weights_of_labels(
+    problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"]
+) -> tuple[Float[Tensor, "s classes"], Float[Tensor, "s classes"]]:
+    """The weight of each sample in the loss for every label, by least squares, and what is left of dLoss/dlogits,
+    relative to it: infinite where no positive weight fits."""
+    own = activated[:, None] - problem.one_hot(torch.arange(problem.classes, device=errors.device))
+    weight = (own * errors[:, None]).sum(2) / own.pow(2).sum(2).clamp_min(1e-300)
+    off = (errors[:, None] - weight[:, :, None] * own).norm(dim=2) / errors.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    return weight, torch.where(weight > 0, off, float("inf"))
+
+
 def decode_weighted(
     problem: NetworkView, errors: Float[Tensor, "s outputs"], activated: Float[Tensor, "s outputs"], unit: float
 ) -> Targets:
@@ -37,11 +48,7 @@ def decode_weighted(
     none = Targets(errors.new_zeros(len(errors), problem.classes), unit, float("inf"), whole=False)
     if any(b is None for b in problem.biases):
         return none
-    labels = problem.one_hot(torch.arange(problem.classes, device=errors.device))
-    own = activated[:, None] - labels
-    weight = (own * errors[:, None]).sum(2) / own.pow(2).sum(2).clamp_min(1e-300)
-    off = (errors[:, None] - weight[:, :, None] * own).norm(dim=2) / errors.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    off = torch.where(weight > 0, off, float("inf"))
+    weight, off = weights_of_labels(problem, errors, activated)
     ranked, order = off.sort(dim=1)
     unique = ranked[:, 1] > ALONE * ranked[:, 0].clamp_min(ROUNDING)
     best = order[:, :1]

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spear.directions import least_squares, unit_rows
-from spear.network.labels import decode
+from spear.network.labels import decode, weights_of_labels
 from spear.network.problem import NetworkView, Targets
 from spear.normalisation.centred import pre_activations
 from spear.normalisation.problem import NormalisedView, denormalise, normalise
@@ -49,16 +49,14 @@ def check_multiple(view: NormalisedView, weights: Float[Tensor, " b"]) -> None:
         raise Multiple(mean)
 
 
-def weights_of(
+def _weights(
     network: NetworkView, errors: Float[Tensor, "b outputs"], activated: Float[Tensor, "b outputs"]
 ) -> Float[Tensor, " b"]:
     """By how much each ∂L/∂logits is more than that of one sample of one label, whichever fits; NaN where none does."""
-    own = activated[:, None] - network.one_hot(torch.arange(network.classes, device=errors.device))
-    weight = (own * errors[:, None]).sum(2) / own.square().sum(2).clamp_min(1e-300)
-    off = (errors[:, None] - weight[:, :, None] * own).norm(dim=2) + errors.norm(dim=1, keepdim=True) * (weight < 0)
-    best = off.argmin(1, keepdim=True)
-    fits = off.gather(1, best)[:, 0] < EVEN * errors.norm(dim=1)
-    return torch.where(fits, weight.gather(1, best)[:, 0] / network.unit(len(errors)), torch.nan)
+    weight, off = weights_of_labels(network, errors, activated)
+    off, label = off.min(1)
+    own = weight.gather(1, label[:, None])[:, 0] / network.unit(len(errors))
+    return torch.where(off < EVEN, own, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def descend(
     on = 1 if mask is None else kept[0].to(y) / (1 - view.drops[top])
     v, *behind = normalise(view.afters[top], network.activations[top].value(y) * on)
     activated = network.activate(network.apply(top + 1, v))
-    check_multiple(view, weights_of(network, errors, activated))
+    check_multiple(view, _weights(network, errors, activated))
     targets = replace(decode(network, errors, activated), measured=errors)
     slopes = denormalise(view.afters[top], targets.errors(activated) @ network.weights[top + 1], *behind)
     deltas = denormalise(view.norms[top], slopes * network.activations[top].slope(y) * on, normal, deviation)
