@@ -137,9 +137,9 @@ class Reconstruction:
     nothing is certified or complete; `expected_error` (k,) is then each input's expected relative error
     |guess - truth| / |truth|, from what the server knows alone. `weights` (k,) are the weights in the loss, where
     clipping, or an average over unequal clients, made them differ from sample to sample. `method` is the method that
-    made it: one of `spear.inversion.METHODS`, or "noise", "pruning" or "local training". No certified input's relative
-    error is above its `error_bound` (k,), infinite where there is none, and that is at most `limit`: 1e-6 where model
-    and update are float64, else 1e-3 (`spear.certificate`). Where the update does not depend on the mean of the batch
+    made it: one of `spear.inversion.METHODS`, or "noise", "pruning" or "local training". `error_bound` (k,) bounds each
+    input's relative error, to first order, rounding taken as independent, with a margin (`spear.certificate`); infinite
+    where there is none. Of a certified input it is at most `limit`: 1e-6 where model and update are float64, else 1e-3. Where the update does not depend on the mean of the batch
     (batch normalisation behind the first layer), inputs that are not certified may be so up to one image that is added
     to all of them: `difference_bound` (k,) then bounds the error of each less their mean, relative to that; else it is
     `None`.

@@ -137,8 +137,8 @@ def audit(
 
     Where an update is given but no client can be simulated (a model of two inputs), only the update is attacked.
 
-    Raises `ValueError` for a model that cannot be traced or has no linear layer that a ReLU follows, and as
-    `spear.attack` and `spear.audit.sample.choose` do.
+    Raises `ValueError` for a model that cannot be traced or has no layer that can be attacked, alone or with
+    others, and as `spear.attack` and `spear.audit.sample.choose` do.
     """
     check_number("time_limit", time_limit, 0)
     check_number("trial_limit", trial_limit, 0)

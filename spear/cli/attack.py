@@ -9,6 +9,7 @@ import typer
 from spear import paths
 from spear.cli.shared import (
     Control,
+    InputShape,
     Loss,
     MiniBatch,
     Momentum,
@@ -19,6 +20,7 @@ from spear.cli.shared import (
     WeightDecay,
     executor_of,
     printable,
+    shape_of,
 )
 
 METHODS = "auto, the strongest fit; or sampling, guided, dictionary, layer (one layer), block (two), network (all)."
@@ -39,7 +41,8 @@ def attack(
     loss: Loss = None,
     samples: Samples = None,
     control: Control = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds.")] = None,
+    input_shape: InputShape = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds; default no limit.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default cpu.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, whose workers sample.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the recovered samples here, safetensors.")] = None,
@@ -50,7 +53,8 @@ def attack(
 
     MODEL is a file of torch.export: nothing in it is run. With --run-code it may be code: PACKAGE.MODULE:FACTORY, where
     calling FACTORY without arguments gives the torch module (the working directory is importable), or a TorchScript
-    archive. UPDATE is a safetensors file of gradients by parameter name.
+    archive. UPDATE is a safetensors file of gradients by parameter name,
+    as `SharedUpdate.save` or any other program writes it.
 
     Exit status: 0 nothing was recovered, 1 something was, 2 the attack could not run.
     """
@@ -66,12 +70,12 @@ def attack(
     with executor_of(scheduler) as executor, Display("attack") as display:
         display.part(f"loading {update}")
         shared = SharedUpdate.load(update).disclosing(**told, momentum=momentum, count=samples)
-        shared = given.without_control(shared, control)
+        shared = given.shaped(given.without_control(shared, control), shape_of(input_shape))
         display.part(f"loading {model}")
-        module = files.load(model, weights, run_code=run_code).module
+        loaded = files.load(model, weights, run_code=run_code)
         display.part(f"method {method}")
         result = inversion.attack(
-            module,
+            loaded.module,
             shared,
             method=_with_executor(method, executor),
             layer=layer,
@@ -81,7 +85,7 @@ def attack(
             progress=display.progress,
         )
     print(printable(recovered.words(result)))
-    recovered.write(result, output, picture)
+    recovered.write(recovered.shaped(result, loaded.input_shape), output, picture)
     raise typer.Exit(1 if len(result.inputs) else 0)
 
 

@@ -6,7 +6,19 @@ from typing import Annotated
 import typer
 
 from spear import paths
-from spear.cli.shared import Control, Loss, MiniBatch, Momentum, Rate, RunCode, Samples, Steps, WeightDecay
+from spear.cli.shared import (
+    Control,
+    InputShape,
+    Loss,
+    MiniBatch,
+    Momentum,
+    Rate,
+    RunCode,
+    Samples,
+    Steps,
+    WeightDecay,
+    shape_of,
+)
 
 
 def audit(
@@ -26,7 +38,7 @@ def audit(
     data: Annotated[str | None, typer.Option(help="Data set by name, or a folder of pictures by class.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Batch size of simulated clients; default 16.")] = None,
     layer: Annotated[str | None, typer.Option(help="Linear layer to attack; default the first.")] = None,
-    input_shape: Annotated[str | None, typer.Option(help="Of one sample, as in 3,32,32.")] = None,
+    input_shape: InputShape = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for the attack on the update.")] = 60,
     trial_limit: Annotated[float, typer.Option(help="Seconds for each simulated attack.")] = 5,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
@@ -62,7 +74,7 @@ def audit(
             data=data,
             count=count,
             layer=layer,
-            input_shape=_shape(input_shape) or loaded.input_shape,
+            input_shape=shape_of(input_shape) or loaded.input_shape,
             time_limit=time_limit,
             trial_limit=trial_limit,
             seed=seed,
@@ -73,10 +85,3 @@ def audit(
     contents = {page: report.html, json: report.to_json}
     paths.write({path: write(result).encode() for path, write in contents.items() if path is not None})
     raise typer.Exit(result.status)
-
-
-def _shape(words: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if words is None else tuple(int(size) for size in words.split(","))
-    except ValueError as error:
-        raise ValueError(f"--input-shape {words!r} is not of the form 3,32,32") from error

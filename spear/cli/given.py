@@ -1,5 +1,6 @@
-"""The update that `spear audit` is given: a file of gradients, weights before and after, or none."""
+"""The update that a command is given: a file of gradients, weights before and after, or none."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ def refuse_both(file: Path | None, before: Path | None, after: Path | None, rate
 def without_control(update: SharedUpdate, file: Path | None) -> SharedUpdate:
     """The update without the control variates in a file, where there is one."""
     return update if file is None else variates.without_control(update, read_tensors(file)[0])
+
+
+def shaped(update: SharedUpdate, shape: tuple[int, ...] | None) -> SharedUpdate:
+    """The update with the shape of a sample, where the caller says one. Raises `ValueError` where it says another."""
+    if shape is not None and update.input_shape not in (None, shape):
+        raise ValueError(f"the update says that a sample has the shape {update.input_shape}, not {shape}")
+    return update if shape is None else replace(update, input_shape=shape)
 
 
 def update(

@@ -1,7 +1,9 @@
 """What `spear attack` recovered, as words, as a file and as a picture."""
 
 import io
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
@@ -20,6 +22,14 @@ def words(result: Reconstruction) -> str:
         "reason": result.reason,
     }
     return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
+
+
+def shaped(result: Reconstruction, shape: tuple[int, ...] | None) -> Reconstruction:
+    """The samples in the shape that the model's file says, where the update says none and they have as many entries."""
+    flat = result.inputs.ndim == 2 and not result.features_of
+    if shape is None or not flat or math.prod(shape) != result.inputs.shape[1]:
+        return result
+    return replace(result, inputs=result.inputs.unflatten(1, shape))
 
 
 def write(result: Reconstruction, output: Path | None, picture: Path | None) -> None:

@@ -27,7 +27,13 @@ Momentum = Annotated[float | None, typer.Option(help="Of the local SGD; default 
 WeightDecay = Annotated[float | None, typer.Option(help="Of the client's SGD; default: read off the update.")]
 Loss = Annotated[str | None, typer.Option(help="cross_entropy (the default), binary_cross_entropy or squared_error.")]
 Control = Annotated[Path | None, typer.Option(help="What SCAFFOLD's client added, c - c_i, safetensors.")]
-Samples = Annotated[int | None, typer.Option(help="How many samples the client says it used.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        help="How many samples the client says it used; unless this or the update says it, nothing is certified."
+    ),
+]
+InputShape = Annotated[str | None, typer.Option(help="Of one sample, as in 3,32,32.")]
 RunCode = Annotated[
     bool, typer.Option("--run-code", help="Code of the model may run: a factory's, or a TorchScript archive's.")
 ]
@@ -36,6 +42,14 @@ RunCode = Annotated[
 def printable(text: str) -> str:
     """Text that may quote a stranger's file, without the characters that a terminal obeys."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def shape_of(words: str | None) -> tuple[int, ...] | None:
+    """The shape that `--input-shape` says. Raises `ValueError` for another form."""
+    try:
+        return None if words is None else tuple(int(size) for size in words.split(","))
+    except ValueError as error:
+        raise ValueError(f"--input-shape {words!r} is not of the form 3,32,32") from error
 
 
 def executor_of(scheduler: str | None) -> AbstractContextManager[Executor | None]:
