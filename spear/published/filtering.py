@@ -45,7 +45,6 @@ def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: f
     zero, q = zero_rows(L, q, tolerance=tolerance), unit_rows(q)
     if L.shape[1] == 1:
         return torch.ones_like(zero[:, 0])
-    norm = torch.linalg.matrix_norm  # of Frobenius: no eigenvalue is larger
     floor, sure = max(1e-9, (3 * tolerance) ** 2), torch.zeros_like(zero[:, 0])
     for k, rows in enumerate(zero):
         A = L[rows]
@@ -54,9 +53,22 @@ def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: f
         factor, failed = torch.linalg.cholesky_ex(own + size * q[k, :, None] * q[k])  # q is all of its kernel
         if not failed:
             inverse = torch.cholesky_inverse(factor)
-            carried = ((A @ inverse) * A).sum(1)
-            sure[k] = (norm(inverse) * floor * norm(own) < 1) & (carried <= FULL_LEVERAGE).all()
+            spare = (((A @ inverse) * A).sum(1) <= FULL_LEVERAGE).all()
+            sure[k] = spare & _is_firm(own, inverse, floor)
     return sure
+
+
+def _is_firm(gram: Float[Tensor, "b b"], inverse: Float[Tensor, "b b"], floor: float) -> Bool[Tensor, ""]:
+    """Whether the second eigenvalue, the kernel's being the first, is above `floor` times the largest.
+
+    `inverse` is that of the Gram matrix with its kernel filled. Frobenius norms bound the largest over the second;
+    where that is too much, as under noise, the eigenvalues decide.
+    """
+    firm = torch.linalg.matrix_norm(inverse) * torch.linalg.matrix_norm(gram) * floor < 1
+    if firm:
+        return firm
+    values = torch.linalg.eigvalsh(gram)
+    return values[1] > floor * values[-1]
 
 
 def leverage(L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"]) -> Float[Tensor, "h m"]:

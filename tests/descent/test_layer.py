@@ -190,6 +190,20 @@ def test_under_noise_the_images_come_back_uncertified(method, size, seed):
 
 
 @pytest.mark.parametrize("method", ["layer", "dictionary"])
+def test_a_tenth_of_noise_leaves_images_to_be_seen(method):
+    problem, size = make(16, 400, 800, seed=0), 0.1
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        name: g + size * g.square().mean().sqrt() * torch.randn(g.shape, generator=generator, dtype=g.dtype)
+        for name, g in problem.update.gradients.items()
+    }
+    result = attack(problem.model, SharedUpdate(noisy, count=16), method=method)
+    assert len(result.inputs) == 16
+    assert not result.certified.any()
+    assert float(evaluate(result, problem.inputs, problem.labels).relative_error.max()) < 3 * size
+
+
+@pytest.mark.parametrize("method", ["layer", "dictionary"])
 def test_noise_alone_gives_nothing(method):
     problem = make(6, 100, 60)
     generator = torch.Generator().manual_seed(0)

@@ -85,6 +85,24 @@ def test_determined_is_the_textbook_rank_test(seed):
     assert filtering.determined(L, q).tolist() == [textbook_determined(L, v) for v in q]
 
 
+@pytest.mark.parametrize("tolerance", [1e-3, 0.03, 0.1])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_under_noise_determined_is_the_test_of_eigenvalues(tolerance, seed):
+    problem = make(6, 80, 40, seed=seed)
+    L = problem.observed.L + tolerance / 30 * normal(80, 6, seed=seed) / 80**0.5
+    near = unit(torch.cat([problem.q, problem.q[:5] + problem.q[1:], normal(20, 6, seed=seed + 9)]))
+    expected = []
+    for direction in near:
+        A = L[filtering.zero_rows(L, direction[None], tolerance=tolerance)[0]]
+        values, vectors = torch.linalg.eigh(A.mT @ A)
+        carried = (A @ vectors[:, 1:] / values[1:].clamp_min(1e-300).sqrt()).square().sum(1)
+        firm = values[1] > max(1e-9, (3 * tolerance) ** 2) * values[-1]
+        expected.append(bool(firm and (carried <= filtering.FULL_LEVERAGE).all()))
+    assert all(expected[:6])
+    assert not all(expected)
+    assert filtering.determined(L, near, tolerance=tolerance).tolist() == expected
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_greedy_basis(seed):
     q = unit(normal(4, 4, seed=seed))
