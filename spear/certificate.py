@@ -25,7 +25,10 @@ leaves of U makes them, whichever is more, times `SAFETY`. That is assumed; all 
 **Limits.** Samples that share an activation pattern and have parallel vectors in F_i look like fewer: where A, the
 Jacobian of the logits in their linear region, has A h = 0, x + h and x - h leave exactly the gradient of twice x. So
 the number of samples must be disclosed, is taken on trust, and must be that of the images found, each once. And the
-batch is the only one in its linear region: one with other activation patterns is not excluded.
+batch is the only one in its linear region: one with other activation patterns is not excluded, and networks can be
+built that have one (units in groups that fire together, so that means of samples fire in one group each). That all
+tensors of the update share one factor is read off where it shows, and is else taken on trust: behind a layer without
+biases of its own and a normalisation nothing but the bias gradient tells the length of an input.
 """
 
 import math
@@ -43,6 +46,7 @@ LOOSE = 1e-2  # relative error up to which an input that is not certified is sti
 NO_ANGLE = 1e-12  # squared sine of two spaces that meet
 DEPENDENT = 1e-12  # share of a vector beside others under which it is made of them
 LEAST_NORM = 1e-6  # of the batch's root mean square norm: what an error is relative to where an image is black
+LEAST_BESIDE = 1e-7  # share of a row's change by its length that others do not make: less is rounding
 AT_ONCE = 64  # samples whose Gram matrices are held together
 
 
@@ -211,16 +215,21 @@ def length_by_reader(
 ) -> tuple[Float[Tensor, " b"], float]:
     """By what share each input can be longer or shorter, from the gradient J of a linear layer that reads `outputs`.
 
-    J = C Y for the rows Y of `outputs`, [y; 1] of the samples, whatever the loss and that layer's weights. An input
-    that is longer by a share t moves its row by t times that of `slopes`: what J shows beside the rows of Y tells t, by
-    least squares. Infinite where it does not. Also returned: what is left of J, relative to it. Its rounding is `eps`.
+    J = C Y for the rows Y of `outputs`, what the samples give that layer, whatever the loss and its weights; its bias,
+    whose gradient may have a factor of its own as the first one's may, is left out. An input that is longer by a share
+    t moves its row by t times that of `slopes`: what J shows beside the rows of Y tells t, by least squares. Infinite
+    where it does not, as behind biases that are zero. Also returned: what is left of J, relative to it. Its rounding is
+    `eps`.
     """
     Q, R = torch.linalg.qr(outputs.mT)
     beside = slopes - (slopes @ Q) @ Q.mT
+    told = torch.linalg.vector_norm(beside, dim=1) > LEAST_BESIDE * torch.linalg.vector_norm(slopes, dim=1)
+    beside = beside * told[:, None]
     found = J.times(torch.cat([Q, beside.mT], 1))
     C = torch.linalg.solve_triangular(R, found[:, : len(outputs)].mT, upper=True)  # J = Cᵀ Y
     gram = (C @ C.mT) * (beside @ beside.mT)
-    inverse, wrong = torch.linalg.inv_ex(gram + torch.finfo(gram.dtype).eps * gram.diagonal().diag())
+    gram = gram + torch.where(told, torch.finfo(gram.dtype).eps * gram.diagonal(), 1.0).diag()
+    inverse, wrong = torch.linalg.inv_ex(gram)
     if int(wrong) or not bool(inverse.isfinite().all() and (gram.diagonal() > 0).all()):
         return torch.full_like(gram[0], torch.inf), torch.inf
     shares = inverse @ (C * found[:, len(outputs) :].mT).sum(1)
@@ -229,4 +238,5 @@ def length_by_reader(
         own = block - found[part, : len(outputs)] @ Q.mT - (C[:, part].mT * shares) @ beside
         rest, whole = math.hypot(rest, float(own.norm())), math.hypot(whole, float(block.norm()))
     entries = max(rest, eps * whole) / math.prod(J.shape) ** 0.5
-    return shares.abs() + SAFETY * entries * inverse.diagonal().clamp_min(0).sqrt(), rest / max(whole, 1e-300)
+    open_by = shares.abs() + SAFETY * entries * inverse.diagonal().clamp_min(0).sqrt()
+    return torch.where(told, open_by, torch.inf), rest / max(whole, 1e-300)

@@ -131,18 +131,19 @@ class Reconstruction:
 
     `inputs` (k, *input shape) and `labels` (k,) or None; `residuals` (k,) is, per sample, the relative distance between
     its own gradient as recovered and as recomputed from input and label (infinite without labels); `certified` (k,)
-    tells which samples are beyond doubt, by every layer where the rest of the model is known, by one layer alone where
-    it is not. `rank` is the batch size that the gradient shows, `complete` whether the whole batch, as far as the
-    client disclosed its size, was recovered and certified, and `reason` why the attack stopped, in words. Under noise
-    nothing is certified or complete; `expected_error` (k,) is then each input's expected relative error
-    |guess - truth| / |truth|, from what the server knows alone. `weights` (k,) are the weights in the loss, where
-    clipping, or an average over unequal clients, made them differ from sample to sample. `method` is the method that
-    made it: one of `spear.inversion.METHODS`, or "noise", "pruning" or "local training". `error_bound` (k,) bounds each
-    input's relative error, to first order, rounding taken as independent, with a margin (`spear.certificate`); infinite
-    where there is none. Of a certified input it is at most `limit`: 1e-6 where model and update are float64, else 1e-3.
-    Where the update does not depend on the mean of the batch (batch normalisation behind the first layer), inputs that
-    are not certified may be so up to one image that is added to all of them: `difference_bound` (k,) then bounds the
-    error of each less their mean, relative to that; else it is `None`.
+    tells which samples are certain by the theorem of `spear.certificate`, in its terms and within its limits: by every
+    layer where the rest of the model is known, by one layer alone where it is not. `rank` is the batch size that the
+    gradient shows, `complete` whether the whole batch, as far as the client disclosed its size, was recovered and
+    certified, and `reason` why the attack stopped, in words. Under noise nothing is certified or complete;
+    `expected_error` (k,) is then each input's expected relative error |guess - truth| / |truth|, from what the server
+    knows alone. `weights` (k,) are the weights in the loss, where clipping, or an average over unequal clients, made
+    them differ from sample to sample. `method` is the method that made it: one of `spear.inversion.METHODS`, or
+    "noise", "pruning" or "local training". `error_bound` (k,) bounds each input's relative error, to first order,
+    rounding taken as independent, with a margin (`spear.certificate`); infinite where there is none. Of a certified
+    input it is at most `limit`: 1e-6 where model and update are float64, else 1e-3. Where the update does not depend on
+    the mean of the batch (batch normalisation behind the first layer), inputs that are not certified may be so up to
+    one image that is added to all of them: `difference_bound` (k,) then bounds the error of each less their mean,
+    relative to that; else it is `None`.
     `targets` (k, outputs) are the numbers that the client's squared error compares the outputs with, all samples
     weighing alike, where these are no labels: `labels` is then None.
     `features_of` is empty where the inputs are samples; else it names the linear layer of the model that they enter:

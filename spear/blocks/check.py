@@ -20,7 +20,8 @@ times `spear.certificate.SAFETY`.
 **Assumed**, as elsewhere: that no second set of tokens, far from this one, gives both gradients. Each solves m - n
 equations more than it has unknowns to rounding; its g and d, which no such equation mentions, must reproduce U and U'
 entry by entry; and a round of starts from the whole gradients ends at none but these tokens. The number of tokens must
-be disclosed, is taken on trust, and must be the rank.
+be disclosed, is taken on trust, and must be the rank. Where phi(c z) = c^k phi(z), the gradient of the second layer's
+weights must tell the length of each token, beside the biases'.
 """
 
 import torch
@@ -31,8 +32,11 @@ from spear.blocks.curves import TokenCurves
 from spear.blocks.lengths import Lengths
 from spear.blocks.search import PART, Tokens, together
 from spear.blocks.view import BlockView
-from spear.certificate import SAFETY, Certificate, inverse_columns, norms, rms
+from spear.certificate import SAFETY, Certificate, inverse_columns, length_by_reader, norms, rms
 from spear.directions import unit_rows
+from spear.models.streaming import Blocks
+
+BY_BIASES = "lengths rest on the biases' gradients alone, which may have a factor of their own"
 
 
 def certificate(view: BlockView, found: Tokens, lengths: Lengths, doubt: str) -> Certificate:
@@ -51,8 +55,20 @@ def certificate(view: BlockView, found: Tokens, lengths: Lengths, doubt: str) ->
         error_bound=bound,
         allowed=view.accuracy.recovered,
         doubt=lengths.doubt,
-        reserve=doubt,
+        reserve=doubt or ("" if bool((open_lengths(view, found) <= view.accuracy.recovered).all()) else BY_BIASES),
     )
+
+
+def open_lengths(view: BlockView, found: Tokens) -> Float[Tensor, " n"]:
+    """By what share each token can be longer or shorter where the factor of the biases' gradients alone tells it:
+    infinite where these biases are zero, and phi(c z) = c^k phi(z). What else tells lengths says so by itself."""
+    x = view.tokens(found.extended)
+    if not view.is_scaled or view.activation.degree is None:
+        return torch.zeros_like(x[:, 0])
+    m = view.above.shape[1] - view.anchored[1]
+    moved = view.activation.slope(found.extended @ view.lift.T) * (x @ view.lift[:, : x.shape[1]].T)
+    moved = moved.unflatten(1, (-1, m)).sum(1)  # gated: by either factor
+    return length_by_reader(found.read[:, :m], moved, Blocks(view.above[:, :m], None, view.above), view.eps)[0]
 
 
 def errors(

@@ -16,6 +16,7 @@ from spear.fronts.least_squares import residual
 from spear.fronts.problem import FrontProblem, without_last_relu
 from spear.fronts.search import search, sharpened_together
 from spear.fronts.softened import Softness
+from spear.fronts.steps import folding
 from spear.models.fronts import Cut
 from spear.reconstruction import Reconstruction, Stats, Terms
 
@@ -82,6 +83,8 @@ def _judged(
         doubt = f"the batch reproduces the front's gradients to {rest.parameters:.0e}, rounding allows {allowed:.0e}"
     elif not bool((bound <= found.limit).all()):
         doubt = "features and gradients do not determine every input where a share of the equations is left out"
+    elif step := folding(problem.front, problem.shape, float(inputs.abs().max())):
+        doubt = f"the step {step} of what computes the features can give the same for inputs that are mirrored"
     certified = found.certified & (bound <= found.limit) & (not doubt)
     complete = found.complete and bool(certified.all())
     reason = f"{found.reason}; each input from its features"

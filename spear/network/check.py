@@ -7,16 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.certificate import Certificate
+from spear.certificate import Certificate, length_by_reader
+from spear.models.streaming import Blocks, product
 from spear.network.curved_bounds import Levers
 from spear.network.error_bounds import input_bounds
 from spear.network.labels import WHOLE_NUMBERS, measured, reweighed
-from spear.network.problem import NetworkView, Targets, forward, passes
+from spear.network.problem import NetworkView, Passes, Targets, forward, passes
 from spear.network.recovery import Judged, Reached, number
 from spear.network.rest import rest_of
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
 AS_MEASURED = "not certified: the softmax of such large logits multiplies their rounding"
+BY_BIASES = "not certified: lengths rest on the biases' gradients alone, which may have a factor of their own"
 FITS = 4  # of dLoss/dlogits and inputs, in turn, where no labels tell the former
 CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 
@@ -76,19 +78,43 @@ def judge(
         inputs = best_check(problem, inputs, targets)[1]
     final, inputs = best_check(problem, inputs, targets)
     of_any = replace(problem, loss="squared_error") if targets.free else problem  # of which any dLoss/dlogits may be
-    bound = input_bounds(of_any, passes(problem, inputs, targets), targets, known)
-    evidence = certificate(problem, final, targets, bound)
+    run = passes(problem, inputs, targets)
+    bound = input_bounds(of_any, run, targets, known)
+    open_ = targets.free and not bool((open_lengths(problem, run) <= problem.accuracy.recovered).all())
+    evidence = certificate(problem, final, targets, bound, reserve=BY_BIASES if open_ else "")
     return conclude(problem, evidence, inputs, targets, final, reached, WHOLE)
 
 
+def open_lengths(problem: NetworkView, run: Passes) -> Float[Tensor, " s"]:
+    """By what share each input can be longer or shorter where no loss tells it: infinite behind biases that are zero.
+
+    Then x / 2 with twice its dLoss/dlogits leaves the same in every weight's gradient, twice as much in the biases'.
+    """
+    least, moved = torch.full_like(run.inputs[0][:, 0], math.inf), run.inputs[0]
+    for k in range(problem.last + 1):
+        moved = product(moved, problem.weights[k]) * run.slopes[k]  # of the next layer's inputs by the length of x
+        J = Blocks(problem.weight_gradients[k + 1], None, problem.weights[-1])
+        shares, _ = length_by_reader(run.inputs[k + 1], moved, J, 2 * problem.precision)
+        least = torch.minimum(least, shares)
+    return least
+
+
 def certificate(
-    problem: NetworkView, final: Misfit, targets: Targets, bound: Float[Tensor, " s"], doubt: str = ""
+    problem: NetworkView,
+    final: Misfit,
+    targets: Targets,
+    bound: Float[Tensor, " s"],
+    doubt: str = "",
+    reserve: str = "",
 ) -> Certificate:
-    """The evidence for a batch that is to explain every layer's gradient, whose inputs' errors are under `bound`."""
+    """The evidence for a batch that is to explain every layer's gradient, whose inputs' errors are under `bound`.
+
+    `doubt` and `reserve` are what is held against it beforehand.
+    """
     off = f"labels do not come out as whole numbers (off by {targets.error:.1e})"
     if targets.error >= WHOLE_NUMBERS and not targets.free:
         doubt = f"{off}: neither hard nor evenly smoothed labels of equal weight"
-    reserve = "" if targets.computed or targets.free else AS_MEASURED
+    reserve = reserve if targets.computed or targets.free else AS_MEASURED
     if targets.free and (problem.biases[0] is None or not all(phi.is_flat for phi in problem.activations)):
         reserve = "not certified: without labels nothing is certain but behind biases and slopes of a few values"
     if not targets.whole and problem.outputs <= 2:

@@ -168,12 +168,10 @@ def _by_readers(target: LayerView, X: Float[Tensor, "b n"]) -> tuple[Float[Tenso
         mapped = layer.after.then_of(Z.relu())
         slopes = layer.after.slope_of((Z > 0) * (Z - layer.linear.bias))
     for name in layer.readers:
-        weight, bias = (target.gradients.received.get(f"{name}.{kind}") for kind in ("weight", "bias"))
+        weight = target.gradients.received.get(f"{name}.weight")
         if weight is None:
             continue
-        one = X.new_ones(len(X), int(bias is not None))
-        J = Blocks(weight, None if bias is None else bias.to(X), X[:0])
-        shares, left = length_by_reader(torch.cat([mapped, one], 1), torch.cat([slopes, 0 * one], 1), J, target.eps)
+        shares, left = length_by_reader(mapped, slopes, Blocks(weight, None, X[:0]), target.eps)
         if left > target.eps**0.5 and math.isfinite(left):
             return best, f"the gradient of {name} has {left:.0e} beside the samples'"
         best = torch.minimum(best, shares)

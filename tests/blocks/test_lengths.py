@@ -205,3 +205,32 @@ def test_the_number_of_tokens_must_be_disclosed() -> None:
     assert "not known" in result.reason
     assert not bool(result.certified.any())
     assert float(nearest(given(model, NAME, ids), result.inputs).max()) < 1e-9
+
+
+class Mixed(nn.Module):
+    """A block of ReLU with biases, whose tokens are averaged."""
+
+    def __init__(self, seed: int, *, zero: bool) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second, self.head = nn.Linear(8, 64), nn.Linear(64, 24), nn.Linear(24, CLASSES)
+        if zero:
+            nn.init.zeros_(self.first.bias)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(torch.relu(self.first(x))).tanh().mean(1))
+
+
+@pytest.mark.parametrize(("zero", "factor"), [(False, 1.0), (True, 1.0), (True, 2.0)])
+@pytest.mark.parametrize("seed", range(2))
+def test_biases_that_are_zero_do_not_tell_lengths(seed: int, factor: float, zero: bool) -> None:
+    model = Mixed(seed, zero=zero)
+    x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    update = federated.gradient(model, x, torch.tensor([0, 1, 1]))
+    sent = {name: g * factor if name.endswith("bias") else g for name, g in update.gradients.items()}
+    result = attacked(model, replace(update, gradients=sent), "first")
+    assert float(nearest(x.flatten(0, 1), result.inputs * factor).max()) < 1e-8
+    assert bool(result.certified.all()) is not zero
+    assert result.complete is not zero
+    assert zero is ("may have a factor of their own" in result.reason)

@@ -18,6 +18,7 @@ from spear.fronts.least_squares import Linearised, residual
 from spear.fronts.problem import FrontProblem, without_last_relu
 from spear.fronts.softened import SoftMaxPool, Softness, SoftReLU, measured, softened
 from spear.fronts.spectrum import Spectrum
+from spear.fronts.steps import folding
 from spear.models.fronts import cut
 
 CLASSES, WIDTH = 5, 60
@@ -370,3 +371,54 @@ def test_descent_solves_squares_each_sample_by_itself(seed: int) -> None:
         alone = Descent(cost(A[k : k + 1], x[k : k + 1]), torch.zeros_like(x[:1])).run(10, math.inf)
         among = Descent(cost(A, x), torch.zeros_like(x)).run(10, math.inf)
         torch.testing.assert_close(alone[0], among[k])
+
+
+class Mapped(nn.Module):
+    """A convolution of what `map` makes of the pixels."""
+
+    def __init__(self, map: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] = F.relu) -> None:
+        super().__init__()
+        self.map, self.after, self.first = map, after, nn.Conv2d(1, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.first(self.map(x))).flatten(1)
+
+
+def magnitudes(x: Tensor) -> Tensor:
+    return torch.fft.fft2(x).abs()
+
+
+FOLDS = {"squares": torch.square, "products": lambda x: x * x, "sizes": torch.abs, "GELU": F.gelu, "cosines": torch.cos}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", FOLDS)
+def test_pixels_that_could_be_mirrored_are_not_certified(name: str, seed: int) -> None:
+    """Each pixel of either sign, or of either side of a minimum, gives the same features and gradients."""
+    model, (x, y) = with_head(lambda: Mapped(FOLDS[name]), seed), batch(seed, size=3)
+    result = spear.attack(model, federated.gradient(model, x, y), seed=seed)
+    assert not bool(result.certified.any()) or result.features_of
+    assert not result.complete
+    if "each input from its features" in result.reason:
+        assert "can give the same for inputs that are mirrored" in result.reason or "do not determine" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("made", "folds"),
+    [
+        *((lambda fold=fold: Mapped(fold), True) for fold in (*FOLDS.values(), magnitudes)),
+        *((lambda after=after: Mapped(lambda x: (x - 0.1) / 2, after), False) for after in (F.relu, F.gelu, F.silu)),
+        *(
+            (lambda after=after: Mapped(nn.Identity(), after), False)
+            for after in (torch.tanh, F.softplus, F.leaky_relu)
+        ),
+        (lambda: Mapped(nn.Identity(), torch.abs), True),
+        (lambda: Mapped(nn.Identity(), lambda z: torch.cat(z.relu().chunk(2, 1), 1)), False),
+        (lambda: Mapped(nn.Identity(), lambda z: z.chunk(2, 1)[0] * z.chunk(2, 1)[1]), True),
+        *((front, False) for front in (*FRONTS, pooled)),
+    ],
+)
+def test_steps_that_could_fold_are_seen(made: Callable[[], nn.Module], folds: bool) -> None:
+    parts = cut(with_head(made, 0), (1, 8, 8))
+    assert bool(folding(parts.front, (1, 8, 8), 2.0)) is folds
+    assert bool(folding(parts.front, (1, 8, 8), 2e-3)) is folds

@@ -130,3 +130,47 @@ def test_behind_a_normalisation_there_are_no_labels_either():
     result = spear.attack(model, update, method="network", time_limit=30)
     assert not result.certified.any()
     assert not len(result.inputs) or result.labels is None
+
+
+def with_zero_biases(model: nn.Module) -> nn.Module:
+    for part in model:
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
+    return model
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("method", ["network", "layer", "sampling"])
+@pytest.mark.parametrize("name", ["regression", "several numbers", "soft labels"])
+def test_behind_zero_biases_nothing_but_a_factor_tells_lengths(name: str, method: str, factor: float) -> None:
+    """x / c and c dLoss/dlogits leave the same in every weight's gradient, and c times as much in the biases'."""
+    told, outputs, loss = LOSSES[name]
+    model, (x, _) = with_zero_biases(network(nn.ReLU, outputs, 0)), batch(4, N, seed=0)
+    wanted = torch.randn(4, outputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = zip(names, torch.autograd.grad(loss(model(x), wanted), parameters), strict=True)
+    sent = {name: g * factor if name.endswith("bias") else g for name, g in gradients}
+    result = spear.attack(model, SharedUpdate(sent, count=4, loss=told), method=method)
+    assert len(result.inputs) == 4
+    assert not bool(result.certified.any())
+    assert not result.complete
+    assert "length" in result.reason
+    report = spear.metrics.evaluate(replace(result, inputs=result.inputs * factor), x)
+    assert float(report.relative_error.max()) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_layer_of_biases_tells_lengths(seed: int) -> None:
+    """A factor on the biases' gradients then shows: nothing is certified that is not right."""
+    model, x, _, update = problem("several numbers", nn.ReLU, 4, seed)
+    nn.init.zeros_(model[2].bias)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    wanted = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gradients = dict(zip(names, torch.autograd.grad(F.mse_loss(model(x), wanted), parameters), strict=True))
+    honest = spear.attack(model, replace(update, gradients=gradients), method="network")
+    assert honest.complete
+    assert spear.metrics.evaluate(honest, x).recall == 1
+    doubled = {name: 2 * g if name.endswith("bias") else g for name, g in gradients.items()}
+    result = spear.attack(model, replace(update, gradients=doubled))
+    error = torch.cdist(result.inputs, x).amin(1) / x.norm(dim=1).amin()
+    assert not bool((result.certified & (error > 1e-6)).any())
