@@ -51,9 +51,12 @@ class _Steps(fx.Interpreter):
 
     def _could_fold(self, n: fx.Node, data: list[fx.Node], values: list[Tensor]) -> bool:
         held = {node: self.env[node] for node in data}
-        found = self._is_bent(n, data, values)
-        self.env.update(held)
-        return found
+        try:
+            return self._is_bent(n, data, values)
+        except (RuntimeError, ValueError, IndexError):  # it does not take any numbers: nothing is known of it
+            return True
+        finally:
+            self.env.update(held)
 
     def _is_bent(self, n: fx.Node, data: list[fx.Node], values: list[Tensor]) -> bool:
         """Whether a step is neither affine, nor keeps the order, nor has entries to spare and is not even."""
