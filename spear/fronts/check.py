@@ -4,8 +4,8 @@ With ReLU's zeros and the places of maxima as they are, features, and the gradie
 affine in the inputs: J x + c. Inputs that reproduce them are the only ones with this pattern where J has full column
 rank, and a wrong pattern would satisfy more equations than there are unknowns by chance. That there are more is asked
 of every part of the unknowns: the rank must stand when a random share of the equations (`SPARED`) is left out. An
-affine front has no pattern: full column rank is all. It is no chance where a step folds, as squares do: such fronts are
-told by `spear.fronts.steps`, and certify nothing.
+affine front has no pattern: full column rank is all. It is no chance where a step folds, as squares do, or an order
+is lost: such fronts are told by `spear.fronts.steps`, and certify nothing.
 
 The rank is tested by a random right side u: (JᵀJ) w = u is solved to `SOLVED`, which u's share in a null space would
 not allow but with a probability of about SOLVED times the root of the number of unknowns; and |w| bounds the smallest

@@ -1,11 +1,14 @@
-"""Whether a front could give the same features for inputs that are mirrored: squares, absolute values, magnitudes.
+"""Whether a front could give the same features for other inputs: mirrored ones, by squares, absolute values,
+magnitudes; or the same in another order, by sums over all pixels or tokens.
 
 Full column rank says that no other inputs near give the same features and gradients. It says nothing of others far
 away: x -> x² gives the same for each pixel with either sign. So every step of a front is tried by itself. Steps that
 are affine, or keep the order of their inputs (ReLU, sigmoids, max-pools), do not fold; neither do others, as GELU, that
-are not even and take more entries than a sample has, as no sample then makes them fold where they could.
+are not even and take more entries than a sample has, as no sample then makes them fold where they could. What all steps
+together do to the order of pixels, rows and columns is tried on the whole.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,14 +20,30 @@ CLOSE = 1e-9  # relative, of values in double precision that are equal
 
 
 def folding(front: fx.GraphModule, shape: tuple[int, ...], size: float) -> str:
-    """The first step that could fold, by its name in the front; empty where none could. `size` is that of entries."""
+    """What could give the same for other inputs, in words; empty where nothing could. `size` is that of entries."""
     steps = _Steps(front)
     generator = torch.Generator().manual_seed(0)
     like = next(iter(front.parameters()), torch.zeros(0, dtype=torch.float64))
-    x = size * torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+    x = (size * torch.randn(1, *shape, generator=generator, dtype=torch.float64)).to(like)
     with torch.no_grad():
-        steps.run(x.to(like))
-    return steps.folds
+        made = steps.run(x.clone())
+        if steps.folds:
+            return (
+                f"the step {steps.folds} of what computes the features can give the same for inputs that are mirrored"
+            )
+        others = (front(other) - made for other in _in_other_order(x, generator))
+        if any(bool(apart.abs().max() <= CLOSE * made.abs().max()) for apart in others):
+            return "what computes the features gives the same for inputs in another order"
+    return ""
+
+
+def _in_other_order(x: Float[Tensor, "1 *shape"], generator: Generator) -> Iterator[Float[Tensor, "1 *shape"]]:
+    """All entries, and the slices along each dimension, turned round, moved on by one, and at random."""
+    yield x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].view_as(x)
+    for k in (k for k in range(1, x.ndim) if x.shape[k] > 1):
+        yield x.flip(k)
+        yield x.roll(1, k)
+        yield x.index_select(k, torch.randperm(x.shape[k], generator=generator).to(x.device))
 
 
 class _Steps(fx.Interpreter):

@@ -403,9 +403,27 @@ def test_pixels_that_could_be_mirrored_are_not_certified(name: str, seed: int) -
         assert "can give the same for inputs that are mirrored" in result.reason or "do not determine" in result.reason
 
 
+def summed(pool: Callable[[], nn.Module]) -> nn.Module:
+    """Every pixel by itself, and then all of them."""
+    return nn.Sequential(nn.Conv2d(1, 120, 1), nn.ReLU(), pool(), nn.Flatten())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_pixels_in_another_order_are_not_certified(seed: int) -> None:
+    model = with_head(lambda: summed(lambda: nn.AdaptiveAvgPool2d(1)), seed, side=4)
+    x, y = batch(seed, size=3, side=4)
+    result = spear.attack(model, federated.gradient(model, x, y), seed=seed, time_limit=20)
+    assert not bool(result.certified.any()) or result.features_of
+    assert not result.complete
+
+
 @pytest.mark.parametrize(
     ("made", "folds"),
     [
+        (lambda: summed(lambda: nn.AdaptiveAvgPool2d(1)), True),
+        (lambda: summed(lambda: nn.AdaptiveAvgPool2d((1, 8))), True),
+        (lambda: summed(nn.Identity), False),
+        (lambda: Mapped(lambda x: x.flatten(1).sort(1)[0].view_as(x)), True),
         *((lambda fold=fold: Mapped(fold), True) for fold in (*FOLDS.values(), magnitudes)),
         *((lambda after=after: Mapped(lambda x: (x - 0.1) / 2, after), False) for after in (F.relu, F.gelu, F.silu)),
         *(
