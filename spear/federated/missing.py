@@ -17,6 +17,7 @@ FEWEST = 2  # entries at a bound, in different rows or columns that differ: fewe
 OTHERS = 4  # rows in which two columns can be compared
 BENEATH, APART = 4, 0.5  # values in the upper half of the range at least; the share of them that must differ
 LOOKED_AT = 2**14  # such values of a tensor
+CROWDED, SAME = 4, 1e-6  # times; relative difference of two sizes that are one point of a grid
 AROUND, KINDS = 30, 8  # entries next to the gap around zero at least, and different sizes among them: no grid has them
 
 
@@ -42,6 +43,15 @@ class Cuts:
 
     def __bool__(self) -> bool:
         return self.gap or self.bound is not None or bool(self.own)
+
+
+def is_rounding(tensor: Tensor) -> bool:
+    """Whether zeros are points of a grid to which all was rounded, as secure aggregation in whole numbers leaves it:
+    no more than `CROWDED` times as many as the points next to zero."""
+    size = tensor.abs()
+    beside = size[size > 0]
+    count = int((beside <= beside.min() * (1 + SAME)).sum()) if len(beside) else 0
+    return count > 1 and size.numel() - len(beside) <= CROWDED * count
 
 
 def cuts(tensors: Mapping[str, Tensor]) -> Cuts:

@@ -384,8 +384,9 @@ def difference(
     """The change of a client's weights by name, before - after, by a step of SGD with `learning_rate`.
 
     Each is computed when it is asked for. Where the weights after the step show that they were cut at a bound, or set
-    to zero, the change is not known: NaN (`missing.cuts`). The names may be those that wrappers make (`naming.match`);
-    running statistics are the update's `buffers`, other entries that are no parameters of the model are left out.
+    to zero, the change is not known: NaN (`missing.cuts`); zeros of weights that were rounded to a grid are known. The
+    names may be those that wrappers make (`naming.match`); running statistics are the update's `buffers`, other entries
+    that are no parameters of the model are left out.
     `count` and `input_shape` are what the client discloses; of several steps, see `SharedUpdate.disclosing`.
     Raises `ValueError` for a learning rate that is not positive, and for a parameter that is missing or of another
     shape on one side.
@@ -401,7 +402,8 @@ def difference(
 
     def changed(name: str) -> Tensor:
         earlier, later = before[old[name]].detach(), after[new[name]].detach()
-        unknown = ((later == 0) | cut.unknown(name, later)) & (earlier != later)
+        dropped = (later == 0) & (not missing.is_rounding(later))
+        unknown = (dropped | cut.unknown(name, later)) & (earlier != later)
         alike = int(unknown.sum()) > 1 and len(earlier[unknown].unique()) == 1  # and so they are where nothing was cut
         return earlier - later if alike else torch.where(unknown, torch.nan, earlier - later)
 

@@ -88,6 +88,26 @@ def test_weights_that_were_cut_leave_a_change_that_is_not_known():
         assert torch.equal(update.gradients[name][~unknown], (before[name] - after[name])[~unknown])
 
 
+@pytest.mark.parametrize("levels", [2**9, 2**11])
+@pytest.mark.parametrize("seed", range(3))
+def test_zeros_of_weights_that_were_rounded_to_a_grid_are_known(levels, seed):
+    """Secure aggregation sums whole numbers; zeros set without a grid, or far more than its own, are not known."""
+    model = models.fcnn((60,), 80, 3, 10, seed=seed)
+    before = {name: p.detach() for name, p in model.named_parameters()}
+    after = {name: ((p + 1e-4) * levels).round() / levels for name, p in before.items()}
+    change = difference(model, before, after, learning_rate=0.1).gradients
+    for name in ("fc1.weight", "fc2.weight"):
+        assert bool((after[name] == 0).any())
+        assert torch.equal(change[name], before[name] - after[name])
+    dropped = {name: p + 1e-4 for name, p in before.items()}
+    dropped["fc1.weight"][0, :3] = 0.0
+    change = difference(model, before, dropped, learning_rate=0.1).gradients
+    assert int(change["fc1.weight"].isnan().sum()) == 3
+    pruned = {name: torch.where(p.abs() < p.abs().median(), 0.0, p) for name, p in after.items()}
+    change = difference(model, before, pruned, learning_rate=0.1).gradients
+    assert torch.equal(change["fc2.weight"].isnan(), (pruned["fc2.weight"] == 0) & (before["fc2.weight"] != 0))
+
+
 def test_a_mask_is_held_and_saved_as_nan(tmp_path):
     tensors = _change()
     known = torch.rand(80, 80, generator=torch.Generator().manual_seed(0)) < 0.7
