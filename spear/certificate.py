@@ -47,6 +47,7 @@ NO_ANGLE = 1e-12  # squared sine of two spaces that meet
 DEPENDENT = 1e-12  # share of a vector beside others under which it is made of them
 LEAST_NORM = 1e-6  # of the batch's root mean square norm: what an error is relative to where an image is black
 LEAST_BESIDE = 1e-7  # share of a row's change by its length that others do not make: less is rounding
+BY_BIASES = "lengths rest on the biases' gradients alone, which may have a factor of their own"
 AT_ONCE = 64  # samples whose Gram matrices are held together
 
 

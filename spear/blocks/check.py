@@ -32,11 +32,9 @@ from spear.blocks.curves import TokenCurves
 from spear.blocks.lengths import Lengths
 from spear.blocks.search import PART, Tokens, together
 from spear.blocks.view import BlockView
-from spear.certificate import SAFETY, Certificate, inverse_columns, length_by_reader, norms, rms
+from spear.certificate import BY_BIASES, SAFETY, Certificate, inverse_columns, length_by_reader, norms, rms
 from spear.directions import unit_rows
 from spear.models.streaming import Blocks
-
-BY_BIASES = "lengths rest on the biases' gradients alone, which may have a factor of their own"
 
 
 def certificate(view: BlockView, found: Tokens, lengths: Lengths, doubt: str) -> Certificate:

@@ -48,10 +48,12 @@ class Cuts:
 def is_rounding(tensor: Tensor) -> bool:
     """Whether zeros are points of a grid to which all was rounded, as secure aggregation in whole numbers leaves it:
     no more than `CROWDED` times as many as the points next to zero."""
-    size = tensor.abs()
-    beside = size[size > 0]
-    count = int((beside <= beside.min() * (1 + SAME)).sum()) if len(beside) else 0
-    return count > 1 and size.numel() - len(beside) <= CROWDED * count
+    zeros = tensor.numel() - int(tensor.count_nonzero())
+    if not zeros:
+        return False
+    nearest = (1 + SAME) * _extent([tensor])[1]
+    beside = sum(int((part.abs() <= nearest).sum()) for _, part in _parts(tensor)) - zeros
+    return beside > 1 and zeros <= CROWDED * beside
 
 
 def cuts(tensors: Mapping[str, Tensor]) -> Cuts:

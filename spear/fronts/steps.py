@@ -87,7 +87,8 @@ class _Steps(fx.Interpreter):
         a, b = ([_drawn(x, self.generator) for x in values] for _ in range(2))
         both, more = ([x + y for x, y in zip(a, b, strict=True)], [x + y.abs() for x, y in zip(a, b, strict=True)])
         none, negative = [torch.zeros_like(x) for x in a], [-x for x in a]
-        at, largest = step(a), step(a).abs().max()
+        at = step(a)
+        largest = at.abs().max()
         apart = step(both) + step(none) - at - step(b)
         if bool(apart.abs().max() <= CLOSE * largest) or bool((step(more) >= at - CLOSE * largest).all()):
             return False

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.certificate import Certificate, length_by_reader
+from spear.certificate import BY_BIASES, Certificate, length_by_reader
 from spear.models.streaming import Blocks, product
 from spear.network.curved_bounds import Levers
 from spear.network.error_bounds import input_bounds
@@ -18,7 +18,6 @@ from spear.network.rest import rest_of
 
 WHOLE = "every layer's gradient is the sum of the recovered samples'"
 AS_MEASURED = "not certified: the softmax of such large logits multiplies their rounding"
-BY_BIASES = "not certified: lengths rest on the biases' gradients alone, which may have a factor of their own"
 FITS = 4  # of dLoss/dlogits and inputs, in turn, where no labels tell the former
 CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 
@@ -81,7 +80,7 @@ def judge(
     run = passes(problem, inputs, targets)
     bound = input_bounds(of_any, run, targets, known)
     open_ = targets.free and not bool((open_lengths(problem, run) <= problem.accuracy.recovered).all())
-    evidence = certificate(problem, final, targets, bound, reserve=BY_BIASES if open_ else "")
+    evidence = certificate(problem, final, targets, bound, reserve=f"not certified: {BY_BIASES}" if open_ else "")
     return conclude(problem, evidence, inputs, targets, final, reached, WHOLE)
 
 
