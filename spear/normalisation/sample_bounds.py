@@ -76,7 +76,8 @@ def _sines(
         rest = family - basis @ (basis.mT @ family)
         gram = rest.mT @ rest
         place = (family.mT @ line[:, :, None]) / line.norm(dim=1)[:, None, None]
-        least = torch.linalg.eigvalsh(gram + place @ place.mT)[:, 0].clamp_min(0).sqrt()
+        apart = (gram + place @ place.mT).nan_to_num(0, 0, 0)  # a sample whose g is zero has no line
+        least = torch.linalg.eigvalsh(apart)[:, 0].clamp_min(0).sqrt()
         found.append(
             torch.where((least > NO_ANGLE) & (len(basis) >= basis.shape[1] + heads.shape[1] + MARGIN), least, 0)
         )

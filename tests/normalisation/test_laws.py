@@ -1,5 +1,7 @@
 """What holds of every batch behind a normalisation: the derivative, σ by epsilon, the spaces, the plane."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from normalised_problems import sent
@@ -107,8 +109,17 @@ def test_bounds_hold(kind, norm, size, seed):
     assert bool((off <= bound).all())
 
 
-def replace_gradient(view, first):
-    from dataclasses import replace
+@pytest.mark.parametrize(("kind", "norm"), CASES[1:])
+def test_a_sample_without_gradient_bounds_nothing(kind, norm):
+    """Were no unit to pass one sample on, its g were zero: no theorem, and no exception."""
+    _, view, own, _ = opened(norm, 0)
+    last = own.slopes[-1].clone()
+    last[0] = 0
+    lows = [view.network.factors(k) for k in range(len(view.norms))]
+    bound = sample_bounds(view, replace(own, slopes=(*own.slopes[:-1], last)), lows, 1e-15)
+    assert bool(bound.isinf().all())
 
+
+def replace_gradient(view, first):
     gradients = (first, *view.network.weight_gradients[1:])
     return replace(view, network=replace(view.network, weight_gradients=gradients))
