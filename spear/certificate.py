@@ -48,6 +48,7 @@ DEPENDENT = 1e-12  # share of a vector beside others under which it is made of t
 LEAST_NORM = 1e-6  # of the batch's root mean square norm: what an error is relative to where an image is black
 LEAST_BESIDE = 1e-7  # share of a row's change by its length that others do not make: less is rounding
 BY_BIASES = "lengths rest on the biases' gradients alone, which may have a factor of their own"
+TWO_CLASSES = "with two classes a label cannot be told from a weight in the loss"
 AT_ONCE = 64  # samples whose Gram matrices are held together
 
 
@@ -211,32 +212,54 @@ def length_slack(linear: Float[Tensor, "b m"], bias: Float[Tensor, " m"]) -> Flo
     return torch.maximum(longer, shorter)
 
 
+def length_by_labels(
+    own: Float[Tensor, "b outputs"], along: Float[Tensor, "b outputs"], error: Float[Tensor, " b"], *, whole: bool
+) -> float:
+    """By what share all inputs can be longer or shorter, from the sample whose label tells it best.
+
+    A factor on the biases' gradients is one for all. `own` is each sample's dLoss/dlogits, known to `error`, relative;
+    it moves by `along` with the length of its input, or, where the scale of the loss is none that was told (not
+    `whole`), by what of that is beside it. Infinite where no softmax moves, as for logits near zero or far from it.
+    """
+    size = torch.linalg.vector_norm(own, dim=1).clamp_min(1e-300)
+    if not whole:
+        along = along - (along * own).sum(1, keepdim=True) * own / size[:, None] ** 2
+    shares = SAFETY * error * size / torch.linalg.vector_norm(along, dim=1)
+    return float(shares.nan_to_num(torch.inf, torch.inf).min())
+
+
 def length_by_reader(
-    outputs: Float[Tensor, "b m1"], slopes: Float[Tensor, "b m1"], J: Blocks, eps: float
+    outputs: Float[Tensor, "b m1"], slopes: Float[Tensor, "b m1"], J: Blocks, eps: float, dependent: int = 0
 ) -> tuple[Float[Tensor, " b"], float]:
     """By what share each input can be longer or shorter, from the gradient J of a linear layer that reads `outputs`.
 
     J = C Y for the rows Y of `outputs`, what the samples give that layer, whatever the loss and its weights; its bias,
     whose gradient may have a factor of its own as the first one's may, is left out. An input that is longer by a share
     t moves its row by t times that of `slopes`: what J shows beside the rows of Y tells t, by least squares. Infinite
-    where it does not, as behind biases that are zero. Also returned: what is left of J, relative to it. Its rounding is
-    `eps`.
+    where it does not, as behind biases that are zero, or where more rows of Y than `dependent` are made of others
+    (behind BatchNorm they may sum to zero). Also returned: what is left of J, relative to it. Its rounding is `eps`.
     """
-    Q, R = torch.linalg.qr(outputs.mT)
+    if not bool(outputs.isfinite().all()):
+        return torch.full_like(outputs[:, 0], torch.inf), torch.inf
+    U, S, V = torch.linalg.svd(outputs, full_matrices=False)
+    rank = int((DEPENDENT * S[0] < S).sum())
+    if rank < len(outputs) - dependent:
+        return torch.full_like(outputs[:, 0], torch.inf), torch.inf
+    Q = V[:rank].mT
     beside = slopes - (slopes @ Q) @ Q.mT
     told = torch.linalg.vector_norm(beside, dim=1) > LEAST_BESIDE * torch.linalg.vector_norm(slopes, dim=1)
     beside = beside * told[:, None]
     found = J.times(torch.cat([Q, beside.mT], 1))
-    C = torch.linalg.solve_triangular(R, found[:, : len(outputs)].mT, upper=True)  # J = Cᵀ Y
+    C = (U[:, :rank] / S[:rank]) @ found[:, :rank].mT  # J = Cᵀ Y
     gram = (C @ C.mT) * (beside @ beside.mT)
     gram = gram + torch.where(told, torch.finfo(gram.dtype).eps * gram.diagonal(), 1.0).diag()
     inverse, wrong = torch.linalg.inv_ex(gram)
     if int(wrong) or not bool(inverse.isfinite().all() and (gram.diagonal() > 0).all()):
         return torch.full_like(gram[0], torch.inf), torch.inf
-    shares = inverse @ (C * found[:, len(outputs) :].mT).sum(1)
+    shares = inverse @ (C * found[:, rank:].mT).sum(1)
     rest, whole = 0.0, 0.0
     for part, block in J:
-        own = block - found[part, : len(outputs)] @ Q.mT - (C[:, part].mT * shares) @ beside
+        own = block - found[part, :rank] @ Q.mT - (C[:, part].mT * shares) @ beside
         rest, whole = math.hypot(rest, float(own.norm())), math.hypot(whole, float(block.norm()))
     entries = max(rest, eps * whole) / math.prod(J.shape) ** 0.5
     open_by = shares.abs() + SAFETY * entries * inverse.diagonal().clamp_min(0).sqrt()

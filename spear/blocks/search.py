@@ -79,9 +79,11 @@ class TokenSearch:
                 self.left = tuple(f.without(*pair) for f, pair in zip(self.whole, pairs, strict=True))
 
     def strangers(self, known: Tokens) -> int:
-        """How many tokens of one round, from the whole gradients, are none of the known ones."""
+        """How many tokens of one round, from the whole gradients, are none of the known ones; nor is -x, which fits as
+        well behind an odd or even activation and no bias."""
         self.round()
-        both = self.view.tokens(torch.cat([known.extended, self.known.extended]))
+        mirrored = known.extended[:0] if self.view.anchored[0] else self._fitting(-known.extended).extended
+        both = self.view.tokens(torch.cat([known.extended, self.known.extended, mirrored]))
         both = both if self.view.is_scaled else unit_rows(both)
         return int(apart(both, both[:0], SAME).sum()) - len(known)
 
@@ -139,13 +141,17 @@ class TokenSearch:
 
     def _new(self, extended: Float[Tensor, "j n1"]) -> Tokens:
         """The candidates that fit both whole gradients and are no known token, the best first."""
+        found = self._fitting(extended)
+        tokens, known = self.view.tokens(found.extended), self.view.tokens(self.known.extended)
+        return found[apart(tokens, known, SAME).nonzero()[: self.missing, 0]]
+
+    def _fitting(self, extended: Float[Tensor, "j n1"]) -> Tokens:
+        """The candidates that fit both whole gradients, the best first."""
         found = witnessed(self.view, extended)
         low = min((low.smallest / low.largest for low in self.view.low), default=1.0)
         limit = max(self.view.accuracy.certain**0.75, min(BLUR * self.view.eps / max(low, TINY), MOST_BLURRED))
         found = found[(found.sine < limit) & (found.apart < limit**0.5)]
-        found = found[found.sine.argsort()]
-        tokens, known = self.view.tokens(found.extended), self.view.tokens(self.known.extended)
-        return found[apart(tokens, known, SAME).nonzero()[: self.missing, 0]]
+        return found[found.sine.argsort()]
 
 
 def witnessed(view: BlockView, extended: Float[Tensor, "j n1"]) -> Tokens:

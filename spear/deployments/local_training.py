@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -19,8 +20,9 @@ from spear.certificate import SAFETY, Certificate, norms
 from spear.deployments.simulation import State, Training, rounding
 from spear.deployments.step_samples import Step, open_unexplained
 from spear.federated.update import SharedUpdate
+from spear.network.check import Misfit, open_by_labels
 from spear.network.layerwise import solve
-from spear.network.problem import NetworkView, forward, open_network, plain
+from spear.network.problem import NetworkView, Targets, forward, open_network, passes, plain
 from spear.reconstruction import Reconstruction, Refusal, Terms
 
 FITS = 3  # a residual that many times larger than what rounding leaves is none
@@ -216,12 +218,15 @@ class Retraced:
         count, size = len(samples.inputs), self.problem.extend(0, samples.inputs).norm(dim=1) / norms(samples.inputs)
         bound, once = SAFETY * size * seen.error, torch.ones_like(samples.labels)
         told = self.training.count + self.training.dropped
-        evidence = Certificate(once, told, max(seen.layers), EXACT.layer, bound, EXACT.recovered)
+        reserve = self._open_lengths(samples, seen)
+        evidence = Certificate(once, told, max(seen.layers), EXACT.layer, bound, EXACT.recovered, reserve=reserve)
         reason = "simulating the local training gives the update in every layer"
         if not evidence.holds:
             left = f"{max(seen.layers):.1e} of a layer's change, {seen.misfit:.1f} times the weights' rounding"
             off = f"expected relative error {float(seen.error.max()):.1e} at worst"
             reason = f"simulating the local training from {count} samples leaves {left}: {off}"
+            if reserve and bool(evidence.explained.all()):
+                reason = f"{reason}; {reserve}"
             if self.training.dropped:
                 reason += f"; {count} of {told} samples fill whole mini-batches, the others were dropped"
         if max(seen.layers) > EXPLAINED:
@@ -230,6 +235,13 @@ class Retraced:
         expected = seen.error if not evidence.holds and bool(seen.error.isfinite().all()) else None
         verdict = {"certified": evidence.certified, "complete": evidence.holds, "error_bound": bound}
         return replace(self._result(samples, seen.error, reason, starts), **verdict, expected_error=expected)
+
+    def _open_lengths(self, samples: Samples, seen: Comparison) -> str:
+        """Why the labels leave open how long inputs are, in words; empty where they tell it."""
+        counts = F.one_hot(samples.labels, self.problem.classes).to(samples.inputs)
+        targets = Targets(counts, self.problem.unit(len(counts)), 0.0)
+        run = passes(self.problem, samples.inputs, targets)
+        return open_by_labels(self.problem, run, targets, Misfit(seen.layers, seen.error))
 
     def unverified(self, samples: Samples, reason: str, starts: int) -> Reconstruction:
         """Samples that nothing was held against."""

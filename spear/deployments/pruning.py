@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from spear.certificate import SAFETY, norms
 from spear.deployments import completion
 from spear.deployments.completion import Completed
-from spear.network.check import CORRECTIONS, Misfit, certificate, conclude
+from spear.network.check import CORRECTIONS, Misfit, certificate, conclude, open_by_labels
 from spear.network.factors import Factors, wedderburn
 from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import NetworkView, Passes, Targets, passes
@@ -303,5 +303,6 @@ def _judged(pruned: Pruned, inputs: Float[Tensor, "b n"], reached: Reached, unti
             break
     seen, inputs, targets = best
     bound = SAFETY * seen.inputs * pruned.problem.extend(0, inputs).norm(dim=1) / norms(inputs)
-    evidence = certificate(pruned.problem, seen, targets, bound)
+    reserve = open_by_labels(pruned.problem, passes(pruned.problem, inputs, targets), targets, seen)
+    evidence = certificate(pruned.problem, seen, targets, bound, reserve=reserve)
     return conclude(pruned.problem, evidence, inputs, targets, seen, reached, WHOLE)

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.certificate import BY_BIASES, Certificate, length_by_reader
+from spear.certificate import BY_BIASES, TWO_CLASSES, Certificate, length_by_labels, length_by_reader
 from spear.models.streaming import Blocks, product
 from spear.network.curved_bounds import Levers
-from spear.network.error_bounds import input_bounds
+from spear.network.error_bounds import input_bounds, softened
 from spear.network.labels import WHOLE_NUMBERS, measured, reweighed
 from spear.network.problem import NetworkView, Passes, Targets, forward, passes
 from spear.network.recovery import Judged, Reached, number
@@ -79,9 +79,21 @@ def judge(
     of_any = replace(problem, loss="squared_error") if targets.free else problem  # of which any dLoss/dlogits may be
     run = passes(problem, inputs, targets)
     bound = input_bounds(of_any, run, targets, known)
-    open_ = targets.free and not bool((open_lengths(problem, run) <= problem.accuracy.recovered).all())
-    evidence = certificate(problem, final, targets, bound, reserve=f"not certified: {BY_BIASES}" if open_ else "")
+    reserve = open_by_labels(problem, run, targets, final)
+    if reserve and bool((open_lengths(problem, run) <= problem.accuracy.recovered).all()):
+        reserve = ""
+    evidence = certificate(problem, final, targets, bound, reserve=reserve)
     return conclude(problem, evidence, inputs, targets, final, reached, WHOLE)
+
+
+def open_by_labels(problem: NetworkView, run: Passes, targets: Targets, final: Misfit) -> str:
+    """Why the labels leave open how long inputs are, in words; empty where they tell it, or nothing but they could."""
+    if problem.biases[0] is None:
+        return ""
+    error = final.inputs.clamp_min(max(*final.layers, 2 * problem.precision))
+    along, own = softened(problem, run, targets)
+    told = not targets.free and length_by_labels(own, along, error, whole=targets.whole) <= problem.accuracy.recovered
+    return "" if told else f"not certified: {BY_BIASES}"
 
 
 def open_lengths(problem: NetworkView, run: Passes) -> Float[Tensor, " s"]:
@@ -117,7 +129,7 @@ def certificate(
     if targets.free and (problem.biases[0] is None or not all(phi.is_flat for phi in problem.activations)):
         reserve = "not certified: without labels nothing is certain but behind biases and slopes of a few values"
     if not targets.whole and problem.outputs <= 2:
-        reserve = "with two classes a label cannot be told from a weight in the loss"
+        reserve = TWO_CLASSES
     return Certificate(
         copies=targets.copies.round().long() if targets.whole else torch.ones_like(bound).long(),
         disclosed=problem.batch_size,

@@ -213,10 +213,17 @@ def softness(problem: NetworkView, run: Passes, targets: Targets) -> Float[Tenso
     With x = x'/a and p - e = a (p' - e), the length follows from p(x'/a) - e = a (p' - e); the slope of the difference
     is -(s + p' - e) in a, s the slope of p along x'.
     """
+    along, own = softened(problem, run, targets)
+    return own.norm(dim=1) / (along + own).norm(dim=1).clamp_min(1e-300)
+
+
+def softened(
+    problem: NetworkView, run: Passes, targets: Targets
+) -> tuple[Float[Tensor, "s outputs"], Float[Tensor, "s outputs"]]:
+    """The slope of p - e of each sample along its input, and p - e."""
     x = run.inputs[0]
     for k in range(problem.last + 1):
         x = product(x, problem.weights[k]) * run.slopes[k]
     logits = problem.apply(problem.last + 1, run.inputs[-1])
     along = activate_along(problem.loss, logits, x @ problem.weights[-1].T)
-    own = targets.errors(problem.activate(logits)) / (targets.unit * targets.copies[:, None])
-    return own.norm(dim=1) / (along + own).norm(dim=1).clamp_min(1e-300)
+    return along, targets.errors(problem.activate(logits)) / (targets.unit * targets.copies[:, None])

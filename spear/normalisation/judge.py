@@ -8,14 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.certificate import SAFETY, Certificate, norms, rms
+from spear.certificate import BY_BIASES, SAFETY, Certificate, length_by_reader, norms, rms
+from spear.models.streaming import Blocks
 from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import Targets
 from spear.network.recovery import Judged, Reached
 from spear.normalisation.batch_bounds import difference_bounds
 from spear.normalisation.descent import Known
 from spear.normalisation.problem import NormalisedView
-from spear.normalisation.replay import Kept, Run, corrected
+from spear.normalisation.replay import Kept, Run, corrected, stretched
 from spear.normalisation.sample_bounds import sample_bounds
 from spear.normalisation.sensitivity import measured_bounds
 from spear.normalisation.statistics import Deviation
@@ -65,10 +66,12 @@ def judge(
     *,
     again: Callable[[NormalisedView, Run], Tensor | None],
     doubt: str = "",
+    reserve: str = "",
 ) -> Reconstruction:
     """Inputs, less their mean where BatchNorm follows the first layer, targets and what dropout kept as a result.
 
-    `again` gives the inputs to which another update of this batch leads; `doubt` is what the search has against it.
+    `again` gives the inputs to which another update of this batch leads; `doubt` is what the search has against it,
+    `reserve` what leaves it explained, but not certain.
     """
     network, lows, deviations = view.network, [one.low for one in known], [one.before for one in known]
     inputs, own, residual = corrected(view, inputs, targets, kept)
@@ -89,6 +92,7 @@ def judge(
         error_bound=torch.where(targets.agree(network.activate(_logits(view, own))), bound, torch.inf),
         allowed=network.accuracy.recovered,
         doubt=doubt or _doubt(view, own, targets, known),
+        reserve=reserve or ("" if _tells_lengths(view, own, targets, kept) else BY_BIASES),
     )
     error, reason = evidence.error_bound, (evidence.why_not() or WHOLE) + _dropped(view, own)
     if view.loses_mean:
@@ -108,6 +112,21 @@ def judge(
     if not (view.loses_mean and evidence.holds):
         return made
     return replace(made, difference_bound=evidence.error_bound)
+
+
+def _tells_lengths(view: NormalisedView, own: Run, targets: Targets, kept: Kept) -> bool:
+    """Whether more than the biases' gradients tells how long inputs are: a normalisation takes a factor of all that
+    enters it away, so that behind biases that are zero x / 2 leaves the same in every weight's gradient."""
+    network, normalised = view.network, any((*view.norms, *view.afters))
+    if view.loses_mean or not (normalised or targets.free):
+        return True
+    least = torch.full_like(own.inputs[0][:, 0], math.inf)
+    for k, moved in enumerate(stretched(view, own, kept)):
+        J = Blocks(network.weight_gradients[k + 1], None, network.weights[-1])
+        sums_to_zero = view.afters[k] is not None and view.afters[k].mixes
+        shares, _ = length_by_reader(own.inputs[k + 1], moved, J, 2 * network.precision, int(sums_to_zero))
+        least = torch.minimum(least, shares)
+    return bool((least <= network.accuracy.recovered).all())
 
 
 def _dropped(view: NormalisedView, own: Run) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spear.network.problem import NetworkView
@@ -137,6 +137,11 @@ class NormalisedView:
     def lacks_mean(self, k: int) -> bool:
         """Whether BatchNorm follows the activation of hidden layer k, and its statistics are not told."""
         return self.afters[k] is not None and self.afters[k].mean is None
+
+    def mask(self, k: int, kept: Bool[Tensor, "b m"] | None) -> Float[Tensor, "b m"] | float:
+        """What dropout multiplies the activations of hidden layer k by, where it kept those."""
+        share = 1 - self.drops[k]
+        return 1 / share if kept is None else kept.to(self.network.weights[k]) / share
 
     def scale(self, k: int) -> Float[Tensor, " m"]:
         """γ of hidden layer k; ones where it has no normalisation."""

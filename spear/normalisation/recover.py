@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from spear.certificate import TWO_CLASSES
 from spear.network.curves.search import CurveSearch
 from spear.network.recovery import Judged, Reached, nothing, number
 from spear.network.spaces import possible_errors
@@ -49,10 +50,10 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
 
 def _of_multiple(view: NormalisedView, terms: Terms, factor: float) -> Reconstruction:
     """The batch behind an update that is about a factor times its gradient; which one exactly, the samples tell."""
-    words = ""
+    words, reserve = "", TWO_CLASSES if view.network.outputs <= 2 else ""
     for _ in range(MULTIPLES):
         try:
-            result = _recovered(view if factor == 1 else view.over(factor), terms)
+            result = _recovered(view, terms) if factor == 1 else _recovered(view.over(factor), terms, reserve)
         except Multiple as multiple:
             factor *= multiple.factor
             words = f"; the update is {factor:.6g} times their mean"
@@ -61,8 +62,8 @@ def _of_multiple(view: NormalisedView, terms: Terms, factor: float) -> Reconstru
     raise Refusal(f"what multiple of a gradient the update is does not come out the same twice: {factor:.6g}")
 
 
-def _recovered(view: NormalisedView, terms: Terms) -> Reconstruction:
-    """The same. Raises `Multiple` where the update is a factor times a gradient."""
+def _recovered(view: NormalisedView, terms: Terms, reserve: str = "") -> Reconstruction:
+    """The same. Raises `Multiple` where the update is a factor times a gradient; `reserve` as in `judge`."""
     network = view.network
     known = known_layers(view)
     _check_reach(view, known[-1].low)
@@ -77,7 +78,8 @@ def _recovered(view: NormalisedView, terms: Terms) -> Reconstruction:
         none = nothing(network, f"{reached}; {refusal}", reached)
         return none.entries(network, terms.budget.elapsed, "network")
     rest = partial(_again, run=run, before=known)
-    return judge(view, inputs, targets, kept, known, reached, terms.budget, again=rest, doubt=_others(run))
+    against = {"doubt": _others(run), "reserve": reserve}
+    return judge(view, inputs, targets, kept, known, reached, terms.budget, again=rest, **against)
 
 
 def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: Reached) -> Judged:

@@ -1,7 +1,7 @@
 """The batch's own forward and backward pass, statistics included, held against every gradient of the update."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +11,7 @@ from spear.certificate import inverse_columns, rms
 from spear.directions import complement
 from spear.network.problem import NetworkView, Targets
 from spear.network.spaces import contrasts
-from spear.normalisation.problem import NormalisedView, denormalise, normalise
+from spear.normalisation.problem import Norm, NormalisedView, denormalise, normalise
 
 CORRECTIONS = 8  # of the inputs: each halves the misfit, or is the last
 
@@ -55,8 +55,7 @@ def run(view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets, ke
     network, states, before, steep, after = view.network, [inputs], [], [], []
     for k, norm in enumerate(view.norms):
         before.append(normalise(norm, network.apply(k, states[-1])))
-        y, share = before[-1][0], 1 - view.drops[k]
-        mask = 1 / share if kept[k] is None else kept[k].to(y) / share
+        y, mask = before[-1][0], view.mask(k, kept[k])
         steep.append(network.activations[k].slope(y) * mask)
         after.append(normalise(view.afters[k], network.activations[k].value(y) * mask))
         states.append(after[-1][0])
@@ -70,6 +69,26 @@ def run(view: NormalisedView, inputs: Float[Tensor, "b n"], targets: Targets, ke
     outputs, normals = [p[0] for p in before], [p[1] for p in before]
     active = [x != 0 for x in steep]
     return Run(*(tuple(x) for x in (states, normals, outputs, slopes, deltas, active, behind)))
+
+
+def stretched(view: NormalisedView, own: Run, kept: Kept) -> Iterator[Float[Tensor, "b _in"]]:
+    """How the inputs of each layer behind the first move with the length of the network's inputs: with that of each
+    sample's own, where no samples mix."""
+    moved = own.inputs[0]
+    for k, norm in enumerate(view.norms):
+        y, mask = own.outputs[k], view.mask(k, kept[k])
+        phi = view.network.activations[k]
+        moved = _along(norm, view.network.apply(k, own.inputs[k]), moved @ view.network.weights[k].mT)
+        moved = _along(view.afters[k], phi.value(y) * mask, moved * phi.slope(y) * mask)
+        yield moved
+
+
+def _along(norm: Norm | None, z: Float[Tensor, "b m"], moved: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+    """How `normalise` of z moves where z does: x̂ has a symmetric derivative."""
+    if norm is None:
+        return moved
+    _, normal, deviation = normalise(norm, z)
+    return norm.scale * denormalise(replace(norm, scale=torch.ones_like(norm.scale)), moved, normal, deviation)
 
 
 def gradients(view: NormalisedView, own: Run) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,15 +12,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spear.certificate import (
+    BY_BIASES,
     Certificate,
     column_errors,
     input_errors,
+    length_by_labels,
     length_by_reader,
     length_slack,
     rms,
     spread_of_zeros,
 )
-from spear.federated.losses import activate, one_hot
+from spear.federated.losses import activate, activate_along, one_hot
 from spear.models.layers import Layer
 from spear.models.streaming import Blocks, Outer, Streamed, pieces
 from spear.models.watching import watched
@@ -65,13 +67,21 @@ def shown_units(layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"], 
 
 def _by_class(layer: Layer, Z: Float[Tensor, "b m"], G: Float[Tensor, "b m"], loss: str) -> Float[Tensor, "b classes"]:
     """(p - e_c)^T J G of every sample and class c."""
+    outputs, slope = _moved(layer, Z, G)
+    wanted = one_hot(torch.arange(max(outputs.shape[1], 2), device=Z.device), outputs)
+    return (activate(loss, outputs) * slope).sum(1, keepdim=True) - slope @ wanted.mT
+
+
+def _moved(
+    layer: Layer, Z: Float[Tensor, "b m"], along: Float[Tensor, "b m"]
+) -> tuple[Float[Tensor, "b outputs"], Float[Tensor, "b outputs"]]:
+    """The outputs, and how they move where the pre-activations move `along`."""
     Z = Z.detach().requires_grad_(True)
     outputs = layer.tail(Z)
     u = torch.zeros_like(outputs, requires_grad=True)
     (back,) = torch.autograd.grad(outputs, Z, u, create_graph=True)
-    (slope,) = torch.autograd.grad(back, u, G)
-    wanted = one_hot(torch.arange(max(outputs.shape[1], 2), device=Z.device), outputs)
-    return (activate(loss, outputs.detach()) * slope).sum(1, keepdim=True) - slope @ wanted.mT
+    (slope,) = torch.autograd.grad(back, u, along)
+    return outputs.detach(), slope
 
 
 def explain(
@@ -110,12 +120,18 @@ def _linear(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor |
 
 
 def certify(
-    target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"], labels: Int[Tensor, " b"]
+    target: LayerView,
+    q: Float[Tensor, "b b"],
+    X: Float[Tensor, "b n"],
+    labels: Int[Tensor, " b"],
+    *,
+    whole: bool = True,
 ) -> tuple[Certificate, Float[Tensor, " b"]]:
     """The evidence for a batch X with its labels, recovered from the directions `q` of all columns.
 
-    Also returned is, per sample, the relative distance between its column of G and the same vector back-propagated from
-    input and label.
+    `whole` says whether the scale of the loss is the one that was told, not one that the samples show. Also returned
+    is, per sample, the relative distance between its column of G and the same vector back-propagated from input and
+    label.
     """
     G, layer = _columns(target, q), target.layer
     with torch.no_grad():
@@ -131,7 +147,24 @@ def certify(
     if not found.doubt and not off[worst] <= limits[worst]:
         allows = f"rounding allows {float(limits[worst]):.0e}"
         found = replace(found, doubt=f"a sample's own gradient is off by {float(off[worst]):.0e}, {allows}")
+    if not found.doubt and not _tells_lengths(target, X, labels, off.clamp_min(max(found.residual, target.eps)), whole):
+        found = replace(found, reserve=BY_BIASES)
     return found, off
+
+
+def _tells_lengths(
+    target: LayerView, X: Float[Tensor, "b n"], labels: Int[Tensor, " b"], error: Float[Tensor, " b"], whole: bool
+) -> bool:
+    """Whether labels, or what reads the layer, tell how long inputs are, not the biases' gradients alone."""
+    layer, allowed = target.layer, target.accuracy.recovered
+    with torch.no_grad():
+        Z = layer.linear(X)
+    outputs, moved = _moved(layer, Z, Z - layer.linear.bias)
+    own = activate(target.loss, outputs) - one_hot(labels, outputs)
+    if length_by_labels(own, activate_along(target.loss, outputs, moved), error, whole=whole) <= allowed:
+        return True
+    shares, doubt = _by_readers(target, X)
+    return not doubt and bool((shares <= allowed).all())
 
 
 def certify_layer(target: LayerView, q: Float[Tensor, "b b"], X: Float[Tensor, "b n"]) -> Certificate:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spear.certificate import Certificate
+from spear.certificate import TWO_CLASSES, Certificate
 from spear.models.streaming import weight_names
 from spear.published import theory
 from spear.published.certificate import (
@@ -141,8 +141,9 @@ def _with_labels(
     for unit in (told, *shown_units(view.layer, Z, G.mT, view.loss)):
         seen = replace(view, scale=view.scale * unit / told)
         labels = recover_labels(view.layer, Z, G.mT, unit, view.loss)
-        certificate, residuals = certify(seen, q, X.mT, labels)
-        certificate = replace(certificate, reserve="" if unit == told else _at_another_scale(view, outputs))
+        certificate, residuals = certify(seen, q, X.mT, labels, whole=unit == told)
+        if unit != told and (reserve := _at_another_scale(view, outputs)):
+            certificate = replace(certificate, reserve=reserve)
         if best is None or float(residuals.max()) < float(best[3].max()):
             best = unit, labels, certificate, residuals
         first = first or best
@@ -159,7 +160,7 @@ def _with_labels(
 def _at_another_scale(view: LayerView, outputs: int) -> str:
     """What leaves a batch uncertain whose scale in the loss was read off it; empty where nothing does."""
     if outputs < 3:
-        return "with two classes a label cannot be told from a weight in the loss"
+        return TWO_CLASSES
     alone = f"its scale was read off {view.layer.name} alone, and with it the length of each input"
     return "" if _rest_is_sent(view) else alone
 
