@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spear.certificate import SAFETY, norms
 from spear.federated.update import SharedUpdate
 from spear.models.normalised import Entry, entry
 from spear.normalisation.opening import Told, told_statistics
+from spear.normalisation.statistics import EITHER
 from spear.reconstruction import Reconstruction
 
-EPSILON_SHOWS = 0.01  # share of ε/σ² by which a variance may be off, where rounding lets that be seen
-SAME = 1e-9  # relative distance of a batch's variance from that which was sent, at which they are the same
+BLACK = 1e-9  # of the largest entry: what is zero
 
 
 class Known(nn.Module):
@@ -97,16 +98,41 @@ def confirmed(model: nn.Module, update: SharedUpdate, result: Reconstruction, fo
 def _with_statistics(update: SharedUpdate, result: Reconstruction, found: Entry, told: Told) -> Reconstruction:
     """The result, uncertified where the samples do not have the variance that was sent.
 
-    BatchNorm's epsilon shows in the variance of what it gives: a wrong σ is not confirmed.
+    BatchNorm's epsilon shows in the variance of what it gives: in these units that is off by ε times the relative error
+    of σ² + ε. Torch takes the running variance over one less than the entries, others over all of them: whichever the
+    samples show, and neither where rounding hides it.
     """
-    variance = told.variance * _biased(update, told)
-    own = _variance(result, len(variance))
-    off = (own - variance).abs() > EPSILON_SHOWS * found.norm.eps + SAME * variance + told.variance_error
-    if len(own) == len(variance) and not bool(off.any()):
-        said = f"the batch's mean and variance at {found.name} are those that its running statistics tell"
-        return replace(result, reason=f"{result.reason}; {said}")
-    why = "the samples do not have the variance that the running statistics tell, or only a part was found"
-    return _uncertified(result, why)
+    eps, less = found.norm.eps, _biased(update, told)
+    variance, own = told.variance * less, _variance(result, len(told.variance))
+    off, more = (own - variance) / eps, (told.variance - variance) / (told.variance + eps)
+    exact = float(result.error_bound.max()) + torch.finfo(torch.float64).eps
+    size = (variance + told.mean**2).sqrt()
+    noise = SAFETY * (told.variance_error + 2 * exact * size * variance.sqrt()).clamp_min(1e-300) / eps
+    share = float((off * more / noise**2).sum() / (more / noise).square().sum().clamp_min(1e-300))
+    sure = float((more / noise).square().sum().sqrt()) > 2  # the two are told apart
+    biased = sure and share > 1 / 2
+    fits = bool(((off - more * biased).abs() <= noise).all())
+    if not fits or not math.isfinite(exact):
+        why = "the samples do not have the variance that the running statistics tell, or only a part was found"
+        return _uncertified(result, why)
+    said = f"the batch's mean and variance at {found.name} are those that its running statistics tell"
+    scale, wide = told.variance_error / (2 * (variance + eps)), ((told.variance + eps) / (variance + eps)).sqrt()
+    if not sure:
+        said, scale = f"{said}: {EITHER}, {float(wide.max()) - 1:.0e} apart", scale + wide - 1
+    x, sides = result.inputs.double(), _sides(result.inputs, len(scale))
+    mean, scale, wide, error = (v.reshape(sides) for v in (told.mean, scale, wide, told.mean_error))
+    x = mean + (x - mean) * (wide if biased else 1)
+    moved = torch.hypot((x - mean) * scale, error.expand_as(x)).flatten(1).norm(dim=1)
+    bound = result.error_bound + moved / norms(x.flatten(1))
+    sound = result.certified & (bound <= result.limit)
+    whole = result.complete and bool(sound.all())
+    verdict = {"error_bound": bound, "certified": sound, "complete": whole, "reason": f"{result.reason}; {said}"}
+    return replace(result, inputs=x.to(result.inputs), **verdict)
+
+
+def _sides(x: Float[Tensor, "b *shape"], features: int) -> tuple[int, ...]:
+    """The shape in which values of features, or channels, fit samples."""
+    return (features, *[1] * (x.ndim - 2)) if features == x.shape[1] else tuple(x.shape[1:])
 
 
 def _scaled(result: Reconstruction, found: Entry) -> Reconstruction:
@@ -114,18 +140,17 @@ def _scaled(result: Reconstruction, found: Entry) -> Reconstruction:
     eps, x = found.norm.eps, result.inputs.double()
     rest = (1 - _variance(result, len(found.norm.scale))).clamp_min(torch.finfo(x.dtype).eps)
     size = (eps / rest).sqrt()
-    sides = (-1, *[1] * (x.ndim - 2)) if len(size) == x.shape[1] else x.shape[1:]
     error = 2 * result.error_bound + float(((result.error_bound.max() + torch.finfo(x.dtype).eps) / rest).max())
     whole = result.complete and bool(result.certified.all())
     said = f"no gradient depends on the mean of the data before {found.name}: it is set to zero; their deviations are"
     made = _uncertified(result, f"{said} those that epsilon tells")
-    inputs = (x * size.reshape(sides)).to(result.inputs)
+    inputs = (x * size.reshape(_sides(x, len(size)))).to(result.inputs)
     return replace(made, inputs=inputs, difference_bound=error if whole else None)
 
 
 def _left(result: Reconstruction, found: Entry) -> Reconstruction:
     """What dropout left of samples: none of them is certain."""
-    zero = float((result.inputs.abs() < SAME * result.inputs.abs().max()).double().mean())
+    zero = float((result.inputs.abs() < BLACK * result.inputs.abs().max()).double().mean())
     exact = "every other one is certain" if bool(result.certified.all()) else "the others are those that entered"
     took = f"dropout {found.name} (p = {found.drop:g}) took entries of the samples before the first layer"
     return _uncertified(result, f"{took}: they are zero, {zero:.1%} are; {exact}")

@@ -19,7 +19,7 @@ from spear.normalisation.problem import NormalisedView
 from spear.normalisation.replay import Kept, Run, corrected, stretched
 from spear.normalisation.sample_bounds import sample_bounds
 from spear.normalisation.sensitivity import measured_bounds
-from spear.normalisation.statistics import Deviation
+from spear.normalisation.statistics import EITHER, Deviation
 from spear.reconstruction import Budget, Reconstruction
 
 WHOLE = "every gradient is that of the recovered batch"
@@ -47,7 +47,10 @@ def common_mean(view: NormalisedView, deviations: Sequence[Deviation | None]) ->
         return Mean(W.new_zeros(W.shape[1]), math.inf, f"{lost}, and {sent}: it is set to zero")
     U, S, V = torch.linalg.svd(W, full_matrices=False)
     told = int((CONFUSED * S[0] < S).sum())
-    image = ((norm.mean - norm.offset) @ U[:, :told] / S[:told]) @ V[:told]
+    seen = (norm.mean - norm.offset) @ U[:, :told]
+    image, beside = (seen / S[:told]) @ V[:told], norm.mean - norm.offset - seen @ U[:, :told].mT
+    if rms(beside) > AGREE * rms(norm.mean_error):
+        return Mean(torch.zeros_like(image), math.inf, f"{lost}, and the running mean is no batch's: it is set to zero")
     if told < W.shape[1]:
         free = f"{W.shape[1] - told} of its {W.shape[1]} dimensions are free"
         return Mean(image, math.inf, f"{lost}; the running mean tells it by {told} equations: {free}")
@@ -75,13 +78,18 @@ def judge(
     """
     network, lows, deviations = view.network, [one.low for one in known], [one.before for one in known]
     inputs, own, residual = corrected(view, inputs, targets, kept)
+    mixing = [one for one in deviations if one is not None]
+    common = SAFETY * max((one.common for one in mixing if not one.told), default=0.0)
+    either = max((one.common for one in mixing if one.told), default=0.0)
+    if either:
+        reserve = f"{EITHER}: {either:.0e} apart"
     if not view.is_uniform:
-        bound = measured_bounds(view, inputs, lambda other: again(other, own), residual)
+        bound = measured_bounds(view, inputs, lambda other: again(other, own), residual) + common
     elif view.mixes:
         seen = [  # no better than they agree with the batch's own
             replace(known, error=known.error.maximum(_apart(view, own, k, known))) for k, known in enumerate(deviations)
         ]
-        bound = difference_bounds(view, own, lows, seen, residual) + SAFETY * max(one.common for one in deviations)
+        bound = difference_bounds(view, own, lows, seen, residual) + common
     else:
         bound = sample_bounds(view, own, lows, residual)
     evidence = Certificate(
@@ -94,7 +102,7 @@ def judge(
         doubt=doubt or _doubt(view, own, targets, known),
         reserve=reserve or ("" if _tells_lengths(view, own, targets, kept) else BY_BIASES),
     )
-    error, reason = evidence.error_bound, (evidence.why_not() or WHOLE) + _dropped(view, own)
+    error, reason = evidence.error_bound + either, (evidence.why_not() or WHOLE) + _dropped(view, own)
     if view.loses_mean:
         mean = common_mean(view, deviations)
         inputs = inputs - inputs.mean(0)

@@ -158,8 +158,10 @@ def _deviation(view: NormalisedView, k: int, size: int, before: Deviation | None
     if norm is None or not norm.mixes:
         return None
     if before is not None and before.told:
-        return replace(before, sigma=from_buffers(norm, eps, size).sigma)
+        return replace(before, sigma=from_buffers(norm, eps, size, biased=before.biased).sigma)
     found = deviation(norm, network.weights[k], network.weight_gradients[k], eps, size)
+    if k and found.told:  # what enters the layer is known without it, and then tells it
+        found = replace(found, common=0.0)
     return found if before is None else replace(before, sigma=found.sigma)
 
 

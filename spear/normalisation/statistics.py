@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spear.certificate import SAFETY
 from spear.normalisation.problem import Norm
 
 ROUGH = 0.1  # relative error of σ² beyond which epsilon tells nothing of a unit
@@ -21,19 +22,23 @@ TOLD = 1e-5  # relative error of σ up to which all units serve, where none can 
 SPREAD = 10  # times the median error up to which a unit is used
 CONSISTENT = 100  # roundings by which buffers and epsilon may differ where both tell
 MOST_WRONG = 0.02  # share of the units that may differ by more, by chance
+EITHER = "the running variance may be over all entries or over one less, and epsilon does not show which"
+FEWEST = 4  # units that tell a factor common to all
 
 
 @dataclass(frozen=True)
 class Deviation:
     """σ (m,) of a batch, the relative `error` (m,) that rounding leaves in it, and whether buffers `told` it.
 
-    By a factor all of them may be off beside that, by `common`, relative.
+    By a factor all of them may be off beside that, by `common`, relative. `biased` says that the buffers take a batch's
+    variance over b, as Flax and some layers of Keras do, not over b - 1, as torch does.
     """
 
     sigma: Float[Tensor, " m"]
     error: Float[Tensor, " m"]
     told: bool
     common: float = 0.0
+    biased: bool = False
 
     @property
     def known(self) -> Bool[Tensor, " m"]:
@@ -66,19 +71,39 @@ def deviation(
     alone = from_epsilon(norm, weight, gradient, eps)
     if norm.variance is None:
         return alone
-    told = from_buffers(norm, eps, size)
+    both = (from_buffers(norm, eps, size, biased=biased) for biased in (False, True))
+    told = [one for one in both if _agree(one, alone)]
+    if len(told) < 2:
+        return told[0] if told else alone  # its buffers are not those of this batch
+    nearer = [one for one in told if _agree_in_common(one, alone)]
+    return nearer[0] if len(nearer) == 1 else replace(told[0], common=_apart(*told))
+
+
+def _agree(told: Deviation, alone: Deviation) -> bool:
+    """Whether nearly all units have the σ that epsilon tells, of those of which it tells it well."""
     tolerance = CONSISTENT * (told.error + alone.error)
     apart = (told.sigma / alone.sigma - 1).abs() > tolerance
-    sure = tolerance < ROUGH
-    if int((apart & sure).sum()) > MOST_WRONG * len(apart):
-        return alone  # its buffers are not those of this batch
-    return told
+    return int((apart & (tolerance < ROUGH)).sum()) <= MOST_WRONG * len(apart)
 
 
-def from_buffers(norm: Norm, eps: float, size: int) -> Deviation:
-    """σ by the running variance after the step, which takes a batch's variance over b - 1."""
-    squared = norm.variance * (1 - 1 / size) + norm.eps
-    return Deviation(squared.sqrt(), (norm.variance_error / squared).clamp_min(eps), told=True)
+def _agree_in_common(told: Deviation, alone: Deviation) -> bool:
+    """Whether the median unit has, within what the scatter of all leaves of a median."""
+    off = (told.sigma / alone.sigma - 1)[alone.error < ROUGH]
+    if len(off) < FEWEST:
+        return True
+    scatter = float((off - off.median()).abs().median()) / len(off) ** 0.5
+    return abs(float(off.median())) <= SAFETY * (scatter + float(told.error.median()))
+
+
+def _apart(one: Deviation, other: Deviation) -> float:
+    """By how much two differ at most, relative."""
+    return float((one.sigma / other.sigma - 1).abs().max())
+
+
+def from_buffers(norm: Norm, eps: float, size: int, *, biased: bool = False) -> Deviation:
+    """σ by the running variance after the step, which takes a batch's variance over b - 1, or `biased` over b."""
+    squared = norm.variance * (1 if biased else 1 - 1 / size) + norm.eps
+    return Deviation(squared.sqrt(), (norm.variance_error / squared).clamp_min(eps), told=True, biased=biased)
 
 
 def from_epsilon(norm: Norm, weight: Float[Tensor, "m n"], gradient: Float[Tensor, "m n"], eps: float) -> Deviation:

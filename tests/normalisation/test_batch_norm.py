@@ -60,6 +60,50 @@ def test_losses(loss, reduction):
     assert result.complete
 
 
+def over_all(update, b):
+    """The update where running variances are taken over b, not over b - 1."""
+    told = {name: 0.9 + (v - 0.9) * (1 - 1 / b) if name.endswith("var") else v for name, v in update.buffers.items()}
+    return replace(update, buffers=told)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("activation", "dtype"), [(nn.ReLU, torch.float64), (nn.GELU, torch.float64), (nn.ReLU, torch.float32)]
+)
+def test_a_variance_over_all_samples(activation, dtype, seed):
+    """As Flax takes it, and torch does not: epsilon shows which, where samples are about as large as the weights."""
+    case = sent((20, 96, 5), 6, lambda m: [nn.BatchNorm1d(m), activation()], seed=seed)
+    model, x = case.model.to(dtype), case.inputs.to(dtype)
+    update = spear.federated.gradient(model, x, case.labels)
+    for told in (update, over_all(update, 6)):
+        result = spear.attack(model, told, method="network", time_limit=60)
+        assert result.complete, result.reason
+        assert bool((evaluate(result, x).relative_error <= result.error_bound.max()).all())
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("biased", [False, True])
+def test_samples_so_large_that_epsilon_does_not_show_which(activation, biased):
+    case = sent((20, 96, 5), 8, lambda m: [nn.BatchNorm1d(m), activation()])
+    model, x = case.model.float(), 20 * case.inputs.float()
+    update = spear.federated.gradient(model, x, case.labels)
+    result = spear.attack(model, over_all(update, 8) if biased else update, method="network", time_limit=60)
+    assert len(result.inputs) == 8
+    assert not result.certified.any()
+    assert not result.differences.any()
+    assert "epsilon does not show which" in result.reason
+    assert bool((evaluate(result, x).relative_error <= 1.1 * result.error_bound.max()).all())
+
+
+def test_a_running_mean_of_no_batch():
+    case = sent((20, 96, 5), 6)
+    told = {name: v.roll(1) if name.endswith("mean") else v for name, v in case.update.buffers.items()}
+    result = spear.attack(case.model, replace(case.update, buffers=told), method="network", time_limit=60)
+    assert not result.certified.any()
+    assert result.differences.all()
+    assert "the running mean is no batch's" in result.reason
+
+
 def test_auto_and_an_undisclosed_size():
     case = sent(seed=2)
     assert spear.attack(case.model, case.update, time_limit=60).complete

@@ -41,6 +41,38 @@ def test_the_whole_batch(between, shape):
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
 
 
+def over_all(update, variance):
+    """The update where the running variance is taken over all entries, not over one less."""
+    kept = {name: v for name, v in update.buffers.items() if not name.endswith("running_var")}
+    (name,) = set(update.buffers) - set(kept)
+    return replace(update, buffers=kept | {name: (0.9 + 0.1 * variance).to(update.buffers[name])})
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("shape", [(60,), (3, 4, 5)])
+def test_a_variance_over_all_entries(shape, seed):
+    """As Flax and Keras take it: epsilon shows which in double precision."""
+    model, x, y, update = client("none", seed, shape)
+    variance = x.var([0, *range(2, x.ndim)], unbiased=False)
+    result = spear.attack(model, over_all(update, variance), time_limit=60)
+    report = evaluate(result, x, y)
+    assert result.complete, result.reason
+    assert bool((report.relative_error < result.error_bound.max()).all())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_single_precision_does_not_show_which(biased):
+    model, x, y, _ = client("none")
+    model, x = model.float(), x.float()
+    update = spear.federated.gradient(model, x, y)
+    update = over_all(update, x.var(0, unbiased=False)) if biased else update
+    result = spear.attack(model, update, time_limit=60)
+    assert len(result.inputs) == len(x)
+    assert not result.certified.any()
+    assert "epsilon does not show which" in result.reason
+    assert float(evaluate(result, x, y).relative_error.max()) < float(result.error_bound.max())
+
+
 @pytest.mark.parametrize("factor", [0.99, 1.01, 3.0])
 @pytest.mark.parametrize("shape", [(60,), (3, 4, 5)])
 def test_a_variance_that_is_not_the_batchs(shape, factor):
