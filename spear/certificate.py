@@ -27,8 +27,9 @@ Jacobian of the logits in their linear region, has A h = 0, x + h and x - h leav
 the number of samples must be disclosed, is taken on trust, and must be that of the images found, each once. And the
 batch is the only one in its linear region: one with other activation patterns is not excluded, and networks can be
 built that have one (units in groups that fire together, so that means of samples fire in one group each). That all
-tensors of the update share one factor is read off where it shows, and is else taken on trust: behind a layer without
-biases of its own and a normalisation nothing but the bias gradient tells the length of an input.
+tensors of the update share one factor is not taken on trust for those of the biases, which often learn at a rate of
+their own: the last columns, ones on both sides, say a = 1 only where labels (`length_by_labels`), or the gradient of a
+layer that reads these inputs (`length_by_reader`), say it too.
 """
 
 import math

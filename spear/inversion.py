@@ -11,6 +11,7 @@ from spear.blocks.behind import behind_tokens
 from spear.blocks.recover import FeedForward
 from spear.blocks.recover import recover as recover_block
 from spear.blocks.view import open_block
+from spear.certificate import SAFETY
 from spear.deployments import claims, noise, pruning, unknown
 from spear.deployments.local_training import retrace
 from spear.deployments.opening import holds_few_values, open_noisy
@@ -126,6 +127,8 @@ def attack(
         request = Request(fixed, read.update, sent.layer, batch_size, device, terms, doubted)
         result = as_given(fixed, read.update, sent.layer, _through(request, chosen))
         result = entry.confirmed(model, read.update, result, found)
+    if read.error:  # of all lengths alike
+        result = result.less_certain(SAFETY * read.error)
     if read.doubt and bool(result.certified.any()):
         nobody = torch.zeros_like(result.certified)
         result = replace(result, certified=nobody, complete=False, reason=f"{result.reason}; {read.doubt}")

@@ -178,6 +178,13 @@ class Reconstruction:
             return self.certified
         return self.certified | (self.difference_bound <= self.limit)
 
+    def less_certain(self, error: Float[Tensor, " k"] | float) -> "Reconstruction":
+        """The same where inputs may be off by a relative `error` beside the one that is bounded."""
+        bound, apart = self.error_bound + error, self.difference_bound
+        sure = self.certified & (bound <= self.limit)
+        less = {"error_bound": bound, "difference_bound": None if apart is None else apart + error}
+        return replace(self, certified=sure, complete=self.complete and bool(sure.all()), **less)
+
 
 def larger(first: Reconstruction, second: Reconstruction) -> Reconstruction:
     """The result with more certified samples, then with more samples, joined by what only the other has; both reasons

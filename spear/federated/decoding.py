@@ -25,11 +25,15 @@ TOGETHER = 0.01  # relative distance of eigenvalues that are one
 
 @dataclass(frozen=True)
 class Reading:
-    """An update as it is taken, and what was undone for that, in words; a `doubt` forbids to certify what it gives."""
+    """An update as it is taken, and what was undone for that, in words; a `doubt` forbids to certify what it gives.
+
+    `error` is how far off the factors of whole tensors may be, relative to them, that were undone.
+    """
 
     update: SharedUpdate
     words: tuple[str, ...] = ()
     doubt: str = ""
+    error: float = 0.0
 
 
 def read(model: nn.Module, update: SharedUpdate) -> Reading:
@@ -43,7 +47,7 @@ def read(model: nn.Module, update: SharedUpdate) -> Reading:
     if update.local_steps > 1 or update.pruning is not None or is_perturbed(update) or not _fits(model, named):
         return Reading(named, words)
     if (scaled := per_tensor.undone(model, named)) is not None:
-        return Reading(scaled[0], (*words, scaled[1]))
+        return Reading(scaled[0], (*words, scaled[1]), error=scaled[2])
     reading = Reading(named, words)
     if (seen := _decay(model, named)) is None:
         reading = _without_adam(model, reading)

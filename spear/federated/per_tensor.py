@@ -28,8 +28,9 @@ KEPT, BROKEN = 30.0, 1e3  # times their rounding: so far equations hold, and fro
 APART = 1e3  # times what is left of the equations: so much is left by any other factors
 
 
-def undone(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate, str] | None:
-    """The update without the factors, and that in words; `None` where they are equal, or cannot be told.
+def undone(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate, str, float] | None:
+    """The update without the factors, that in words, and how far off a factor may be, relative to it: one of small
+    biases most. `None` where they are equal, or cannot be told.
 
     Nothing tells that of the last bias: its gradient is left out. Neither do biases that are zero: then none is told.
     """
@@ -53,7 +54,7 @@ def undone(model: nn.Module, update: SharedUpdate) -> tuple[SharedUpdate, str] |
     words = "every tensor came with a factor of its own, as clipping each by its norm leaves it: undone"
     untold = [name for name in received if name not in by_name]
     words += f", but for {', '.join(untold)}, whose factor nothing tells" if untold else ""
-    return replace(update, gradients=lazy), words
+    return replace(update, gradients=lazy), words, lazy.rounding / float(V[-1].abs().min())
 
 
 def _layers(model: nn.Module, update: SharedUpdate) -> Sequence[Layer] | None:

@@ -123,11 +123,8 @@ def _with_statistics(update: SharedUpdate, result: Reconstruction, found: Entry,
     mean, scale, wide, error = (v.reshape(sides) for v in (told.mean, scale, wide, told.mean_error))
     x = mean + (x - mean) * (wide if biased else 1)
     moved = torch.hypot((x - mean) * scale, error.expand_as(x)).flatten(1).norm(dim=1)
-    bound = result.error_bound + moved / norms(x.flatten(1))
-    sound = result.certified & (bound <= result.limit)
-    whole = result.complete and bool(sound.all())
-    verdict = {"error_bound": bound, "certified": sound, "complete": whole, "reason": f"{result.reason}; {said}"}
-    return replace(result, inputs=x.to(result.inputs), **verdict)
+    made = replace(result, inputs=x.to(result.inputs), reason=f"{result.reason}; {said}")
+    return made.less_certain(moved / norms(x.flatten(1)))
 
 
 def _sides(x: Float[Tensor, "b *shape"], features: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from problems import batch
 from torch import Tensor, nn
 
 import spear
+from spear.certificate import SAFETY
 from spear.federated import SharedUpdate, gradient
 from spear.federated.per_tensor import undone
 
@@ -59,13 +60,34 @@ def clipped(update: SharedUpdate) -> SharedUpdate:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_factors_are_undone(activation, bias, depth, seed):
     model, _, _, plain = client(activation, seed, depth=depth, bias=bias)
-    found, words = undone(model, scaled(plain, drawn(plain, seed)))
+    found, words, _ = undone(model, scaled(plain, drawn(plain, seed)))
     ratios = [g / plain.gradients[name] for name, g in found.gradients.items()]
     ratios = torch.cat([ratio[plain.gradients[name] != 0] for ratio, name in zip(ratios, found.gradients, strict=True)])
     torch.testing.assert_close(ratios, ratios[0].expand_as(ratios), rtol=1e-9, atol=0)
     last = f"{2 * depth - 2}.bias"
     assert set(plain.gradients) - set(found.gradients) == {last}
     assert last in words
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_how_far_off_a_factor_is(dtype, size, seed):
+    """The smaller biases are beside the weights, the less their factor is told."""
+    model, x, y, _ = client("relu", seed, dtype=dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p *= size if name.endswith("bias") else 1
+    plain = spear.federated.gradient(model, 100 * x, y)
+    result = undone(model, scaled(plain, drawn(plain, seed)))
+    if result is None:  # too rough
+        assert dtype == torch.float32
+        return
+    found, _, error = result
+    ratios = torch.stack(
+        [found.gradients[k].double().norm() / plain.gradients[k].double().norm() for k in found.gradients]
+    )
+    assert float((ratios / ratios[0] - 1).abs().max()) < SAFETY * error
 
 
 @pytest.mark.parametrize("seed", range(2))
