@@ -29,7 +29,7 @@ def given_signs(
     slope, offset = (slope / size[:, None]).float(), (offset / size).float()
     sign = sign.float()
     sign = sign * (offset * sign).sum(1, keepdim=True).sign()
-    prior = torch.eye(slope.shape[1], device=slope.device) / variance.float()
+    prior = torch.eye(slope.shape[1], dtype=slope.dtype, device=slope.device) / variance.float()
     a = slope.new_zeros(len(offset), slope.shape[1])
     for step in range(STEPS):
         softness = max(SOFTNESS, WIDEST * NARROWING**step)

@@ -78,3 +78,15 @@ def test_signs_that_no_vector_has_leave_numbers():
     mean, covariance = given_signs(slope, 1e6 * offset, mixed, torch.tensor(4.0))
     assert mean.isfinite().all()
     assert covariance.isfinite().all()
+
+
+def test_the_default_dtype_does_not_matter():
+    usual, told, variance = torch.get_default_dtype(), problem(0)[:3], torch.tensor(4.0, dtype=torch.float64)
+    mean, covariance = given_signs(*told, variance)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = given_signs(*told, variance)
+    finally:
+        torch.set_default_dtype(usual)
+    assert torch.equal(again[0], mean)
+    assert torch.equal(again[1], covariance)

@@ -84,13 +84,13 @@ class Sight:
     def projections(self) -> Projections:
         """Onto both gradients' rows: of the first, those known and one for each input that they leave out."""
         first, second = self.known
-        units = second.columns[:-1]
+        units = _units(self.problem, second)
         unknown = F.one_hot((~first.columns).nonzero()[:, 0], len(first.columns)).to(first.J)
         rows = torch.cat([torch.zeros_like(first.J[: self.left]), unknown])
         rows[: self.left, first.columns] = self.factors[0].rows
         above = torch.zeros_like(second.J[: self.left])
         above[:, second.columns] = self.factors[1].rows
-        return Projections.onto(self.problem.lift(0, rows)[units], rows, above[:, :-1][:, units])
+        return Projections.onto(self.problem.lift(0, rows)[units], rows, above[:, : len(units)][:, units])
 
     def search(self, starts: int, generator: Generator) -> Float[Tensor, "k n"]:
         """Inputs whose pre-activations and activations fit both gradients to rounding, from random starts."""
@@ -178,7 +178,7 @@ class Pruned:
         self, run: Passes, own: Float[Tensor, "m n1"], inputs: Float[Tensor, "b n"]
     ) -> tuple[Float[Tensor, "b u"], Float[Tensor, " b"]]:
         """What is missing of the inputs that the first gradient does not determine, and how well that is known."""
-        problem, units = self.problem, self.second.columns[:-1]
+        problem, units = self.problem, _units(self.problem, self.second)
         columns = ~self.first.columns[:-1]
         if not columns.any():
             return inputs[:, :0], inputs.new_zeros(len(inputs))
@@ -238,6 +238,11 @@ def open_pruned(
     return pruned
 
 
+def _units(problem: NetworkView, second: Completed) -> Bool[Tensor, " m"]:
+    """The hidden units that the second gradient knows: its columns, without that of a bias."""
+    return second.columns[: len(problem.weights[0])]
+
+
 def _too_few(k: int, kept: Bool[Tensor, "m n"]) -> str:
     arrived = f"{int(kept.sum())} entries of layer {k + 1}'s gradient arrived, {float(kept.double().mean()):.0%}"
     return f"{arrived}: they bear a rank of {completion.most_rank(kept)} at most"
@@ -284,7 +289,7 @@ def _check_reach(pruned: Pruned) -> None:
     if pruned.first.rank != pruned.second.rank:
         ranks = f"{pruned.first.rank} and {pruned.second.rank}"
         raise Refusal(f"the completed gradients have ranks {ranks}: samples cannot be told apart")
-    units, needed = int(pruned.second.columns[:-1].sum()), pruned.rank + int((~pruned.first.columns).sum())
+    units, needed = int(_units(pruned.problem, pruned.second).sum()), pruned.rank + int((~pruned.first.columns).sum())
     if needed + pruned.rank > units - SPARE:
         few = f"too few for {pruned.rank} samples and {needed} unknowns of each"
         raise Refusal(f"{units} hidden units are known, {few}")

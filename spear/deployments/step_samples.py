@@ -78,6 +78,8 @@ def open_unexplained(problem: NetworkView, training: Training) -> Unexplained:
     """The first two layers' changes. Raises `Refusal` where projections cannot tell samples from them."""
     if not applicable(problem):
         raise Refusal(f"several local steps are retraced from {NEEDED}")
+    if problem.biases[-1] is not None and problem.bias_gradients[-1] is None:
+        raise Refusal("the update has no change of the output bias: how it moved in several local steps is not told")
     steps, width = len(training.sizes), min(len(w) for w in problem.weights[:2])
     sigmas = [rounding(problem.affine(k), 2 * problem.precision, steps) for k in (0, 1)]
     first, second = (

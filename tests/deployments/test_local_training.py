@@ -10,8 +10,10 @@ from problems import batch
 
 from spear import attack, data, metrics, models
 from spear.deployments import simulation
+from spear.deployments.local_training import retrace
 from spear.federated import SharedUpdate, clients, gradient
 from spear.network.problem import open_network
+from spear.reconstruction import Budget, Terms
 
 
 def _client(b: int = 8, m: int = 150, n: int = 60, seed: int = 0):
@@ -105,6 +107,20 @@ def test_what_a_simulation_needs(hidden, message):
     update = replace(clients.local_training(model, inputs, labels, epochs=2, mini_batch=4), **hidden)
     with pytest.raises(ValueError, match=message):
         attack(model, update)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_output_bias_without_a_change_is_said(frozen):
+    model, inputs, labels = _client(b=4, m=60, n=40)
+    model.fc3.bias.requires_grad_(not frozen)
+    update = clients.local_training(model, inputs, labels, mini_batch=2)
+    update = replace(update, gradients={name: g for name, g in update.gradients.items() if name != "fc3.bias"})
+    said = retrace(model, update, None, None, Terms(Budget()))
+    assert not len(said.inputs)
+    assert "the update has no change of the output bias" in said.reason
+    result = attack(model, update, time_limit=2)
+    assert not result.certified.any()
+    assert metrics.evaluate(result, inputs, labels).precision == 1
 
 
 def test_aggregation_hides_nobody():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import batch, permuted_neurons
+from torch import nn
 
 from spear import attack, data, metrics, models
 from spear.deployments.pruning import is_pruned, recover
@@ -70,6 +71,19 @@ def test_single_precision_sums_and_copies():
     inputs[3], labels[3] = inputs[1], labels[1]
     update = defences.pruned_random(gradient(model, inputs, labels, reduction="sum"), 0.4, generator=_generator())
     _whole(model, update, inputs, labels)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_second_layer_without_a_bias(last, quiet):
+    torch.manual_seed(0)
+    layers = nn.Linear(100, 150), nn.ReLU(), nn.Linear(150, 150, bias=False), nn.ReLU(), nn.Linear(150, 10, bias=last)
+    model, (inputs, labels) = nn.Sequential(*layers).double(), batch(5, 100)
+    if quiet:
+        inputs[:, :3] *= 0.01
+    update = gradient(model, inputs, labels)
+    _whole(model, defences.pruned_top_k(update, 0.35), inputs, labels)
+    _whole(model, defences.pruned_random(update, 0.35, generator=_generator()), inputs, labels)
 
 
 def test_permuted_neurons_change_nothing():
