@@ -201,7 +201,7 @@ def _with(request: "Request", reading: decoding.Reading, method: Method) -> Reco
         found = replace(request, update=reading.update).attack(Network() if several else method)
     except Refusal:
         return None
-    labelled = found.labels is not None and found.expected_error is None and len(found.inputs) >= found.rank
+    labelled = found.labels is not None and found.expected_error is None and _distinct(found) >= found.rank
     return found if (found.complete if several else labelled) else None
 
 
