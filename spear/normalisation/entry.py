@@ -102,9 +102,11 @@ def _with_statistics(update: SharedUpdate, result: Reconstruction, found: Entry,
     of σ² + ε. Torch takes the running variance over one less than the entries, others over all of them: whichever the
     samples show, and neither where rounding hides it.
     """
-    eps, less = found.norm.eps, _biased(update, told)
-    variance, own = told.variance * less, _variance(result, len(told.variance))
-    off, more = (own - variance) / eps, (told.variance - variance) / (told.variance + eps)
+    eps, unbiased = found.norm.eps, told.variance.clamp_min(0)
+    variance, own = unbiased * _biased(update, told), _variance(result, len(unbiased))
+    if len(own) != len(unbiased):
+        return _uncertified(result, "what was found is not of the form of the data that were normalised")
+    off, more = (own - variance) / eps, (unbiased - variance) / (unbiased + eps)
     exact = float(result.error_bound.max()) + torch.finfo(torch.float64).eps
     size = (variance + told.mean**2).sqrt()
     noise = SAFETY * (told.variance_error + 2 * exact * size * variance.sqrt()).clamp_min(1e-300) / eps
@@ -116,7 +118,7 @@ def _with_statistics(update: SharedUpdate, result: Reconstruction, found: Entry,
         why = "the samples do not have the variance that the running statistics tell, or only a part was found"
         return _uncertified(result, why)
     said = f"the batch's mean and variance at {found.name} are those that its running statistics tell"
-    scale, wide = told.variance_error / (2 * (variance + eps)), ((told.variance + eps) / (variance + eps)).sqrt()
+    scale, wide = told.variance_error / (2 * (variance + eps)), ((unbiased + eps) / (variance + eps)).sqrt()
     if not sure:
         said, scale = f"{said}: {EITHER}, {float(wide.max()) - 1:.0e} apart", scale + wide - 1
     x, sides = result.inputs.double(), _sides(result.inputs, len(scale))

@@ -61,6 +61,17 @@ def test_a_variance_over_all_entries(shape, seed):
 
 
 @pytest.mark.parametrize("biased", [False, True])
+def test_entries_that_are_the_same_in_all_samples(biased):
+    """As the black margins of pictures."""
+    model, x, y, _ = client("none")
+    x[:, ::3] = torch.linspace(-1, 1, 20, dtype=x.dtype)
+    update = spear.federated.gradient(model, x, y)
+    result = spear.attack(model, over_all(update, x.var(0, unbiased=False)) if biased else update, time_limit=60)
+    assert result.complete, result.reason
+    assert bool((evaluate(result, x, y).relative_error < result.error_bound.max()).all())
+
+
+@pytest.mark.parametrize("biased", [False, True])
 def test_single_precision_does_not_show_which(biased):
     model, x, y, _ = client("none")
     model, x = model.float(), x.float()
