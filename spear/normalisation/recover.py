@@ -20,7 +20,7 @@ from spear.normalisation.descent import Known, Multiple, descend
 from spear.normalisation.judge import judge
 from spear.normalisation.last_layer import ROUGHEST, Search, anew, searched, solved
 from spear.normalisation.partial import from_gradient, inputs_alone
-from spear.normalisation.problem import NormalisedView
+from spear.normalisation.problem import Norm, NormalisedView
 from spear.normalisation.replay import Run, corrected
 from spear.normalisation.sample_search import SampleSearch
 from spear.normalisation.statistics import Deviation, deviation, from_buffers
@@ -43,9 +43,24 @@ def recover(view: NormalisedView, terms: Terms) -> Reconstruction:
     """
     rank = view.network.factors(view.network.last).rank + view.mixes
     result, rough = _of_multiple(view, terms, 1.0), shown_factor(view.network, rank)
+    told = any(norm is not None and norm.variance is not None for norm in view.afters)
+    if not len(result.inputs) and told and rank > 1:
+        result = larger(result, _of_multiple(_over_all(view, rank), terms, 1.0))
     if len(result.inputs) or rough <= 0 or SMALL < rough < LARGE or terms.budget.spent(result.stats.proposals):
         return result
     return larger(result, _of_multiple(view, terms, rough))
+
+
+def _over_all(view: NormalisedView, size: int) -> NormalisedView:
+    """The same where running variances behind activations are over b, not over b - 1: only one leads to samples."""
+
+    def of(norm: Norm | None) -> Norm | None:
+        if norm is None or norm.variance is None:
+            return norm
+        more = size / (size - 1)
+        return replace(norm, variance=more * norm.variance, variance_error=more * norm.variance_error)
+
+    return replace(view, afters=tuple(map(of, view.afters)))
 
 
 def _of_multiple(view: NormalisedView, terms: Terms, factor: float) -> Reconstruction:

@@ -109,6 +109,16 @@ def test_statistics_of_another_batch_change_nothing(sizes):
     assert bool(result.certified.all())
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_running_variances_over_all_samples(seed, activation):
+    """As Flax and Keras take them."""
+    case = sent((20, 96, 96, 5), 6, lambda m: [activation(), nn.BatchNorm1d(m)], seed=seed)
+    told = {k: 0.9 + (v - 0.9) * 5 / 6 if k.endswith("var") else v for k, v in case.update.buffers.items()}
+    for update in (case.update, replace(case.update, buffers=told)):
+        whole(case, spear.attack(case.model, update, method="network", time_limit=60))
+
+
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "2.weight", "2.bias", "3.weight", "3.bias"])
 @pytest.mark.parametrize("size", [1e-3, 1e-6])
 def test_a_changed_update_is_not_certified(name, size):
