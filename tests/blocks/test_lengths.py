@@ -234,3 +234,27 @@ def test_biases_that_are_zero_do_not_tell_lengths(seed: int, factor: float, zero
     assert bool(result.certified.all()) is not zero
     assert result.complete is not zero
     assert zero is ("may have a factor of their own" in result.reason)
+
+
+class Gauss(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.exp(-(z**2))
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, Gauss, nn.GELU])
+@pytest.mark.parametrize("b", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_token_and_its_mirror_image(seed: int, b: int, activation: type[nn.Module]) -> None:
+    """Behind an odd or even activation without biases -x gives both gradients: its sign is not certain."""
+    torch.manual_seed(seed)
+    parts = nn.Linear(20, 48, bias=False), activation(), nn.Linear(48, 30, bias=False), nn.ReLU(), nn.Linear(30, 5)
+    model = nn.Sequential(*parts).double()
+    x = torch.randn(b, 20, dtype=torch.float64)
+    update = federated.gradient(model, x, torch.randint(5, (b,)))
+    result = spear.attack(model, update, method="block", layer="0", seed=seed, time_limit=20)
+    if activation is nn.GELU:
+        assert result.complete, result.reason
+        assert bool((nearest(result.inputs, x) <= result.error_bound).all())
+    else:
+        assert not result.certified.any()
+        assert not result.complete
