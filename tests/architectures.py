@@ -82,7 +82,13 @@ def model_of(r: random.Random, outputs: int) -> tuple[str, nn.Module, tuple[int,
         parts.append((r.choice([*FLAT, *CURVED]) if kind == "mixed" else one)())
         parts += [nn.Dropout(r.choice([0.1, 0.3, 0.5]))] * (kind == "dropout" and r.random() < 0.7)
         n = width
-    return kind, nn.Sequential(*parts, nn.Linear(n, outputs)), shape
+    model = nn.Sequential(*parts, nn.Linear(n, outputs))
+    with torch.no_grad():  # what leaves open how long inputs are
+        if r.random() < 0.3:
+            for name, p in model.named_parameters():
+                p.mul_(not name.endswith("bias"))
+        model[-1].weight *= 10 ** r.choice([0, 0, 0, 1, -3, -6, -10])
+    return kind, model, shape
 
 
 def batch_of(r: random.Random, x: Tensor, y: Tensor, normal: Callable[..., Tensor]) -> str:
@@ -136,6 +142,8 @@ def changed(
     ways = {
         "factor": lambda _, g: factor * g,
         "factors": lambda _, g: 10 ** r.uniform(-2, 2) * g,
+        "biases scaled": lambda k, g: g * (2 if k.endswith("bias") else 1),
+        "weights scaled": lambda k, g: g * (1 if k.endswith("bias") else 0.5),
         "one bias scaled": lambda k, g: g * (1 + size * (k == one)),
         "float32": lambda _, g: g.float(),
         "noise": lambda _, g: g + size * g.abs().max() * normal(*g.shape),
