@@ -136,13 +136,15 @@ class _System:
         """The error of t and of s of each sample where dY is D ∘ heads · d, d unknown: the rows' being independent."""
         half, errors = len(self.inverse) // 2, []
         heads = heads[self.live] / self.noise[:, None]
-        spare = len(heads) - len(self.inverse) - heads.shape[1]
+        if len(heads) - len(self.inverse) - heads.shape[1] < MARGIN:
+            unknown = torch.full_like(mask[:, 0], torch.inf, dtype=heads.dtype)
+            return unknown, unknown
         for some in mask[:, self.live].split(AT_ONCE):
             masked = some[:, :, None] * heads
             inside = self.basis.mT @ masked
             size = masked.norm(dim=1, keepdim=True).clamp_min(1e-300)
             R = torch.linalg.qr((masked - self.basis @ inside) / size, mode="r")[1]
-            sound = (R.diagonal(dim1=1, dim2=2).abs() > DEPENDENT).all(1) & (spare >= MARGIN)
+            sound = (R.diagonal(dim1=1, dim2=2).abs() > DEPENDENT).all(1)
             eye = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
             R = torch.where(sound[:, None, None], R, eye)
             moved = self.inverse @ (inside / size) @ torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spear.certificate import BY_BIASES, SAFETY, Certificate, length_by_reader, norms, rms
+from spear.certificate import BY_BIASES, SAFETY, Certificate, length_by_labels, length_by_reader, norms, rms
+from spear.federated.losses import activate_along
 from spear.models.streaming import Blocks
 from spear.network.labels import WHOLE_NUMBERS
 from spear.network.problem import Targets
@@ -100,7 +101,7 @@ def judge(
         error_bound=torch.where(targets.agree(network.activate(_logits(view, own))), bound, torch.inf),
         allowed=network.accuracy.recovered,
         doubt=doubt or _doubt(view, own, targets, known),
-        reserve=reserve or ("" if _tells_lengths(view, own, targets, kept) else BY_BIASES),
+        reserve=reserve or ("" if _tells_lengths(view, own, targets, kept, residual) else BY_BIASES),
     )
     error, reason = evidence.error_bound + either, (evidence.why_not() or WHOLE) + _dropped(view, own)
     if view.loses_mean:
@@ -122,14 +123,22 @@ def judge(
     return replace(made, difference_bound=evidence.error_bound)
 
 
-def _tells_lengths(view: NormalisedView, own: Run, targets: Targets, kept: Kept) -> bool:
+def _tells_lengths(view: NormalisedView, own: Run, targets: Targets, kept: Kept, residual: float) -> bool:
     """Whether more than the biases' gradients tells how long inputs are: a normalisation takes a factor of all that
-    enters it away, so that behind biases that are zero x / 2 leaves the same in every weight's gradient."""
-    network, normalised = view.network, any((*view.norms, *view.afters))
-    if view.loses_mean or not (normalised or targets.free):
+    enters it away, so that behind biases that are zero x / 2 leaves the same in every weight's gradient. Of what the
+    labels say, that which a scale of the loss would not."""
+    network = view.network
+    if view.loses_mean:
         return True
+    every = list(stretched(view, own, kept))
+    if not targets.free:
+        logits = _logits(view, own)
+        along = activate_along(network.loss, logits, every[-1] @ network.weights[-1].mT)
+        error = torch.full_like(along[:, 0], max(residual, 2 * network.precision))
+        if length_by_labels(own.deltas[-1] / targets.unit, along, error, whole=False) <= network.accuracy.recovered:
+            return True
     least = torch.full_like(own.inputs[0][:, 0], math.inf)
-    for k, moved in enumerate(stretched(view, own, kept)):
+    for k, moved in enumerate(every):
         J = Blocks(network.weight_gradients[k + 1], None, network.weights[-1])
         sums_to_zero = view.afters[k] is not None and view.afters[k].mixes
         shares, _ = length_by_reader(own.inputs[k + 1], moved, J, 2 * network.precision, int(sums_to_zero))
