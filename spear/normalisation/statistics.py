@@ -31,7 +31,7 @@ class Deviation:
     """σ (m,) of a batch, the relative `error` (m,) that rounding leaves in it, and whether buffers `told` it.
 
     By a factor all of them may be off beside that, by `common`, relative. `biased` says that the buffers take a batch's
-    variance over b, as Flax and some layers of Keras do, not over b - 1, as torch does.
+    variance over b, as Flax and Keras do, not over b - 1, as torch does.
     """
 
     sigma: Float[Tensor, " m"]
@@ -76,7 +76,11 @@ def deviation(
     if len(told) < 2:
         return told[0] if told else alone  # its buffers are not those of this batch
     nearer = [one for one in told if _agree_in_common(one, alone)]
-    return nearer[0] if len(nearer) == 1 else replace(told[0], common=_apart(*told))
+    return (
+        nearer[0]
+        if len(nearer) == 1
+        else replace(told[0], common=float((told[1].sigma / told[0].sigma - 1).abs().max()))
+    )
 
 
 def _agree(told: Deviation, alone: Deviation) -> bool:
@@ -93,11 +97,6 @@ def _agree_in_common(told: Deviation, alone: Deviation) -> bool:
         return True
     scatter = float((off - off.median()).abs().median()) / len(off) ** 0.5
     return abs(float(off.median())) <= SAFETY * (scatter + float(told.error.median()))
-
-
-def _apart(one: Deviation, other: Deviation) -> float:
-    """By how much two differ at most, relative."""
-    return float((one.sigma / other.sigma - 1).abs().max())
 
 
 def from_buffers(norm: Norm, eps: float, size: int, *, biased: bool = False) -> Deviation:
