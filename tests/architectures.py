@@ -83,11 +83,11 @@ def model_of(r: random.Random, outputs: int) -> tuple[str, nn.Module, tuple[int,
         parts += [nn.Dropout(r.choice([0.1, 0.3, 0.5]))] * (kind == "dropout" and r.random() < 0.7)
         n = width
     model = nn.Sequential(*parts, nn.Linear(n, outputs))
-    with torch.no_grad():  # what leaves open how long inputs are
-        if r.random() < 0.3:
+    if r.random() < 0.3:  # what leaves open how long inputs are
+        with torch.no_grad():
             for name, p in model.named_parameters():
-                p.mul_(not name.endswith("bias"))
-        model[-1].weight *= 10 ** r.choice([0, 0, 0, 1, -3, -6, -10])
+                p.mul_(not name.endswith("bias") or r.random() < 0.3)
+            model[-1].weight *= 10 ** r.choice([0, 1, -3, -6, -10])
     return kind, model, shape
 
 
