@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from spear import inversion
-from spear.audit import leaks, protection, simulation
+from spear.audit import leaks, protection, side_by_side, simulation
 from spear.audit.protection import Tested
 from spear.audit.sample import Sample, choose, input_shape, outputs
 from spear.audit.simulation import Comparison, Options, Reach
@@ -76,8 +77,8 @@ class Audit:
     is the batch size of the simulations. `statistics` says what batch normalisation's buffers give away beside the
     gradients, where clients send them. `result` is what came back, `outcome` its comparison with the truth where that
     is known (simulations). `picture` is the shape of one sample as a picture. `time_limit` and `trial_limit` are the
-    seconds that the attack and each simulated one had, `seconds` is what the audit took, `memory` the largest that the
-    process has been until then, in bytes.
+    seconds that the attack and each simulated one had, `seconds` is what the audit took, `memory` the largest that one
+    of its processes has been until then, in bytes.
     """
 
     model: str
@@ -165,6 +166,9 @@ def audit(
         options = replace(options, layer=entered)
     count = count or (result.rank if update else simulated)
     truth = None if update else simulation.entering(model, entered, sample.inputs[:count])
+    reaches = _reaches(model, sample, count, target, options)
+    defences = _defences(model, result, sample, count, options)
+    tried = side_by_side.all_of(reaches | defences, say)
     return Audit(
         model=name,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -178,8 +182,8 @@ def audit(
         result=result,
         truth=truth,
         outcome=None if truth is None else simulation.compare(result, truth, sample.labels[:count]),
-        reaches=_reaches(model, sample, count, target, options, say),
-        defences=_defences(model, result, sample, count, options, say),
+        reaches=tuple(tried[words] for words in reaches),
+        defences=tuple(tried[words] for words in defences),
         picture=sample.picture if sample and entered is None else (target.inputs,),
         time_limit=time_limit,
         trial_limit=trial_limit,
@@ -198,8 +202,8 @@ def _check_size(count: int, n: int) -> None:
 
 
 def peak_memory() -> int:
-    """The largest resident set that this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The largest resident set that this process, or one that it has begun, has had, in bytes."""
+    peak = max(resource.getrusage(of).ru_maxrss for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
@@ -286,32 +290,29 @@ def _sample(
 
 
 def _reaches(
-    model: nn.Module, sample: Sample | None, count: int, target: Risk, options: Options, say: Callable[[str], None]
-) -> tuple[Reach, ...]:
+    model: nn.Module, sample: Sample | None, count: int, target: Risk, options: Options
+) -> dict[str, Callable[[], Reach]]:
+    """Searches for the largest batch of each method, yet to be made."""
     if sample is None:
-        return ()
-    most, found = min(target.limit, len(sample.labels)), []
-    for method in inversion.METHODS:
-        if method != "auto":
-            say(f"largest batch by {method}")
-            found.append(simulation.reach(model, sample, method, most=most, first=count, options=options))
-    return tuple(found)
+        return {}
+    most = min(target.limit, len(sample.labels))
+    return {
+        f"largest batch by {method}": partial(
+            simulation.reach, model, sample, method, most=most, first=count, options=options
+        )
+        for method in inversion.METHODS
+        if method != "auto"
+    }
 
 
 def _defences(
-    model: nn.Module,
-    result: Reconstruction,
-    sample: Sample | None,
-    count: int,
-    options: Options,
-    say: Callable[[str], None],
-) -> tuple[Tested, ...]:
-    """Defences on the recovered batch where it came back whole, else on the sample."""
+    model: nn.Module, result: Reconstruction, sample: Sample | None, count: int, options: Options
+) -> dict[str, Callable[[], Tested]]:
+    """Defences, yet to be tried, on the recovered batch where it came back whole, else on the sample."""
     if sample is None:
-        return ()
+        return {}
     own = sample
     if result.complete and options.layer is None and result.labels is not None:
         inputs = result.inputs.reshape(-1, *sample.inputs.shape[1:]).to(sample.inputs)
         own = Sample(inputs, result.labels, "the recovered batch", sample.picture)
-    count = min(count, len(own.labels))
-    return protection.try_defences(model, own, count, others=sample, options=options, progress=say)
+    return protection.trials(model, own, min(count, len(own.labels)), others=sample, options=options)

@@ -57,25 +57,16 @@ class Tested:
         return "does not stop it" if self.outcome.exact else "blurs"
 
 
-def try_defences(
-    model: nn.Module,
-    sample: Sample,
-    count: int,
-    *,
-    others: Sample,
-    options: Options,
-    progress: Callable[[str], None] | None = None,
-) -> tuple[Tested, ...]:
-    """Every defence on the first `count` of `sample`, attacked; the other clients of a sum have samples of `others`.
-
-    The first entry is no defence at all. `progress` is called with a few words before each defence is tried.
-    """
-    tested = []
-    for defence in _defences(others, count):
-        if progress:
-            progress(f"defence: {defence.name}")
-        tested.append(_tested(defence, model, sample.take(count), options))
-    return tuple(tested)
+def trials(
+    model: nn.Module, sample: Sample, count: int, *, others: Sample, options: Options
+) -> dict[str, Callable[[], Tested]]:
+    """Attacks behind every defence, yet to be made, on the first `count` of `sample`; the other clients of a sum have
+    samples of `others`. By a few words each; the first is no defence at all."""
+    batch = sample.take(count)
+    return {
+        f"defence: {defence.name}": partial(_tested, defence, model, batch, options)
+        for defence in _defences(others, count)
+    }
 
 
 def _tested(defence: Defence, model: nn.Module, batch: tuple[Tensor, Tensor], options: Options) -> Tested:

@@ -42,5 +42,6 @@ def test_what_only_rounding_hides_is_no_protection(model: nn.Module, monkeypatch
     options = simulation.Options(time_limit=20)
     everyone = choose("digits", SHAPE, CLASSES, most=40)
     others = replace(everyone, inputs=everyone.inputs.float())
-    tested = protection.try_defences(copy.deepcopy(model).float(), single, 4, others=others, options=options)
+    trials = protection.trials(copy.deepcopy(model).float(), single, 4, others=others, options=options)
+    tested = [trial() for trial in trials.values()]
     assert {t.name for t in tested if t.verdict == "only rounding hides it"} == {"local training"}
