@@ -4,9 +4,10 @@
 
 Each attack runs in a process of its own, one after the other, the two checkouts taking turns, so that whatever else the
 machine does falls on both alike, and after a small attack that is not timed. An audit, which attacks in several
-processes, is compared by wall seconds. Both run this file's cases through the public interface of their own code. A
-batch counts as whole where every image came back to 1e-6, but for those whose gradient is under a millionth of the
-largest (a softmax that is sure of the right class); where labels are recovered, each of these must be right.
+processes, is compared by wall seconds; GiB are those of the largest process. Both run this file's cases through the
+public interface of their own code. A batch counts as whole where every image came back to 1e-6, but for those whose
+gradient is under a millionth of the largest (a softmax that is sure of the right class); where labels are recovered,
+each of these must be right.
 """
 
 import argparse
