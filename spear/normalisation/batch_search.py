@@ -59,6 +59,12 @@ class BatchSearch:
         return self.spaces.batch - len(self.found)
 
     @property
+    def lacking(self) -> str:
+        """In words, that fewer units' deviations are told than a sample has unknowns."""
+        told, needed = len(self.heads), 2 * (self.spaces.batch - 1) + self.heads.shape[1]
+        return "" if told >= needed else f"the deviations of {told} units are told, a sample has {needed} unknowns"
+
+    @property
     def ridge(self) -> float:
         """That of the fits of d in this round."""
         ridges = FIRM if self.problem.loss == "squared_error" else RIDGES

@@ -63,7 +63,7 @@ def searched(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, S
             return known, columns
     run = opened(view, known, terms.generator())
     run.until = terms.budget.until
-    if type(run) is BatchSearch and run.accept > ROUGHEST and not view.drops_units:
+    if type(run) is BatchSearch and not run.lacking and run.accept > ROUGHEST and not view.drops_units:
         rough = replace(known.before, error=torch.full_like(known.before.error, known.before.usual))
         spaces = open_spaces(view.network, view.top, view.network.last, known.low, rough)
         found = calibrated(BatchSearch(view, spaces, 0.0, terms.generator()), known.before, run.until)
@@ -72,7 +72,7 @@ def searched(view: NormalisedView, known: Known, terms: Terms) -> tuple[Known, S
             spaces = open_spaces(view.network, view.top, view.network.last, known.low, found.deviation)
             run = BatchSearch(view, spaces, FITTING * found.residual, terms.generator())
             run.until = terms.budget.until
-    while run.left:
+    while run.left and not (isinstance(run, BatchSearch) and run.lacking):
         run.round()
         terms.report("network", known.low.rank + view.mixes - run.left, known.low.rank + view.mixes, run.starts)
         if terms.budget.spent(run.starts) or run.idle >= IDLE:

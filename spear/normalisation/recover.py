@@ -100,6 +100,8 @@ def _recovered(view: NormalisedView, terms: Terms, reserve: str = "") -> Reconst
 def _partly(view: NormalisedView, known: Sequence[Known], run: Search, reached: Reached) -> Judged:
     """The samples found while others are missing, as far as each by itself leads to an input; none is certified."""
     network, empty = view.network, nothing(view.network, str(reached), reached)
+    if isinstance(run, BatchSearch) and run.lacking:
+        return replace(empty, reason=f"{reached}; {run.lacking}")
     if isinstance(run, BatchSearch) and run.accept > ROUGHEST:
         off = f"epsilon tells the batch's deviations to {known[-1].before.usual:.0e} only"
         return replace(empty, reason=f"{reached}; {off}: too rough for samples to be told apart from what is none")

@@ -142,6 +142,20 @@ def test_a_changed_update_is_not_certified(name, size):
     nothing_certified_if_changed(case, name, size)
 
 
+@pytest.mark.parametrize("factor", [-1.0, 0.0, 1 / 3, 3.0])
+@pytest.mark.parametrize("b", [2, 5])
+@pytest.mark.parametrize("source", ["buffers", "epsilon"])
+def test_a_scale_whose_gradient_has_a_factor_of_its_own(source, b, factor):
+    """Epsilon's share of it is then that of no batch: of some units, or of all, no deviation is told."""
+    case = sent((16, 32, 3), b, seed=3)
+    g = case.update.gradients
+    update = replace(case.update, gradients=g | {"1.weight": factor * g["1.weight"]})
+    update = update if source == "buffers" else replace(update, buffers=None)
+    result = spear.attack(case.model, update, method="network", time_limit=10)
+    assert not result.certified.any()
+    assert result.reason
+
+
 def test_statistics_that_are_none():
     case = sent((30, 80, 5), 8)
     buffers = dict(case.update.buffers)
