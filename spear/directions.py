@@ -31,9 +31,13 @@ def times(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor,
 
 
 def least_squares(A: Float[Tensor, "m n"], B: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-    """The X of least |A X - B|, by QR; NaN where either holds what is no number, at which LAPACK stops."""
+    """The X of least |A X - B|, by QR; NaN where either holds what is no number, or A a column of zeros: LAPACK stops
+    at these."""
     sound = A.isfinite().all() & B.isfinite().all()
-    X = torch.linalg.lstsq(torch.where(sound, A, 0), torch.where(sound, B, 0), driver="gels").solution
+    try:
+        X = torch.linalg.lstsq(torch.where(sound, A, 0), torch.where(sound, B, 0), driver="gels").solution
+    except torch.linalg.LinAlgError:
+        return A.new_full((A.shape[1], B.shape[1]), torch.nan)
     return torch.where(sound, X, torch.nan)
 
 

@@ -122,6 +122,13 @@ def test_least_squares_leaves_a_rest_that_is_orthogonal(seed):
     torch.testing.assert_close(A.T @ rest, torch.zeros(5, 3, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("column", range(3))
+def test_least_squares_of_what_nothing_tells_is_none(column):
+    A = normal(6, 3)
+    A[:, column] = 0
+    assert bool(least_squares(A, normal(6, 2)).isnan().all())
+
+
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf])
 @pytest.mark.parametrize("side", [0, 1])
 def test_least_squares_of_what_is_no_number_is_none(side, odd):

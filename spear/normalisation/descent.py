@@ -254,7 +254,7 @@ def _by_gradient(
     if int(sure.sum()) < span.shape[1] + SPARE:
         return on
     g = (span @ least_squares(span[sure], (behind * on)[:, sure].mT)).mT
-    return torch.where(sure, on, (2 * g - behind) * behind > 0)
+    return torch.where(sure | ~g.isfinite(), on, (2 * g - behind) * behind > 0)
 
 
 def inverse(
