@@ -408,10 +408,16 @@ def _check_chain(traced: Traced, nodes: list[fx.Node], layers: list[Layer], behi
         raise Refusal(f"{wanted}; {', '.join(sorted(set(shared or names)))} shares its weights")
     for k, layer in enumerate(layers[:-1]):
         if layer.activation is None or behind[k].end is not source_of(nodes[k + 1]):
-            found = ", ".join(user.name for user in behind[k].end.users)
+            found = ", ".join(_called(traced, user) for user in behind[k].end.users)
             raise Refusal(f"{wanted}; behind {layer.name} comes {found}")
     if not ends_at(traced, behind[-1].end, outputs[0], layers[-1]):
         raise Refusal(f"{wanted}; something else follows {names[-1]}")
+
+
+def _called(traced: Traced, node: fx.Node) -> str:
+    """What the user knows a node by: a module's name and kind, or the function."""
+    part = traced.part(node)
+    return node.name if part is None else f"{node.target} ({type(part).__name__})"
 
 
 def ends_at(traced: Traced, end: fx.Node, output: fx.Node, last: Layer) -> bool:

@@ -61,7 +61,7 @@ def test_any_traceable_chain():
     [
         (
             [nn.Linear(64, 30), nn.Softmax(1), nn.Linear(30, 5)],
-            "with elementwise activations between them; behind 1 comes _2",
+            "with elementwise activations between them; behind 1 comes 2 \\(Softmax\\)",
         ),
         ([nn.Linear(64, 30), nn.Linear(30, 5)], "needs one chain of linear layers with elementwise activations"),
         ([nn.Linear(64, 5)], "needs a hidden layer"),
