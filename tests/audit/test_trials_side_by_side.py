@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from audited import QUICK
+from audited import CLASSES, QUICK, SHAPE
 from torch import nn
 
-from spear.audit import assessment, side_by_side
+from spear.audit import assessment, protection, side_by_side, simulation
+from spear.audit.sample import choose
 
 SQUARES = {f"{k} squared": partial(pow, k, 2) for k in range(7)}
 forked = pytest.mark.skipif(not side_by_side._forks(), reason="trials run in turn on this machine")
@@ -66,12 +67,25 @@ def test_a_process_that_dies_leaves_nothing_out(threads: int) -> None:
 
 
 @forked
-def test_an_audit_says_the_same(model: nn.Module, simulated: assessment.Audit, threads: int) -> None:
-    """In what does not end at a time limit."""
+def test_trials_say_the_same(model: nn.Module, threads: int) -> None:
+    """Of attacks that end by themselves, however slow the machine is."""
+    others = choose("digits", SHAPE, CLASSES, most=40, seed=1)
+    options = simulation.Options(time_limit=None)
+    parts = {}
+    for count in (2, 3, 4):
+        words, trial = next(iter(protection.trials(model, others, count, others=others, options=options).items()))
+        parts[f"{words}, {count}"] = trial
+    found = side_by_side.all_of(parts, lambda _words: None)
+    assert found == {words: trial() for words, trial in parts.items()}
+    assert [tested.outcome.exact for tested in found.values()] == [2, 3, 4]
+    assert all(tested.outcome.in_time for tested in found.values())
+
+
+@forked
+def test_an_audit_tries_the_same(model: nn.Module, simulated: assessment.Audit, threads: int) -> None:
+    """Not how far it comes, as each trial ends at a time limit."""
     found = assessment.audit(model, count=4, **QUICK)
     assert [reach.method for reach in found.reaches] == [reach.method for reach in simulated.reaches]
     assert [entry.name for entry in found.defences] == [entry.name for entry in simulated.defences]
-    assert found.defences[0].outcome == simulated.defences[0].outcome
-    assert found.outcome == simulated.outcome
-    assert found.outcome.exact == 4
+    assert found.outcome.exact == simulated.outcome.exact == 4
     assert found.memory > 1e7
