@@ -33,6 +33,7 @@ layer that reads these inputs (`length_by_reader`), say it too.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -130,17 +131,16 @@ def rms(x: Tensor) -> float:
 def input_errors(
     G: Float[Tensor, "b m"],
     X: Float[Tensor, "b n1"],
-    moved: Float[Tensor, " b"],
     *,
     entries: tuple[float, float],
     lengths: Float[Tensor, " b"] | None = None,
-) -> Float[Tensor, " b"]:
+) -> Callable[[Float[Tensor, " b"]], Float[Tensor, " b"]]:
     """A bound on each input's relative error, by the theorem, where entries of the update are off by `entries`.
 
-    `G` are the columns of ∂L/∂z, `X` the inputs as the gradient has them, [x; 1]; `moved` is how far each column may be
-    off beside itself (`column_errors`); `entries` the root mean square error of dL/dW's entries and of dL/dβ's. Without
-    a bias, X = x, and `lengths` says how far off the length of each input may be, relative to it. Infinite for
-    dependent columns.
+    It is a function of how far each column of ∂L/∂z may be off beside itself (`column_errors`). `G` are these columns,
+    `X` the inputs as the gradient has them, [x; 1]; `entries` the root mean square error of dL/dW's entries and of
+    dL/dβ's. Without a bias, X = x, and `lengths` says how far off the length of each input may be, relative to it.
+    Infinite for dependent columns.
     """
     inputs = X if lengths is not None else X[:, :-1]
     size, row = norms(inputs), inverse_columns(G)
@@ -148,16 +148,21 @@ def input_errors(
         away, lengths = torch.cdist(inputs, inputs), row * entries[1]
     else:
         away = size.expand(len(X), -1)
-    off = torch.sqrt(X.shape[1] * entries[0] ** 2 + (away * moved).pow(2).sum(1))
-    return (SAFETY * (row * off / size + lengths)).nan_to_num(torch.inf, torch.inf)
+
+    def errors(moved: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        off = torch.sqrt(X.shape[1] * entries[0] ** 2 + (away * moved).pow(2).sum(1))
+        return (SAFETY * (row * off / size + lengths)).nan_to_num(torch.inf, torch.inf)
+
+    return errors
 
 
-def column_errors(X: Float[Tensor, "b n1"], spread: Float[Tensor, " b"], entry: float) -> Float[Tensor, " b"]:
+def column_errors(column: Float[Tensor, " b"], spread: Float[Tensor, " b"], entry: float) -> Float[Tensor, " b"]:
     """How far each column of ∂L/∂z may be off beside itself, by the theorem: T_k N X'⁺, N of entries of size `entry`.
 
-    `spread` is that of each F_k. Infinite where inputs [x; 1] are dependent.
+    `column` are the norms of X'⁺'s columns (`inverse_columns`), `spread` is that of each F_k. Infinite where inputs
+    [x; 1] are dependent.
     """
-    return (entry * inverse_columns(X) * spread).nan_to_num(torch.inf, torch.inf)
+    return (entry * column * spread).nan_to_num(torch.inf, torch.inf)
 
 
 def inverse_columns(A: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:

@@ -19,6 +19,7 @@ from spear.certificate import (
 )
 from spear.network import whole_batch
 from spear.network.error_bounds import (
+    Held,
     entry_noise,
     family,
     input_bounds,
@@ -79,7 +80,7 @@ def test_no_other_vectors_of_the_families_have_the_same_span(sizes, seed):
         sines = torch.linalg.svdvals(own - own @ basis @ basis.T)
         assert int((sines < 1e-9).sum()) == 1
         torch.testing.assert_close(spread, (1 + (1 / sines[:-1]).pow(2).sum()).sqrt())
-    assert (spreads(made.problem, run, 0) < torch.inf).all()
+    assert (spreads(Held(made.problem, run), 0) < torch.inf).all()
 
 
 def targets(made):
@@ -97,7 +98,7 @@ def test_the_joint_spread_is_that_of_all_layers_conditions_side_by_side(sizes, s
     problem, run = made.problem, passes(made.problem, made.inputs, targets(made))
     noise = [entry_noise(problem, k, rest_of(problem, k, run))[0] for k in range(len(run.deltas))]
     columns = [inverse_columns(problem.extend(k, x)) for k, x in enumerate(run.inputs)]
-    for i, found in enumerate(joint_spreads(problem, run)):
+    for i, found in enumerate(joint_spreads(Held(problem, run))):
         zero_sum = torch.cat([torch.ones(1, sizes[-1], dtype=DTYPE), run.deltas[-1][i : i + 1]])
         B, equations = torch.linalg.svd(zero_sum)[2][2:].T, []  # what d may be beside the sample's own
         for k in reversed(range(len(run.deltas))):
@@ -116,7 +117,8 @@ def test_many_classes_need_all_layers(seed):
     """The first layer alone does not tell 24 samples in 40 units with 60 classes; all together do."""
     made = case((30, 40, 40, 60), 24, seed=seed)
     run = passes(made.problem, made.inputs, targets(made))
-    alone, joint = spreads(made.problem, run, 0), joint_spreads(made.problem, run)
+    held = Held(made.problem, run)
+    alone, joint = spreads(held, 0), joint_spreads(held)
     assert alone.isinf().any()
     assert joint.isfinite().all()
     assert (joint <= alone).all()
@@ -128,7 +130,7 @@ def test_all_layers_together_do_not_tell_two_samples_of_one_region(seed):
     x, y = made.inputs.clone(), made.labels.clone()
     x[1], y[1] = x[0] * (1 + 1e-6), y[0] + 1 - 2 * (y[0] == 59)
     made = case((30, 40, 40, 60), inputs=x, labels=y, seed=seed)
-    joint = joint_spreads(made.problem, passes(made.problem, x, targets(made)))
+    joint = joint_spreads(Held(made.problem, passes(made.problem, x, targets(made))))
     assert joint[:2].isinf().all()
 
 
@@ -197,13 +199,12 @@ def test_errors_grow_with_the_entries_and_with_the_spread():
     X[:, -1] = 1
 
     def bound(spread, entry):
-        return input_errors(
-            G, X, column_errors(X, torch.full((4,), spread, dtype=DTYPE), entry), entries=(entry, entry)
-        )
+        moved = column_errors(inverse_columns(X), torch.full((4,), spread, dtype=DTYPE), entry)
+        return input_errors(G, X, entries=(entry, entry))(moved)
 
     torch.testing.assert_close(bound(1.0, 2e-9), 2 * bound(1.0, 1e-9))
     assert (bound(3.0, 1e-9) > bound(1.0, 1e-9)).all()
-    assert column_errors(X[:, :3], torch.ones(4, dtype=DTYPE), 1e-9).isinf().all()
+    assert column_errors(inverse_columns(X[:, :3]), torch.ones(4, dtype=DTYPE), 1e-9).isinf().all()
 
 
 @pytest.mark.parametrize("seed", range(3))

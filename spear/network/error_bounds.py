@@ -15,7 +15,7 @@ the size of its noise.
 import math
 import operator
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -51,33 +51,48 @@ def input_bounds(
     """
     if not all(activation.is_flat for activation in problem.activations):
         return curved_bounds(problem, run, targets, known)
+    held = Held(problem, run)
     bound = run.inputs[0].new_full((len(targets),), torch.inf)
-    alone, *deeper = (partial(spreads, problem, run, k) for k in range(problem.last + 1))
-    for k, rule in [(0, alone), (0, partial(joint_spreads, problem, run)), *enumerate(deeper, 1)]:
+    alone, *deeper = (partial(spreads, held, k) for k in range(problem.last + 1))
+    for k, rule in [(0, alone), (0, partial(joint_spreads, held)), *enumerate(deeper, 1)]:
         if bool((bound <= problem.accuracy.recovered).all()):
             break
-        bound = torch.minimum(bound, layer_bounds(problem, run, targets, k, rule))
+        bound = torch.minimum(bound, layer_bounds(held, targets, k, rule))
     return bound
 
 
-def layer_bounds(
-    problem: NetworkView, run: Passes, targets: Targets, k: int, rule: Callable[[], Float[Tensor, " s"]]
-) -> Float[Tensor, " s"]:
+class Held:
+    """The passes of a batch held against the update: what several rules ask of a layer, computed once."""
+
+    def __init__(self, problem: NetworkView, run: Passes) -> None:
+        self.problem, self.run = problem, run
+        # Of the columns of ∂L/∂z at layer k, an orthonormal basis and a triangle.
+        self.factors = factors = cache(lambda k: tuple(torch.linalg.qr(run.deltas[k].T)))
+        # What the batch leaves of layer k's gradient; of the first, inside the span of its columns, too.
+        self.rest = cache(lambda k: rest_of(problem, k, run, None if k else factors(0)[0]))
+        # The norms of the columns of the inverse of layer k's inputs.
+        self.column = cache(lambda k: inverse_columns(problem.extend(k, run.inputs[k])))
+
+    def entry_noise(self, k: int) -> tuple[float, float]:
+        """How far the entries of dL/dW of layer k may be off, and those of dL/dβ."""
+        return entry_noise(self.problem, k, self.rest(k))
+
+
+def layer_bounds(held: Held, targets: Targets, k: int, rule: Callable[[], Float[Tensor, " s"]]) -> Float[Tensor, " s"]:
     """The bounds where layer k's gradient tells the columns of ∂L/∂z, its F_i spread by the `rule`, and the first one's
     then the inputs; infinite where the batch is not told."""
+    problem, run = held.problem, held.run
     first, (G, X) = run.deltas[0], (run.deltas[k], problem.extend(k, run.inputs[k]))
     if len(G) > min(len(first.T), *problem.gradient(k).shape) or not bool(G.isfinite().all() and X.isfinite().all()):
         return first.new_full((len(first),), torch.inf)
-    basis, triangle = torch.linalg.qr(first.T)
-    rest = rest_of(problem, 0, run, basis)
-    noise = entry_noise(problem, 0, rest)
-    entry, _ = entry_noise(problem, k, rest_of(problem, k, run)) if k else noise
+    (_, triangle), rest = held.factors(0), held.rest(0)
+    entry, _ = held.entry_noise(k)
     lengths = None
     if problem.biases[0] is None:
-        own = entry * inverse_columns(X) * G.shape[1] ** 0.5 / torch.linalg.vector_norm(G, dim=1)
+        own = entry * held.column(k) * G.shape[1] ** 0.5 / torch.linalg.vector_norm(G, dim=1)
         lengths = softness(problem, run, targets) * own
-    bounds = partial(input_errors, first, problem.extend(0, run.inputs[0]), entries=noise, lengths=lengths)
-    moved = partial(column_errors, X, entry=entry * most_back(problem, run, k))
+    bounds = input_errors(first, problem.extend(0, run.inputs[0]), entries=held.entry_noise(0), lengths=lengths)
+    moved = partial(column_errors, held.column(k), entry=entry * most_back(problem, run, k))
     if bool((bounds(moved(torch.ones_like(first[:, 0]))) > LOOSE).all()):  # whatever the F_i are
         return first.new_full((len(first),), torch.inf)
     step = torch.linalg.solve_triangular(triangle, rest.inside, upper=True)
@@ -107,10 +122,10 @@ def entry_noise(problem: NetworkView, k: int, rest: Rest) -> tuple[float, float]
     return matrix / (rows * columns) ** 0.5, column / rows**0.5
 
 
-def spreads(problem: NetworkView, run: Passes, k: int) -> Float[Tensor, " s"]:
+def spreads(held: Held, k: int) -> Float[Tensor, " s"]:
     """Of each F_i, by its inactive units or by the layers above: the cheaper, the other where that is not enough."""
-    G, inactive = run.deltas[k], run.slopes[k] == 0
-    basis = torch.linalg.qr(G.T)[0]
+    problem, run = held.problem, held.run
+    G, inactive, (basis, _) = run.deltas[k], run.slopes[k] == 0, held.factors(k)
 
     def by_layers(index: Int[Tensor, " i"]) -> Float[Tensor, " i"]:
         parts = index.split(max(1, MOST_ENTRIES // (G.shape[1] * problem.outputs)))
@@ -149,27 +164,25 @@ def possible(problem: NetworkView, run: Passes) -> Float[Tensor, "outputs r"]:
     return contrasts(problem.outputs, problem.loss, run.deltas[0])
 
 
-def joint_spreads(problem: NetworkView, run: Passes) -> Float[Tensor, " s"]:
+def joint_spreads(held: Held) -> Float[Tensor, " s"]:
     """Of each F_i that all layers leave of the first one's, as if that layer's noise alone moved it."""
+    problem, run = held.problem, held.run
     samples = torch.arange(len(run.deltas[0]), device=run.deltas[0].device)
     width = sum(delta.shape[1] for delta in run.deltas)
-    weights, bases = telling_layers(problem, run)
+    weights, bases = telling_layers(held)
     if 0 not in bases:
         return run.deltas[0].new_full((len(samples),), torch.inf)
     parts = samples.split(max(1, MOST_ENTRIES // (width * problem.outputs)))
     return torch.cat([_joint_spread(problem, run, weights, bases, part) for part in parts])
 
 
-def telling_layers(
-    problem: NetworkView, run: Passes
-) -> tuple[dict[int, Float[Tensor, " s"]], dict[int, Float[Tensor, "_m b"]]]:
+def telling_layers(held: Held) -> tuple[dict[int, Float[Tensor, " s"]], dict[int, Float[Tensor, "_m b"]]]:
     """Of each layer whose gradient has the rank of the batch: each sample's noise there, inverted; basis of span(G)."""
     weights, bases = {}, {}
-    for k, G in enumerate(run.deltas):
-        row, column = inverse_columns(G), inverse_columns(problem.extend(k, run.inputs[k]))
+    for k, G in enumerate(held.run.deltas):
+        row, column = inverse_columns(G), held.column(k)
         if bool(row.isfinite().all() and column.isfinite().all()):
-            entry, _ = entry_noise(problem, k, rest_of(problem, k, run))
-            weights[k], bases[k] = 1 / (entry * column), torch.linalg.qr(G.T)[0]
+            weights[k], bases[k] = 1 / (held.entry_noise(k)[0] * column), held.factors(k)[0]
     return weights, bases
 
 

@@ -16,6 +16,7 @@ from spear.certificate import (
     Certificate,
     column_errors,
     input_errors,
+    inverse_columns,
     length_by_labels,
     length_by_reader,
     length_slack,
@@ -239,12 +240,13 @@ def _certificate(
     entries = _entry_error(target, compared[f"{name}.weight"][0]), compared[f"{name}.bias"][0] / len(bias) ** 0.5
     entries = entries[0], max(entries[1], target.eps * rms(bias))
     extended = torch.cat([X, torch.ones_like(X[:, :1])], 1)
+    moved = column_errors(inverse_columns(extended), spread, entries[0])
     return Certificate(
         copies=torch.ones_like(spread, dtype=torch.long),
         disclosed=target.disclosed,
         residual=max(relative for _, relative in compared.values()),
         limit=target.eps**0.5,
-        error_bound=input_errors(G, extended, column_errors(extended, spread, entries[0]), entries=entries),
+        error_bound=input_errors(G, extended, entries=entries)(moved),
         allowed=target.accuracy.recovered,
         doubt=_doubt(target, q),
     )
