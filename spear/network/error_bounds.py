@@ -179,10 +179,11 @@ def joint_spreads(held: Held) -> Float[Tensor, " s"]:
 def telling_layers(held: Held) -> tuple[dict[int, Float[Tensor, " s"]], dict[int, Float[Tensor, "_m b"]]]:
     """Of each layer whose gradient has the rank of the batch: each sample's noise there, inverted; basis of span(G)."""
     weights, bases = {}, {}
-    for k, G in enumerate(held.run.deltas):
-        row, column = inverse_columns(G), held.column(k)
+    for k in range(len(held.run.deltas)):
+        (basis, triangle), column = held.factors(k), held.column(k)
+        row = inverse_columns(triangle.mT)
         if bool(row.isfinite().all() and column.isfinite().all()):
-            weights[k], bases[k] = 1 / (held.entry_noise(k)[0] * column), held.factors(k)[0]
+            weights[k], bases[k] = 1 / (held.entry_noise(k)[0] * column), basis
     return weights, bases
 
 
