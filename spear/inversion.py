@@ -363,12 +363,12 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
 
     Raises `Refusal`, with what each method says, where none of them can begin.
     """
-    result, refusals = None, []
+    result, refusals, spent = None, [], ""
     for method in request.following(auto):
         if result is not None and (len(result.inputs) >= result.rank or result.expected_error is not None):
             break
         if result is not None and (spent := request.terms.budget.spent(0)):
-            return result if spent in result.reason else replace(result, reason=f"{result.reason}; {spent}")
+            break
         try:
             if result is not None and not request.worth(method):
                 continue
@@ -379,5 +379,5 @@ def _strongest(request: Request, auto: Auto) -> Reconstruction:
         result = found if result is None else larger(result, found)
     if result is None:
         raise Refusal("; ".join(refusals))
-    tried = [] if result.complete else refusals
-    return replace(result, reason="; ".join([result.reason, *tried]))
+    said = [] if result.complete else [*refusals, *[spent] * (spent not in result.reason)]
+    return replace(result, reason="; ".join([result.reason, *said]))

@@ -102,13 +102,15 @@ def test_auto_on_a_model_that_is_no_chain_goes_on_with_one_layer():
     assert spear.metrics.evaluate(result, *batch()).recall == 1
 
 
+@pytest.mark.parametrize("limit", [{}, {"time_limit": 0}])
 @pytest.mark.parametrize("how", ["noise", "pruning"])
-def test_auto_says_what_it_tried_where_the_update_is_inexact_and_the_model_no_chain(how):
+def test_auto_says_what_it_tried_where_the_update_is_inexact_and_the_model_no_chain(how, limit):
     model = branched()
-    result = spear.attack(model, send(model, how), time_limit=5)
+    result = spear.attack(model, send(model, how), **limit)
     assert not result.certified.any()
     assert "network: the network method needs one chain" in result.reason
-    if how == "noise":
+    assert result.reason.count("the time limit of 0 s was reached") == len(limit)
+    if how == "noise" and not limit:
         assert spear.metrics.evaluate(result, *batch()).relative_error.max() < 0.1
 
 
