@@ -51,7 +51,7 @@ LEAST_NORM = 1e-6  # of the batch's root mean square norm: what an error is rela
 LEAST_BESIDE = 1e-7  # share of a row's change by its length that others do not make: less is rounding
 BY_BIASES = "lengths rest on the biases' gradients alone, which may have a factor of their own"
 TWO_CLASSES = "with two classes a label cannot be told from a weight in the loss"
-AT_ONCE = 64  # samples whose Gram matrices are held together
+AT_ONCE = 2**21  # entries of inactive rows that are held together
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,17 @@ def spread_of_zeros(
     `basis` is an orthonormal one of span(G), `own` are the samples' columns of G, whose own angle, 0, is left out.
     Infinite where the inactive rows have a rank below b - 1: more is in the intersection.
     """
-    squared = []
-    for zero, line in zip(inactive.split(AT_ONCE), unit_rows(own @ basis).split(AT_ONCE), strict=True):
-        gram = basis.mT @ (zero[:, :, None] * basis) + line[:, :, None] * line[:, None, :]
-        squared.append(torch.linalg.eigvalsh(gram))
-    return _spread(torch.cat(squared))
+    most, rank = int(inactive.sum(1).max()) if len(inactive) else 0, basis.shape[1]
+    at_once, padded = max(1, AT_ONCE // max(1, most * rank)), torch.cat([basis, basis.new_zeros(1, rank)])
+    eye, spreads = torch.eye(rank, dtype=basis.dtype, device=basis.device), [basis[:0, 0]]
+    for zero, line in zip(inactive.split(at_once), unit_rows(own @ basis).split(at_once), strict=True):
+        rows = zero.to(torch.uint8).argsort(dim=1, descending=True)[:, :most]
+        inside = padded[torch.where(zero.gather(1, rows), rows, len(basis))]
+        factor, failed = torch.linalg.cholesky_ex(torch.baddbmm(line[:, :, None] * line[:, None], inside.mT, inside))
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+        total = inverse.pow(2).sum((1, 2))  # of 1 / sin², and so over the largest of these
+        spreads.append(torch.where((failed == 0) & (total < 1 / NO_ANGLE), total.sqrt(), torch.inf))
+    return torch.cat(spreads)
 
 
 def spread_of_family(

@@ -60,7 +60,7 @@ def attacked(method: str, model: nn.Sequential, update: SharedUpdate, seed: int)
         generator = torch.Generator().manual_seed(seed)
         known = {name: torch.rand(g.shape, generator=generator) > 0.05 for name, g in update.gradients.items()}
         update, method = replace(update, known=known), "auto"
-    return spear.attack(model, update, method=method, time_limit=20)
+    return spear.attack(model, update, method=method, time_limit=200)
 
 
 def trained(
@@ -134,7 +134,7 @@ def test_local_training_on_raw_pixels(size, b, epochs, seed):
     """Steps so short that the biases stay near zero."""
     model = silent("saturated", seed, DOUBLE, margin=2)
     x, y = batch("saturated", b, seed, model)
-    open_lengths(spear.attack(model, trained(model, x, y, (0.5, 1), 1e-8, size, epochs), time_limit=20), x)
+    open_lengths(spear.attack(model, trained(model, x, y, (0.5, 1), 1e-8, size, epochs), time_limit=200), x)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -146,7 +146,7 @@ def test_local_training_as_it_was_told(biases, size, b, epochs, seed):
         for layer in (model.fc1, model.fc2, model.fc3):
             layer.bias.mul_(biases == "usual")
     x, y = batch("usual", b, seed, model)
-    result = spear.attack(model, trained(model, x, y, (1, 1), 0.1, size, epochs), time_limit=20)
+    result = spear.attack(model, trained(model, x, y, (1, 1), 0.1, size, epochs), time_limit=200)
     assert result.method == "local training"
     certified(result, x, y)
 

@@ -343,7 +343,7 @@ def test_the_reason_names_the_cause(cause: str) -> None:
     make, wanted, others = CAUSES[cause]
     net, sent, *options = make()
     try:
-        said = spear.attack(net, sent, **{"time_limit": 20} | (options[0] if options else {})).reason
+        said = spear.attack(net, sent, **{"time_limit": 200} | (options[0] if options else {})).reason
     except ValueError as error:
         said = str(error)
     assert all(words in said for words in wanted), said

@@ -22,7 +22,7 @@ def client(seed: int, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("factor", [1e-3, 20.0, -1e-3])
 def test_half_precision_of_a_multiple(factor: float, seed: int) -> None:
     model, x, y, plain = client(seed)
-    result = spear.attack(model, each(plain, lambda g: (factor * g).bfloat16()), time_limit=30)
+    result = spear.attack(model, each(plain, lambda g: (factor * g).bfloat16()), time_limit=300)
     report = evaluate(result, x, y)
     assert len(result.inputs) == 8, result.reason
     assert report.label_accuracy == 1
@@ -35,7 +35,7 @@ def test_half_precision_of_a_multiple(factor: float, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_opposite_sign(seed: int) -> None:
     model, x, y, plain = client(seed)
-    result = spear.attack(model, each(plain, lambda g: (-g).bfloat16()), time_limit=30)
+    result = spear.attack(model, each(plain, lambda g: (-g).bfloat16()), time_limit=300)
     assert evaluate(result, x, y).label_accuracy == 1, result.reason
     assert "the opposite sign of their mean" in result.reason
 
@@ -45,7 +45,7 @@ def test_nothing_is_said_of_a_mean(seed: int) -> None:
     model, _, _, plain = client(seed)
     generator = Generator().manual_seed(seed)
     sent = each(plain, lambda g: g + 1e-5 * torch.randn(g.shape, generator=generator))
-    result = spear.attack(model, sent, time_limit=30)
+    result = spear.attack(model, sent, time_limit=300)
     assert len(result.inputs) == 8, result.reason
     assert "times their mean" not in result.reason
 
@@ -55,7 +55,7 @@ def test_weights_of_single_precision_after_a_tiny_step() -> None:
     model, x, y, plain = client(0)
     weights = {n: p.detach() for n, p in model.named_parameters()}
     change = {n: p - (p - 1e-4 * plain.gradients[n]) for n, p in weights.items()}
-    result = spear.attack(model, SharedUpdate(change, learning_rate=0.1, count=8), time_limit=30)
+    result = spear.attack(model, SharedUpdate(change, learning_rate=0.1, count=8), time_limit=300)
     report = evaluate(result, x, y)
     assert len(result.inputs) == 8, result.reason
     assert report.label_accuracy == 1

@@ -44,7 +44,7 @@ def strengths(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 )
 def test_trained_networks(kind, steps, depth):
     model, x, y = trained(kind, steps, depth)
-    result = attack(model, gradient(model, x, y), method="network", time_limit=20)
+    result = attack(model, gradient(model, x, y), method="network", time_limit=300)
     report = metrics.evaluate(result, x, y)
     assert report.precision == 1
     assert report.recovered[strengths(model, x, y) > 1e-5].all(), result.reason
@@ -57,7 +57,7 @@ def test_saturated_networks_give_every_visible_sample_and_count_the_others(depth
     update = gradient(model, x, y)
     strong = strengths(model, x, y)
     assert strong.min() < 1e-10 < 0.1 < strong.max()
-    result = attack(model, update, method="network", time_limit=20)
+    result = attack(model, update, method="network", time_limit=300)
     report = metrics.evaluate(result, x, y)
     assert report.precision == 1
     assert report.recovered[strong > 1e-2 * strong.max()].all(), result.reason
@@ -81,7 +81,7 @@ def saturated(seed, count, spread, draw=torch.rand):
 def test_large_weights_whose_softmax_knows_two_classes(seed, draw):
     model, x, y = saturated(seed, 40, 1.0, draw)
     strong = strengths(model, x, y)
-    result = attack(model, gradient(model, x, y), method="network", time_limit=30)
+    result = attack(model, gradient(model, x, y), method="network", time_limit=300)
     report = metrics.evaluate(result, x, y)
     assert report.precision == 1
     assert report.recovered[strong > 1e-5 * strong.max()].all(), result.reason
@@ -94,7 +94,7 @@ def test_samples_of_a_billionth_of_the_strongest_gradient(seed):
     strong = strengths(model, x, y)
     faint = (strong > 1e-9 * strong.max()) & (strong < 1e-6 * strong.max())
     assert faint.any()
-    result = attack(model, gradient(model, x, y), method="network", time_limit=30)
+    result = attack(model, gradient(model, x, y), method="network", time_limit=300)
     report = metrics.evaluate(result, x, y)
     assert report.precision == 1
     assert report.recovered[strong > 1e-9 * strong.max()].all(), result.reason
@@ -108,7 +108,7 @@ def test_large_weights_in_a_crowd_from_which_solved_samples_leave(seed):
     model = models.fcnn((150,), 120, 3, 10, dtype=torch.float64)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2
-    result = attack(model, gradient(model, x, y), method="network", time_limit=10)
+    result = attack(model, gradient(model, x, y), method="network", time_limit=300)
     assert metrics.evaluate(result, x, y).precision == 1
 
 

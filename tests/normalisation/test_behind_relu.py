@@ -39,20 +39,20 @@ def whole(case: Sent, result: spear.Reconstruction) -> None:
 @pytest.mark.parametrize(("sizes", "b"), [(ONE, 12), (ONE, 30), (ONE, 3), (DEEP, 10), (DEEP, 3), (LOST, 20)])
 def test_the_whole_batch(sizes, b, seed):
     case = silent(sent(sizes, b, behind, seed=seed, spread=0.1))
-    whole(case, spear.attack(case.model, case.update, time_limit=60))
+    whole(case, spear.attack(case.model, case.update, time_limit=300))
 
 
 @pytest.mark.parametrize("options", [{"eps": 1e-14}, {"eps": 1e-2}, {"affine": False}, {"track_running_stats": False}])
 @pytest.mark.parametrize("sizes", [ONE, DEEP])
 def test_any_batch_norm(sizes, options):
     case = silent(sent(sizes, 12, lambda m: behind(m, **options), seed=3))
-    whole(case, spear.attack(case.model, case.update, method="network", time_limit=60))
+    whole(case, spear.attack(case.model, case.update, method="network", time_limit=300))
 
 
 @pytest.mark.parametrize(("loss", "reduction"), [("binary_cross_entropy", "mean"), ("squared_error", "sum")])
 def test_losses(loss, reduction):
     case = silent(sent((60, 160, 10), 8, behind, seed=1, loss=loss, reduction=reduction))
-    whole(case, spear.attack(case.model, case.update, method="network", time_limit=60))
+    whole(case, spear.attack(case.model, case.update, method="network", time_limit=300))
 
 
 @pytest.mark.parametrize("norm", ["front", "sent", "smooth"])
@@ -65,7 +65,7 @@ def test_beside_other_layers(norm):
     }[norm]
     case = sent(DEEP, 10, lambda m: first(m) if m == DEEP[1] else behind(m), seed=1, spread=0.1)
     named = {name: value for name, value in case.update.buffers.items() if norm != "front" and name.startswith("2.")}
-    result = spear.attack(case.model, replace(case.update, buffers=named), method="network", time_limit=60)
+    result = spear.attack(case.model, replace(case.update, buffers=named), method="network", time_limit=300)
     assert bool(result.differences.all()), result.reason
     assert result.complete == (norm != "front")
 
@@ -96,7 +96,7 @@ def test_no_output_bias():
     view = open_normalised(case.model, case.update)
     wanted = (case.model(case.inputs).softmax(1) - nn.functional.one_hot(case.labels, ONE[-1])) / 12
     assert torch.allclose(output_errors(view, case.inputs), wanted, atol=1e-10)
-    whole(case, spear.attack(case.model, case.update, method="network", time_limit=60))
+    whole(case, spear.attack(case.model, case.update, method="network", time_limit=300))
 
 
 @pytest.mark.parametrize("sizes", [ONE, DEEP])
@@ -104,7 +104,7 @@ def test_statistics_of_another_batch_change_nothing(sizes):
     """At the last hidden layer none are used; a wrong deviation further down is not confirmed."""
     case = sent(sizes, 10, behind, seed=5)
     wrong = {name: value * 1.1 for name, value in case.update.buffers.items() if value.is_floating_point()}
-    result = spear.attack(case.model, replace(case.update, buffers=wrong), method="network", time_limit=60)
+    result = spear.attack(case.model, replace(case.update, buffers=wrong), method="network", time_limit=300)
     assert result.complete == (sizes == ONE)
     assert bool(result.certified.all())
 
@@ -116,7 +116,7 @@ def test_running_variances_over_all_samples(seed, activation):
     case = sent((20, 96, 96, 5), 6, lambda m: [activation(), nn.BatchNorm1d(m)], seed=seed)
     told = {k: 0.9 + (v - 0.9) * 5 / 6 if k.endswith("var") else v for k, v in case.update.buffers.items()}
     for update in (case.update, replace(case.update, buffers=told)):
-        whole(case, spear.attack(case.model, update, method="network", time_limit=60))
+        whole(case, spear.attack(case.model, update, method="network", time_limit=300))
 
 
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "2.weight", "2.bias", "3.weight", "3.bias"])
@@ -136,6 +136,6 @@ def test_a_part_of_the_batch_is_not_returned(b, proposals):
 
 def test_two_samples_do_not_tell_the_first_of_two_layers():
     case = silent(sent(DEEP, 2, behind))
-    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300)
     assert not len(result.inputs)
     assert "too few units of layer 1 are not active in two samples" in result.reason

@@ -29,7 +29,7 @@ NORMS = {"none": lambda m: nn.Identity(), "layer": nn.LayerNorm, "batch": nn.Bat
 @pytest.mark.parametrize("sizes", [(60, 160, 5), (60, 160, 150, 10), (60, 160, 200)])
 def test_the_whole_batch(norm, drop, sizes, seed):
     case = sent(sizes, 8, NORMS[norm], seed=seed, drop=drop)
-    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300)
     differences_back(result, case)
     assert result.complete, result.reason
     assert evaluate(result, case.inputs, case.labels).recall == 1
@@ -39,7 +39,7 @@ def test_the_whole_batch(norm, drop, sizes, seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_auto_and_dropout_before_the_activation(seed):
     case = sent((60, 160, 10), 8, lambda m: nn.Dropout(0.3), seed=seed)
-    result = spear.attack(case.model, case.update, time_limit=60)
+    result = spear.attack(case.model, case.update, time_limit=300)
     differences_back(result, case)
     assert result.complete
 
@@ -54,7 +54,7 @@ def test_the_masks_are_those_that_were_drawn():
         )
         spear.federated.gradient(case.model, case.inputs, case.labels)
         handle.remove()
-    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300)
     order = torch.cdist(result.inputs, case.inputs).argmin(1)
     z = view.network.apply(0, result.inputs)
     took = float(drawn[0][order].sum()) / float((z > 0).sum())
@@ -106,7 +106,7 @@ def test_the_last_sample_is_told_by_the_others(norm, seed):
 @pytest.mark.parametrize("activation", [nn.GELU, nn.SiLU, nn.Tanh, nn.SELU, nn.Softplus, nn.Hardswish])
 def test_behind_any_activation(activation, seed):
     case = sent((60, 160, 10), 12, lambda m: [activation(), nn.Dropout(0.3)], seed=seed)
-    result = spear.attack(case.model, case.update, method="network", time_limit=60, seed=seed)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300, seed=seed)
     differences_back(result, case)
     assert result.complete, result.reason
     assert evaluate(result, case.inputs, case.labels).recall == 1
@@ -116,7 +116,7 @@ def test_behind_any_activation(activation, seed):
 @pytest.mark.parametrize("sizes", [(60, 160, 150, 5), (60, 160, 100)])
 def test_behind_gelu_in_two_layers_and_with_many_classes(sizes, drop, seed):
     case = sent(sizes, 8, lambda m: [nn.GELU(), nn.Dropout(drop)], seed=seed)
-    result = spear.attack(case.model, case.update, time_limit=60)
+    result = spear.attack(case.model, case.update, time_limit=300)
     differences_back(result, case)
     assert result.complete, result.reason
 
@@ -124,7 +124,7 @@ def test_behind_gelu_in_two_layers_and_with_many_classes(sizes, drop, seed):
 @pytest.mark.parametrize(("activation", "seed"), [(nn.GELU(), 0), (nn.GELU(), 1), (nn.ReLU6(), 0)])
 def test_behind_batch_normalisation_and_an_activation(activation, seed):
     case = sent((60, 160, 10), 10, lambda m: [nn.BatchNorm1d(m), activation, nn.Dropout(0.3)], seed=seed)
-    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300)
     differences_back(result, case)
 
 
@@ -142,7 +142,7 @@ TWO_SLOPES = {
 @pytest.mark.parametrize("name", TWO_SLOPES)
 def test_behind_two_slopes(name, drop, seed):
     case = sent((60, 120, 10), 8, lambda m: [TWO_SLOPES[name](m), nn.Dropout(drop)], seed=seed)
-    result = spear.attack(case.model, case.update, method="network", time_limit=60, seed=seed)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300, seed=seed)
     differences_back(result, case)
     assert result.complete, result.reason
     assert evaluate(result, case.inputs, case.labels).recall == 1
@@ -153,7 +153,7 @@ def test_behind_two_slopes(name, drop, seed):
 def test_two_slopes_in_two_layers_and_behind_normalisation(second, first, norm):
     made = iter([first, TWO_SLOPES[second](100)])
     case = sent((60, 120, 100, 10), 8, lambda m: [NORMS[norm](m), next(made), nn.Dropout(0.3)], seed=1)
-    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300)
     differences_back(result, case)
 
 

@@ -33,7 +33,7 @@ def client(between, seed=0, shape=(60,)):
 def test_the_whole_batch(between, shape):
     model, x, y, update = client(between, shape=shape)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    result = spear.attack(model, update, time_limit=60)
+    result = spear.attack(model, update, time_limit=300)
     evaluation = evaluate(result, x, y)
     assert result.complete, result.reason
     assert evaluation.recall == evaluation.precision == evaluation.label_accuracy == 1
@@ -54,7 +54,7 @@ def test_a_variance_over_all_entries(shape, seed):
     """As Flax and Keras take it: epsilon shows which in double precision."""
     model, x, y, update = client("none", seed, shape)
     variance = x.var([0, *range(2, x.ndim)], unbiased=False)
-    result = spear.attack(model, over_all(update, variance), time_limit=60)
+    result = spear.attack(model, over_all(update, variance), time_limit=300)
     report = evaluate(result, x, y)
     assert result.complete, result.reason
     assert bool((report.relative_error < result.error_bound.max()).all())
@@ -66,7 +66,7 @@ def test_entries_that_are_the_same_in_all_samples(biased):
     model, x, y, _ = client("none")
     x[:, ::3] = torch.linspace(-1, 1, 20, dtype=x.dtype)
     update = spear.federated.gradient(model, x, y)
-    result = spear.attack(model, over_all(update, x.var(0, unbiased=False)) if biased else update, time_limit=60)
+    result = spear.attack(model, over_all(update, x.var(0, unbiased=False)) if biased else update, time_limit=300)
     assert result.complete, result.reason
     assert bool((evaluate(result, x, y).relative_error < result.error_bound.max()).all())
 
@@ -77,7 +77,7 @@ def test_single_precision_does_not_show_which(biased):
     model, x = model.float(), x.float()
     update = spear.federated.gradient(model, x, y)
     update = over_all(update, x.var(0, unbiased=False)) if biased else update
-    result = spear.attack(model, update, time_limit=60)
+    result = spear.attack(model, update, time_limit=300)
     assert len(result.inputs) == len(x)
     assert not result.certified.any()
     assert "epsilon does not show which" in result.reason
@@ -89,7 +89,7 @@ def test_single_precision_does_not_show_which(biased):
 def test_a_variance_that_is_not_the_batchs(shape, factor):
     model, _, _, update = client("none", shape=shape)
     buffers = {name: v * factor if name.endswith("var") else v for name, v in update.buffers.items()}
-    result = spear.attack(model, replace(update, buffers=buffers), time_limit=60)
+    result = spear.attack(model, replace(update, buffers=buffers), time_limit=300)
     assert not result.certified.any()
     assert not result.differences.any()
     assert not result.complete
@@ -100,7 +100,7 @@ def test_a_variance_that_is_not_the_batchs(shape, factor):
 @pytest.mark.parametrize("shape", [(60,), (3, 4, 5)])
 def test_deviations_by_epsilon(told, shape):
     model, x, y, update = client("none", shape=shape)
-    result = spear.attack(model, replace(update, **told), method="network", time_limit=60)
+    result = spear.attack(model, replace(update, **told), method="network", time_limit=300)
     errors, nearest = difference_errors(result, x)
     own = x.flatten(1) if len(shape) == 1 else x - x.mean((0, 2, 3), keepdim=True)
     assert bool((errors < 1e-6).all())
@@ -118,7 +118,7 @@ def test_dropout_of_the_data(seed):
     case = sent((60, 160, 10), 8, lambda m: [nn.GELU()], seed=seed)
     model = nn.Sequential(nn.Dropout(0.2), *case.model).train()
     update = spear.federated.gradient(model, case.inputs, case.labels)
-    result = spear.attack(model, update, time_limit=60)
+    result = spear.attack(model, update, time_limit=300)
     assert "(p = 0.2) took entries of the samples" in result.reason
     assert not result.certified.any()
     order = torch.cdist(result.inputs, case.inputs).argmin(1)

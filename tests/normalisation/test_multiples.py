@@ -40,7 +40,7 @@ def times(update: SharedUpdate, factor: float) -> SharedUpdate:
 @pytest.mark.parametrize("name", BETWEEN)
 def test_the_batch_comes_back(name: str, factor: float, seed: int) -> None:
     model, x, y, plain = client(name, seed)
-    result = spear.attack(model, times(plain, factor), method="network", time_limit=60)
+    result = spear.attack(model, times(plain, factor), method="network", time_limit=300)
     report = spear.metrics.evaluate(result, x, y)
     assert report.recall == report.label_accuracy == 1, result.reason
     assert result.complete
@@ -51,7 +51,7 @@ def test_the_batch_comes_back(name: str, factor: float, seed: int) -> None:
 @pytest.mark.parametrize("name", BETWEEN)
 def test_a_gradient_as_it_is_is_no_multiple(name: str) -> None:
     model, _, _, plain = client(name, 3)
-    result = spear.attack(model, plain, method="network", time_limit=60)
+    result = spear.attack(model, plain, method="network", time_limit=300)
     assert result.complete
     assert "times their" not in result.reason
 

@@ -34,7 +34,7 @@ def without(case: Sent, *names: str) -> Sent:
 @pytest.mark.parametrize(("sizes", "b"), [((60, 120, 10), 12), (DEEP, 10), (LOST, 20), ((60, 120, 10), 4)])
 def test_the_whole_batch(sizes, b, seed):
     case = sent(sizes, b, bare, seed=seed)
-    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300)
     differences_back(result, case)
     assert bool(result.certified.all()) == result.complete == (sizes[0] <= sizes[1])
 
@@ -42,7 +42,7 @@ def test_the_whole_batch(sizes, b, seed):
 @pytest.mark.parametrize(("sizes", "b"), [((60, 120, 10), 12), (DEEP, 10)])
 def test_deviations_by_epsilon(sizes, b):
     case = sent(sizes, b, bare)
-    result = spear.attack(case.model, replace(case.update, buffers=None), method="network", time_limit=60)
+    result = spear.attack(case.model, replace(case.update, buffers=None), method="network", time_limit=300)
     differences_back(result, case)
     assert not result.certified.any()
     assert "no gradient depends on the mean" in result.reason
@@ -70,13 +70,13 @@ def test_the_mean_gradient_is_that_of_the_batch(seed):
 @pytest.mark.parametrize(("loss", "reduction"), [("binary_cross_entropy", "mean"), ("squared_error", "sum")])
 def test_losses(loss, reduction):
     case = sent((60, 160, 10), 8, bare, seed=1, loss=loss, reduction=reduction)
-    differences_back(spear.attack(case.model, case.update, method="network", time_limit=60), case)
+    differences_back(spear.attack(case.model, case.update, method="network", time_limit=300), case)
 
 
 @pytest.mark.parametrize(("names", "spread"), [(["1.weight"], 0.2), (["1.bias"], 0.0), (["1.weight", "1.bias"], 0.0)])
 def test_gradients_that_are_not_sent(names, spread):
     case = without(sent(seed=1, spread=spread), *names)
-    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300)
     differences_back(result, case)
     assert result.complete
 
@@ -84,7 +84,7 @@ def test_gradients_that_are_not_sent(names, spread):
 @pytest.mark.parametrize("sizes", [(60, 120, 10), DEEP])
 def test_behind_the_activation(sizes):
     case = sent(sizes, 8, behind, seed=1)
-    result = spear.attack(case.model, case.update, method="network", time_limit=60)
+    result = spear.attack(case.model, case.update, method="network", time_limit=300)
     differences_back(result, case)
     assert result.complete, result.reason
 

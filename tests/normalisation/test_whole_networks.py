@@ -41,14 +41,14 @@ def whole(case: Sent, network: str, result: spear.Reconstruction) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_whole_batch(network, seed):
     case = sent(WIDTH, 10, NETWORKS[network], seed=seed, spread=0.1)
-    whole(case, network, spear.attack(case.model, case.update, method="network", time_limit=60))
+    whole(case, network, spear.attack(case.model, case.update, method="network", time_limit=300))
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error"])
 @pytest.mark.parametrize("network", ["behind", "batch-gelu", "layer-gelu"])
 def test_losses(network, loss):
     case = sent((60, 150, 10), 8, NETWORKS[network], seed=1, loss=loss)
-    whole(case, network, spear.attack(case.model, case.update, time_limit=60))
+    whole(case, network, spear.attack(case.model, case.update, time_limit=300))
 
 
 @pytest.mark.parametrize("network", ["behind", "second", "batch-gelu"])
