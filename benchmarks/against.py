@@ -79,7 +79,7 @@ CASES = [
         for batch in (64, 128, 256)
     ),
     *(Case(dataset, 6, 1000, 64, method="layer") for dataset in ("mnist", "cifar10")),
-    *(Case(dataset, 6, 1000, 300, method="layer", long=True) for dataset in ("mnist", "cifar10")),
+    *(Case(dataset, 6, 1000, b, method="layer", long=True) for b in (300, 350) for dataset in ("mnist", "cifar10")),
     Case("mnist", 6, 2000, 500, method="layer", long=True),
     Case("cifar10", 6, 400, 20, method="sampling"),
     *(Case("cifar10", 6, 400, batch, method="sampling", long=True) for batch in (28, 32)),

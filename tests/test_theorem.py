@@ -58,6 +58,19 @@ def test_the_family_of_the_active_units_is_that_of_the_zeros(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("at_once", [1, 200, 2**21])
+def test_the_spread_sums_over_the_angles_of_the_two_spaces(at_once, seed, monkeypatch):
+    """By the textbook: singular values of the product of two orthonormal bases are the cosines."""
+    monkeypatch.setattr("spear.certificate.AT_ONCE", at_once)
+    G, basis, inactive = columns(seed)
+    for i, spread in enumerate(spread_of_zeros(basis, G, inactive)):
+        cosines = torch.linalg.svdvals(basis[~inactive[i]])
+        sines = (1 - cosines.square()).sort().values[1:]  # the first is the column itself
+        torch.testing.assert_close(spread, (1 + (1 / sines).sum()).sqrt())
+    assert spread_of_zeros(basis, G[:0], inactive[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("m", [7, 9, 12, 40])
 def test_the_spread_is_infinite_exactly_where_the_inactive_rows_do_not_fix_the_column(seed, m):
     G, basis, inactive = columns(seed, m=m)

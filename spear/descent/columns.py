@@ -62,7 +62,8 @@ class Lengths:
 class Arm:
     """A search, the steps it takes at present, the rounds it had, and the new columns that a start and step brings.
 
-    The last round counts for half of that `gain`, the one before for a quarter, and so on.
+    The last round counts for half of that `gain`, the one before for a quarter, and so on; one without a new column
+    for all of it, so that another search has its turn.
     """
 
     search: Search
@@ -112,6 +113,8 @@ def collect(
         stuck = way.steps == lengths.longest or len(basis) == b
         idle = 0 if (len(basis), matching) > reached else idle + stuck
         gain = max(len(basis) - reached[0], HOPE) / (count * way.steps)
+        if len(basis) > reached[0] and not math.isinf(way.gain):
+            gain = (way.gain + gain) / 2
         ways = _judged(ways, way, lengths.next(way.steps, hits / count), gain)
         terms.report(name, len(basis), b, starts)
         if idle == lengths.idle and matching < goal:
@@ -122,7 +125,6 @@ def collect(
 
 def _judged(ways: Sequence[Arm], used: Arm, steps: int, gain: float) -> list[Arm]:
     """The ways after a round of one of them: that one with its gain, the others have waited for one round more."""
-    gain = gain if math.isinf(used.gain) else (used.gain + gain) / 2
     after = Arm(used.search, steps, used.rounds + 1, gain)
     return [after if w is used else replace(w, waited=w.waited + 1) for w in ways]
 

@@ -105,6 +105,15 @@ class Prior:
         moment = known.mT @ known + (1 - f / b) * fresh
         return Coupling(complement(known), moment, v.mT @ (v / doubt.clamp_min(LEAST_DOUBT)[:, None]))
 
+    def uncoupled(self, known: Float[Tensor, "f b"]) -> Coupling:
+        """What known columns tell where q and v are not coupled: which v are free, and where no other q is.
+
+        What is wrong about the f known v is all in the r directions that are open: there f errors add up, and each
+        counts for r / f, or true columns would be kept away where few are left.
+        """
+        (f, b), told = known.shape, self(known)
+        return replace(uncoupled(known), away=told.away * min(1.0, (b - f) / max(f, 1)))
+
     def _moment(self, known: Float[Tensor, "f b"]) -> Float[Tensor, "b b"]:
         """b times the mean of q q^T over the columns still sought."""
         f, b = known.shape

@@ -19,14 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.descent.columns import Lengths, collect, draw
-from spear.descent.coupling import Coupling, Prior, uncoupled
+from spear.descent.coupling import Coupling, Prior
 from spear.descent.sharpening import columns_near
 from spear.directions import quick, times, unit_rows
 from spear.published.greedy import Candidates
 from spear.published.view import Observed
 from spear.reconstruction import Terms
 
-LENGTHS = Lengths(shortest=60, longest=240, factor=2, few=0.15, many=0.35, starts=32, idle=20)
+LENGTHS = Lengths(shortest=60, longest=240, factor=2, few=0.15, many=0.35, starts=48, idle=20)
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Stage:
 
 
 APART = (
-    Stage(60, 0.4, 10.0, 0.0),
-    Stage(40, 0.4, 3.0, 0.0, kept=0.75),
-    Stage(200, 0.4, 3.0, 0.0),
+    Stage(60, 0.4, 10.0, 0.0, parting=0.15),
+    Stage(40, 0.4, 3.0, 0.0, parting=0.15, kept=0.75),
+    Stage(200, 0.4, 3.0, 0.0, parting=0.15),
 )
 
 
@@ -57,7 +57,7 @@ def schedule(steps: int, *, coupled: bool = True) -> tuple[Stage, ...]:
     """The search itself, of that many steps; and where q and v are not coupled, the stages in which it settles."""
     if coupled:
         return (Stage(steps, 1.0, 8.0, 0.3, 0.02, 0.15),)
-    return Stage(steps, 1.0, 20.0, 0.0), *APART
+    return Stage(steps, 1.0, 20.0, 0.0, parting=0.15), *APART
 
 
 def operations(observed: Observed, count: int, steps: int) -> int:
@@ -89,8 +89,8 @@ def find_columns(observed: Observed, terms: Terms, *, goal: float | int = 1) -> 
     """All columns of Q from the layer's weights and gradient.
 
     Two searches take turns. One starts at rows of L, v, with q = M v, and couples them. The other lets q and v go their
-    ways, as they do in trained networks and deep layers, half of them from starts in which every sample has a like
-    share.
+    ways, as they do in trained networks and deep layers and for the last samples of a batch, half of them from starts
+    in which every sample has a like share.
     """
     observed = observed.alive()
     given = Prior(observed)
@@ -103,11 +103,12 @@ def find_columns(observed: Observed, terms: Terms, *, goal: float | int = 1) -> 
         return columns_near(observed.L.float(), q, z, tolerance=observed.tolerance)
 
     def apart(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        nothing = uncoupled(known)
+        nothing = given.uncoupled(known)
         rows = draw(observed, nothing.free, count // 2, generator)
         q, v = balanced(observed, nothing.free, count - count // 2, generator)
         starts = torch.cat([rows, q]), torch.cat([rows, v])
-        return reflect(observed, nothing, *starts, schedule(steps, coupled=False), terms.budget.until)[0]
+        q, z = reflect(observed, nothing, *starts, schedule(steps, coupled=False), terms.budget.until)
+        return columns_near(observed.L.float(), q, z, tolerance=observed.tolerance)
 
     return collect(observed, (coupled, apart), LENGTHS, terms, name="layer", goal=goal)
 
@@ -147,12 +148,12 @@ def reflect(
     g = math.sqrt(m) * times(unit_rows(q).float(), L.mT)
     z = math.sqrt(m) * times(unit_rows(v @ coupling.free @ triangle.mT).float(), C.mT)
     for stage in stages:
-        step = coupling.step(triangle, stage.coupling, stage.ridge, stage.parting).float()
+        step = quick(coupling.step(triangle, stage.coupling, stage.ridge, stage.parting).float())
         half = stage.relaxation / 2
         for _ in range(stage.steps):
             active = torch.add(g.abs(), z, alpha=math.sqrt(stage.trust)).sign_()  # -1 where inactive, and z < 0 there
             rg, rz = g * active, z.abs() * active
-            both = torch.cat([times(rg, L), times(rz, C)], 1) @ step
+            both = times(torch.cat([times(rg, L), times(rz, C)], 1), step)
             q, c = unit_rows(both[:, :b]), unit_rows(both[:, b:])
             # P_B x is the mean of x and its reflection
             g.mul_(1 - half).sub_(rg, alpha=half).add_(times(q, L.mT), alpha=2 * half * math.sqrt(m))

@@ -142,3 +142,24 @@ def test_far_out_signs_leave_numbers():
     step = given.step(torch.linalg.qr(problem.observed.B @ given.free)[1], 0.5, 0.1, 0.1)
     assert step.isfinite().all()
     assert coupling.AGREED > 0.5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("left", [2, 8])
+def test_known_columns_hold_no_other_away_where_few_are_left(left, seed):
+    """Uncoupled, what errors of the known v add up to against the true columns stays below what the others pay."""
+    problem = make(40, 400, 120, seed=seed)
+    known, others = problem.q[left:], problem.q[:left]
+    free = Prior(problem.observed).uncoupled(known)
+    torch.testing.assert_close(free.moment, torch.eye(40, dtype=torch.float64))
+    assert float((known @ free.free).abs().max()) < 1e-9
+    costs = ((others @ free.away) * others).sum(1), ((known @ free.away) * known).sum(1)
+    assert float(costs[0].max()) < 0.1 * float(costs[1].min())
+    coupled = Prior(problem.observed)(known).away
+    torch.testing.assert_close(free.away, coupled * left / len(known))
+
+
+def test_nothing_known_holds_nothing_away():
+    free = Prior(make(12, 100, 60).observed).uncoupled(normal(0, 12))
+    assert not free.away.any()
+    torch.testing.assert_close(free.free, torch.eye(12, dtype=torch.float64))

@@ -52,7 +52,7 @@ def test_stages_count_their_steps_and_drop_starts():
     problem = make(8, 60, 40)
     assert layer.operations(problem.observed, 16, 70) == 2 * (2 * 60 * 16 + 16**2) * 16 * 70
     apart = layer.schedule(70, coupled=False)
-    assert all((stage.coupling, stage.ridge, stage.parting) == (0, 0, 0) for stage in apart)
+    assert all((stage.coupling, stage.ridge) == (0, 0) for stage in apart)
     starts = problem.observed.L[:8]
     left, _ = layer.reflect(problem.observed, uncoupled(problem.q[:0]), starts, starts, apart)
     assert len(left) == math.ceil(math.prod(stage.kept for stage in apart) * 8) < 8

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import make
 
-from spear.descent.sharpening import ARRIVED, columns_near, sharpen
+from spear.descent.sharpening import ARRIVED, KRYLOV, columns_near, lowest, sharpen
 from spear.directions import unit_rows
 
 
@@ -58,3 +58,34 @@ def test_copies_are_tried_once(seed):
     found = columns_near(L, torch.cat([q, -q, q]), torch.cat([z, z, z]), tolerance=1e-9).double()
     assert len(found) <= 12
     assert ((found @ problem.q.mT).abs() > 1 - 1e-4).any(0).double().mean() > 0.8
+
+
+def weighted(b, m, k, seed):
+    """An orthonormal L, weights in [0, 1], unit directions, and the Gram matrices that the weights make."""
+    L, weight = torch.linalg.qr(normal(m, b, seed=seed))[0], torch.rand(k, m, dtype=torch.float64)
+    return L, weight, unit_rows(normal(k, b, seed=seed + 1)), L.mT @ (weight[:, :, None] * L)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("b", [1, 2, KRYLOV - 1, KRYLOV])
+def test_in_few_dimensions_the_lowest_vector_is_that_of_the_gram_matrix(b, seed):
+    L, weight, q, gram = weighted(b, 60, 5, seed)
+    expected = torch.linalg.eigh(gram)[1][:, :, 0]
+    assert float((lowest(L, weight, q) * expected).sum(1).abs().min()) > 1 - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_many_it_is_the_best_of_its_krylov_space(seed):
+    L, weight, q, gram = weighted(50, 120, 5, seed)
+    for one, its, matrix in zip(lowest(L, weight, q), q, gram, strict=True):
+        powers = torch.stack([torch.linalg.matrix_power(matrix, k) @ its for k in range(KRYLOV)], 1)
+        basis = torch.linalg.qr(powers)[0]
+        best = torch.linalg.eigvalsh(basis.mT @ matrix @ basis)[0]
+        torch.testing.assert_close(one @ matrix @ one, best, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_direction_that_is_the_lowest_stays(seed):
+    L, weight, _, gram = weighted(30, 90, 5, seed)
+    there = torch.linalg.eigh(gram)[1][:, :, 0]
+    assert float((lowest(L, weight, there) * there).sum(1).abs().min()) > 1 - 1e-9
