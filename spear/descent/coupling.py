@@ -112,7 +112,7 @@ class Prior:
         counts for r / f, or true columns would be kept away where few are left.
         """
         (f, b), told = known.shape, self(known)
-        return replace(uncoupled(known), away=told.away * min(1.0, (b - f) / max(f, 1)))
+        return replace(told, moment=torch.eye(b).to(known), away=told.away * min(1.0, (b - f) / max(f, 1)))
 
     def _moment(self, known: Float[Tensor, "f b"]) -> Float[Tensor, "b b"]:
         """b times the mean of q q^T over the columns still sought."""
