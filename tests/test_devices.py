@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import spear
 from spear import data
+from spear.published import filtering
 
 CASES = [("network", 12, 100, 3), ("network", 40, 80, 3), ("network", 12, 100, 2), ("layer", 10, 120, 3)]
 CASES += [("sampling", 5, 80, 3), ("guided", 5, 80, 3), ("dictionary", 5, 120, 3)]
@@ -48,6 +49,17 @@ def test_a_search_waits_at_most_once_a_look(method: str, batch: int, width: int,
     assert looks > 0
     assert not {"relax", "forward", "project", "misfit"} & within.keys()
     assert len([line for line in waits if line.endswith(" advance")]) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tests_of_directions_wait_no_more_often_for_many(seed: int) -> None:
+    L, q = (torch.randn(n, 5, generator=torch.Generator().manual_seed(seed + n), dtype=torch.float64) for n in (60, 40))
+    counts = []
+    for number in (1, 40):
+        with accelerator() as (device, waits):
+            filtering.determined(L.to(device), q[:number].to(device), tolerance=0.3)
+        counts.append(sum(waits.values()))
+    assert 0 < counts[1] == counts[0]
 
 
 FAULTS = {

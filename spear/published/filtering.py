@@ -15,6 +15,7 @@ from spear.published.view import Observed
 SAME_DIRECTION = 1 - 1e-6  # |cosine| of two polished directions that are one; images apart differ by far more
 FULL_LEVERAGE = 1 - 1e-6  # share of the rank that only a row carries without which it is lost
 CROWD = 8  # candidates for each column that are kept: noise lets false ones through in numbers
+AT_ONCE = 2**20  # entries of gathered rows: more is slower, by what caches hold
 FEWEST_ZEROS = 0.15  # share of a layer's rows: networks that were trained leave down to 0.21 of them zero
 
 
@@ -43,32 +44,31 @@ def determined(L: Float[Tensor, "m b"], q: Float[Tensor, "h b"], *, tolerance: f
     to spare none does.
     """
     zero, q = zero_rows(L, q, tolerance=tolerance), unit_rows(q)
-    if L.shape[1] == 1:
+    if L.shape[1] == 1 or not len(q):
         return torch.ones_like(zero[:, 0])
-    floor, sure = max(1e-9, (3 * tolerance) ** 2), torch.zeros_like(zero[:, 0])
-    for k, rows in enumerate(zero):
-        A = L[rows]
-        size = A.square().sum(0).max()
-        own = A.mT @ A
-        factor, failed = torch.linalg.cholesky_ex(own + size * q[k, :, None] * q[k])  # q is all of its kernel
-        if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            spare = (((A @ inverse) * A).sum(1) <= FULL_LEVERAGE).all()
-            sure[k] = spare & _is_firm(own, inverse, floor)
-    return sure
+    floor, chunk = max(1e-9, (3 * tolerance) ** 2), max(1, AT_ONCE // L.numel())
+    parts = zip(zero.split(chunk), q.split(chunk), strict=True)
+    return torch.cat([_determined(L, rows, kernel, floor) for rows, kernel in parts])
 
 
-def _is_firm(gram: Float[Tensor, "b b"], inverse: Float[Tensor, "b b"], floor: float) -> Bool[Tensor, ""]:
-    """Whether the second eigenvalue, the kernel's being the first, is above `floor` times the largest.
-
-    `inverse` is that of the Gram matrix with its kernel filled. Frobenius norms bound the largest over the second;
-    where that is too much, as under noise, the eigenvalues decide.
-    """
-    firm = torch.linalg.matrix_norm(inverse) * torch.linalg.matrix_norm(gram) * floor < 1
-    if firm:
-        return firm
-    values = torch.linalg.eigvalsh(gram)
-    return values[1] > floor * values[-1]
+def _determined(
+    L: Float[Tensor, "m b"], zero: Bool[Tensor, "h m"], q: Float[Tensor, "h b"], floor: float
+) -> Bool[Tensor, " h"]:
+    """The same of directions whose zero rows are held at once, those of each filled up with zeros to equal number."""
+    order = zero.byte().argsort(1, descending=True)[:, : int(zero.sum(1).max())]
+    A = torch.cat([L, torch.zeros_like(L[:1])])[torch.where(zero.gather(1, order), order, len(L))]
+    own = A.mT @ A
+    size = own.diagonal(dim1=1, dim2=2).amax(1)
+    factor, failed = torch.linalg.cholesky_ex(own + (size[:, None] * q)[:, :, None] * q[:, None])  # q is the kernel
+    whole = failed == 0
+    inverse = torch.cholesky_inverse(torch.where(whole[:, None, None], factor, torch.eye(L.shape[1]).to(factor)))
+    sure = whole & (((A @ inverse) * A).sum(2) <= FULL_LEVERAGE).all(1)
+    # the second eigenvalue, the kernel's being the first, is to be above `floor` times the largest: Frobenius norms
+    # bound the largest over the second; where that is too much, as under noise, the eigenvalues decide
+    doubtful = torch.linalg.matrix_norm(inverse) * torch.linalg.matrix_norm(own) * floor >= 1
+    asked = (sure & doubtful).nonzero()[:, 0]
+    values = torch.linalg.eigvalsh(own[asked])
+    return sure.index_put((asked,), values[:, 1] > floor * values[:, -1])
 
 
 def leverage(L: Float[Tensor, "m b"], rows: Bool[Tensor, "h m"]) -> Float[Tensor, "h m"]:

@@ -85,6 +85,20 @@ def test_determined_is_the_textbook_rank_test(seed):
     assert filtering.determined(L, q).tolist() == [textbook_determined(L, v) for v in q]
 
 
+@pytest.mark.parametrize("at_once", [1, 700, 2**20])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_each_direction_is_determined_by_itself(at_once, seed, monkeypatch):
+    monkeypatch.setattr(filtering, "AT_ONCE", at_once)
+    problem = make(6, 40, 30, seed=seed)
+    L, q = problem.observed.L, torch.cat([problem.q, problem.q[:3] + problem.q[3:], normal(3, 6, seed=seed)])
+    alone = [bool(filtering.determined(L, one[None])) for one in q]
+    assert any(alone)
+    assert not all(alone)
+    assert filtering.determined(L, q).tolist() == alone
+    assert filtering.determined(L, q.flip(0)).tolist() == alone[::-1]
+    assert filtering.determined(L, q[:0]).shape == (0,)
+
+
 @pytest.mark.parametrize("tolerance", [1e-3, 0.03, 0.1])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_under_noise_determined_is_the_test_of_eigenvalues(tolerance, seed):
