@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spear.descent.columns import Lengths, collect, draw
-from spear.descent.coupling import Coupling, Prior
+from spear.descent.coupling import Coupling, Prior, uncoupled
 from spear.descent.sharpening import columns_near
 from spear.directions import quick, times, unit_rows
 from spear.published.greedy import Candidates
@@ -88,9 +88,10 @@ class Coupled:
 def find_columns(observed: Observed, terms: Terms, *, goal: float | int = 1) -> Candidates:
     """All columns of Q from the layer's weights and gradient.
 
-    Two searches take turns. One starts at rows of L, v, with q = M v, and couples them. The other lets q and v go their
-    ways, as they do in trained networks and deep layers and for the last samples of a batch, half of them from starts
-    in which every sample has a like share.
+    Three searches take turns. One starts at rows of L, v, with q = M v, and couples them. The second lets q and v go
+    their ways, as they do in trained networks and for the last samples of a batch, half of them from starts in which
+    every sample has a like share, and keeps q away from where known columns tell that no other is. The third does not:
+    where most neurons agree on all samples, as in deep layers, the v of known columns are not what their signs tell.
     """
     observed = observed.alive()
     given = Prior(observed)
@@ -102,15 +103,20 @@ def find_columns(observed: Observed, terms: Terms, *, goal: float | int = 1) -> 
         given.learn(q)
         return columns_near(observed.L.float(), q, z, tolerance=observed.tolerance)
 
-    def apart(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        nothing = given.uncoupled(known)
+    def apart(nothing: Coupling, count: int, steps: int, generator: torch.Generator) -> Tensor:
         rows = draw(observed, nothing.free, count // 2, generator)
         q, v = balanced(observed, nothing.free, count - count // 2, generator)
         starts = torch.cat([rows, q]), torch.cat([rows, v])
         q, z = reflect(observed, nothing, *starts, schedule(steps, coupled=False), terms.budget.until)
         return columns_near(observed.L.float(), q, z, tolerance=observed.tolerance)
 
-    return collect(observed, (coupled, apart), LENGTHS, terms, name="layer", goal=goal)
+    def confined(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        return apart(given.uncoupled(known), count, steps, generator)
+
+    def free(known: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        return apart(uncoupled(known), count, steps, generator)
+
+    return collect(observed, (coupled, confined, free), LENGTHS, terms, name="layer", goal=goal)
 
 
 def balanced(

@@ -99,12 +99,14 @@ def test_trained_networks(depth, seed):
     assert (report.recall, report.precision) == (1, 1), result.reason
 
 
+@pytest.mark.parametrize("count", [6, 8])
+@pytest.mark.parametrize("start", range(2))
 @pytest.mark.parametrize("seed", range(2))
-def test_deep_layers_where_samples_agree(seed):
+def test_deep_layers_where_samples_agree(seed, start, count):
     """The last hidden layer of six: four neurons of five tell no sample from another."""
-    x, y = data.load("digits", count=6, seed=seed)
+    x, y = data.load("digits", count=count, seed=seed)
     model = models.fcnn((1, 8, 8), 400, 6, 10, seed=seed)
-    result = attack(model, gradient(model, x, y), method="layer", layer="fc5")
+    result = attack(model, gradient(model, x, y), method="layer", layer="fc5", seed=start)
     report = evaluate(result, truth.layer_truth(model, "fc5", x, y)[0].mT, y)
     assert (report.recall, report.precision) == (1, 1), result.reason
 
