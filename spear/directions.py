@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LARGE = 1e5  # entries of a basis from which a cheaper type is worth its conversions
+ROWS = 16  # of products in bfloat16: oneDNN compiles each shape when it is first seen, which takes ten products' time
 TINY = 1e-30  # length under which a vector is zero, and stays so: far below any rounding, and a number of float32
 
 
@@ -26,8 +27,16 @@ def quick(basis: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
 
 
 def times(x: Float[Tensor, "k m"], basis: Float[Tensor, "m r"]) -> Float[Tensor, "k r"]:
-    """The product with a `quick` basis, computed in its precision, in that of x."""
-    return (x.to(basis.dtype) @ basis).to(x.dtype)
+    """The product with a `quick` basis, computed in its precision, in that of x.
+
+    Rows are filled up to a multiple of `ROWS`, for as starts end their number changes all the time.
+    """
+    rows = -(-len(x) // ROWS) * ROWS
+    if basis.dtype == x.dtype or rows == len(x):
+        return (x.to(basis.dtype) @ basis).to(x.dtype)
+    filled = x.new_zeros(rows, x.shape[1], dtype=basis.dtype)
+    filled[: len(x)] = x
+    return (filled @ basis)[: len(x)].to(x.dtype)
 
 
 def least_squares(A: Float[Tensor, "m n"], B: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:

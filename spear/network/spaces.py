@@ -42,7 +42,7 @@ def without_itself(
 def misfit(target: Float[Tensor, "k m"], basis: Float[Tensor, "m b"]) -> Float[Tensor, " k"]:
     """Squared sine between each target and span(U); 1 for a target that vanished."""
     energy = target.pow(2).sum(1)
-    inside = (target.to(basis.dtype) @ basis).to(target.dtype)
+    inside = times(target, basis)
     return torch.where(energy > VANISHED, 1 - inside.pow(2).sum(1) / energy.clamp_min(TINY), 1.0)
 
 
