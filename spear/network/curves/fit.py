@@ -16,7 +16,8 @@ DAMPED, LESS, MORE, MOST = 0.1, 0.2, 5.0, 1e4  # damping at first, after a succe
 EVERY, EARLIEST = 5, 9  # steps after which starts are looked at, and before which none is given up
 STUCK, FAR = 0.9, 100.0  # share of the sine that `EVERY` steps must take away, unless it is under so many `arrived`
 MOST_ENTRIES = 2**22  # of the matrices that are held at once
-MATRICES, CHORDS = 3, 5  # of a start that is nearly right: each matrix serves for so many steps
+MATRICES, CHORDS = 10, 5  # of a start that is nearly right: at most, and for how many steps each serves
+GAIN = 0.5  # share of the sine that a matrix must take away for there to be another
 SLOPPY, SHARPEST = 0.1, 1e-6  # residual of a step's linear system, relative to its right side: at most, at least
 
 
@@ -91,13 +92,14 @@ def finish(
     arrived: float,
     pieces: Int[Tensor, "k m"] | None = None,
 ) -> tuple[Float[Tensor, "k q"], Float[Tensor, " k"]]:
-    """Gauss-Newton from where starts are nearly right, each with its own matrix, which serves for some steps.
+    """Gauss-Newton from where starts are nearly right, as long as it gains. Each has its own matrix for some steps.
 
     With `pieces`, each entry stays on its piece of phi.
     """
     ends, sines = w.clone(), curves.at(w, labels, pieces).sine
+    left = (sines > arrived).nonzero()[:, 0]
     for _ in range(MATRICES if curves.frame.shape[1] else 0):
-        left = (sines > arrived).nonzero()[:, 0]
+        before = sines[left]
         for part in left.split(max(1, MOST_ENTRIES // curves.frame.numel())):
             own = None if pieces is None else pieces[part]
             at = curves.at(ends[part], labels[part], own)
@@ -111,6 +113,7 @@ def finish(
                 if not bool((better & (at.sine > arrived)).any()):
                     break
             ends[part], sines[part] = at.w, at.sine
+        left = left[(sines[left] > arrived) & (sines[left] < GAIN * before)]
     return ends, sines
 
 
