@@ -10,6 +10,7 @@ from spear.directions import (
     distinct,
     first_of_each,
     least_squares,
+    times,
     unit_rows,
     zero_entries,
 )
@@ -34,6 +35,20 @@ def textbook(x, cosine, known, order, signed):
         if all((c if signed else abs(c)) <= cosine for c in near):
             kept.append(k)
     return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 40])
+@pytest.mark.parametrize("dtype_of_basis", [torch.bfloat16, torch.float32])
+def test_products_are_those_of_any_number_of_rows(rows, dtype, dtype_of_basis):
+    x, basis = normal(rows, 30).to(dtype), normal(30, 7, seed=1).to(dtype_of_basis)
+    got = times(x, basis)
+    assert got.dtype == dtype
+    assert got.shape == (rows, 7)
+    expected = x.to(dtype_of_basis).double() @ basis.double()  # of the rounded numbers, exactly
+    size = x.double().norm(dim=1, keepdim=True) * basis.double().norm(dim=0)
+    unit = max(torch.finfo(t).eps for t in (dtype, dtype_of_basis))
+    assert bool(((got.double() - expected).abs() <= unit * size).all())
 
 
 @pytest.mark.parametrize("seed", SEEDS)
