@@ -24,6 +24,7 @@ TRIM = 0.72  # share of the small entries that the polish trusts: the smallest
 ROUNDS = 8  # of the polish: by then the trusted share is a fifth of the first
 SHRINK = 0.8  # factor by which that share falls in each round: not all that is small is zero
 LOOSE = 2  # times the tolerance: what counts as zero in the last polish
+REST = 0.1  # times the tolerance: entries of L q that move by less, at the last polish, are at rest
 RIDGE = 1e-13  # keeps the Gram matrix of rows with a kernel positive definite
 CONVERGING = 0.5  # factor by which a round of the polish must bring the residual down, from the third on
 SPARE = 3  # zeros that a column must have beyond b - 1 (or the polish could make them)
@@ -207,8 +208,8 @@ def polish(
 ) -> tuple[Float[Tensor, "h b"], Bool[Tensor, " h"]]:
     """Each direction from its smallest rows: the vector that they annihilate best, by inverse iteration; repeated.
 
-    Returns unit directions, and whether their rows vanish to `tolerance` times the largest entry: those are solved once
-    more, from all rows that do.
+    Returns unit directions, and whether their rows vanish to `tolerance` times the largest entry: those are solved
+    from all rows that do, until they rest. Trusted rows that nearly leave a plane fix a direction badly, and show it.
     """
     q, residual, chunk = unit_rows(q), torch.full_like(q[:, 0], math.inf), max(1, 2**24 // L.numel())
     going = torch.ones_like(residual, dtype=torch.bool)
@@ -221,8 +222,13 @@ def polish(
             going[part] = (residual[part] > tolerance) & ((residual[part] < CONVERGING * before) | (k < 2))
     exact = residual <= tolerance
     for part in exact.nonzero()[:, 0].split(chunk):
-        r = (q[part] @ L.mT).abs()
-        q[part] = smallest_rows(L, q[part], (r <= LOOSE * tolerance * r.amax(1, keepdim=True)).sum(1))[0]
+        r, rounds = q[part] @ L.mT, 0
+        while len(part) and rounds < ROUNDS:
+            size = r.abs().amax(1, keepdim=True)
+            q[part] = smallest_rows(L, q[part], (r.abs() <= LOOSE * tolerance * size).sum(1))[0]
+            before, r, rounds = r, q[part] @ L.mT, rounds + 1
+            moved = ((r - before).abs() > REST * tolerance * size).any(1)
+            part, r = part[moved], r[moved]
     return q, exact
 
 

@@ -55,6 +55,22 @@ def test_polish_brings_near_directions_to_machine_precision(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("thin", [1e-2, 1e-4, 2e-6, 1e-6, 6e-7])
+def test_polish_is_exact_where_the_trusted_rows_nearly_leave_a_plane(seed, thin):
+    """Two samples share most zeros: the rows that vanish first hardly tell one column from a mixture of both."""
+    L = torch.cat([normal(120, 6, seed=seed), normal(80, 6, seed=seed + 100)])
+    L[:120, 0] = 0
+    L[:100, 1] *= thin
+    L = torch.linalg.qr(L)[0]
+    column = torch.linalg.svd(L[:120])[2][-1]
+    other = torch.linalg.svd(L[:100])[2][-2]
+    q, exact = columns.polish(L, unit_rows(column + 1e-4 * other)[None])
+    r = (L @ q[0]).abs()
+    assert exact.all()
+    assert float(r[:120].max() / r.max()) < 1e-10
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_smallest_rows_are_the_textbook_kernel(seed):
     """Against the last right singular vector of the rows of the smallest entries."""
     problem = make(7, 90, 40, seed=seed)
